@@ -1,0 +1,14 @@
+//! Highwater archives the drift records of a monitoring database, exactly once.
+//!
+//! It tails the inserts into the drift tables of a PostgreSQL database by logical replication, keeps
+//! every row for ever as Parquet in Delta Lake tables, and records how far the archive reaches, so
+//! that retention deletes only what the archive provably holds.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
+
+pub mod error;
+pub mod lsn;
+pub mod record;
+
+pub use error::{Error, Policy, Result};
+pub use lsn::Lsn;
