@@ -6,8 +6,10 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
+pub mod batch;
 pub mod error;
 pub mod lsn;
+pub mod pgoutput;
 pub mod record;
 
 pub use error::{Error, Policy, Result};

@@ -144,7 +144,9 @@ mod tests {
     #[test]
     fn names_say_which_span_a_file_holds() {
         let time = micros("2026-11-22T13:17:59.999999Z");
-        for (minutes, name) in [(60, "2026/11/22/13"), (15, "2026/11/22/1315"), (720, "2026/11/22/12"), (1440, "2026/11/22")] {
+        for (minutes, name) in
+            [(60, "2026/11/22/13"), (15, "2026/11/22/1315"), (720, "2026/11/22/12"), (1440, "2026/11/22")]
+        {
             let window = width(minutes).map(|width| Window::of(time, width).to_string());
             assert_eq!(window.as_deref(), Some(name));
         }

@@ -1,0 +1,79 @@
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::error::ArrowError;
+
+use super::file::{FileRows, record_batch};
+use crate::lsn::Lsn;
+use crate::record::{Kind, Window, WindowWidth};
+
+/// Bytes that a quarantined row takes beside its texts.
+const QUARANTINED_ROW_BYTES: usize = 128;
+
+/// A row that its own table can't hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuarantinedRow {
+    /// When its transaction was committed: microseconds since the epoch. (Not when we saw it: decoding it again after
+    /// a crash must give the same row.)
+    pub quarantined_at: i64,
+    /// The table that it was inserted into, with its schema.
+    pub source_table: String,
+    /// Why it is here.
+    pub reason: String,
+    /// The row as a JSON object of texts.
+    pub row: String,
+    /// Where its transaction's commit record begins.
+    pub lsn: Lsn,
+}
+
+/// The quarantined rows of one checkpoint.
+#[derive(Debug, Default)]
+pub(super) struct QuarantineBatch {
+    rows: Vec<QuarantinedRow>,
+}
+
+impl QuarantineBatch {
+    /// Appends a row; returns the bytes of memory it takes.
+    pub(super) fn push(&mut self, row: QuarantinedRow) -> usize {
+        // Twice: the row, and its copy in the record batch.
+        let byte_count =
+            2 * (row.source_table.len() + row.reason.len() + row.row.len()) + QUARANTINED_ROW_BYTES;
+        self.rows.push(row);
+        byte_count
+    }
+
+    /// One file for each window, as all kinds have it.
+    pub(super) fn files(&self, width: WindowWidth) -> Vec<FileRows<'_>> {
+        let mut windows: Vec<Window> =
+            self.rows.iter().map(|row| Window::of(row.quarantined_at, width)).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        windows.into_iter().map(|window| FileRows::quarantine(window, self)).collect()
+    }
+
+    pub(super) fn row_count_in(&self, window: Window) -> u64 {
+        self.rows_in(window).count() as u64
+    }
+
+    fn rows_in(&self, window: Window) -> impl Iterator<Item = &QuarantinedRow> {
+        self.rows.iter().filter(move |row| window.contains(row.quarantined_at))
+    }
+
+    pub(super) fn record_batch(&self, window: Window) -> Result<RecordBatch, ArrowError> {
+        let mut rows: Vec<&QuarantinedRow> = self.rows_in(window).collect();
+        rows.sort_by_key(|row| row.quarantined_at);
+        let texts = |text: fn(&QuarantinedRow) -> &str| -> ArrayRef {
+            Arc::new(StringArray::from_iter_values(rows.iter().map(|row| text(row))))
+        };
+        let times = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|row| row.quarantined_at));
+        let lsns = StringArray::from_iter_values(rows.iter().map(|row| row.lsn.to_string()));
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(times.with_timezone("UTC")),
+            texts(|row| &row.source_table),
+            texts(|row| &row.reason),
+            texts(|row| &row.row),
+            Arc::new(lsns),
+        ];
+        record_batch(Kind::Quarantine, columns)
+    }
+}

@@ -1,0 +1,174 @@
+//! The messages of the `pgoutput` plugin, protocol version 1 (manual section 55.9, "Logical
+//! Replication Message Formats").
+//!
+//! Pure and total: bytes in, borrowed messages out, an error for anything else. Nothing is copied;
+//! an insert's values are read one by one from the message.
+//!
+//! **Invariant.** This module knows nothing of drift tables.
+
+mod reader;
+mod relation;
+mod tuple;
+
+pub use reader::DecodeError;
+pub use relation::{Column, Relation};
+pub use tuple::{Tuple, Value, Values};
+
+use crate::lsn::Lsn;
+use reader::Reader;
+
+/// Microseconds from the Unix epoch to PostgreSQL's (2000-01-01T00:00:00Z).
+pub const POSTGRES_EPOCH_MICROS: i64 = 946_684_800_000_000;
+
+/// One message of the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message<'a> {
+    /// A transaction's changes follow. Only committed transactions are sent.
+    Begin(Begin),
+    /// The transaction is complete.
+    Commit(Commit),
+    /// How the rows of a table look from here on.
+    Relation(Relation<'a>),
+    /// A row.
+    Insert(Insert<'a>),
+    /// A message that no insert-only archive needs (types, origins, logical messages), or one that the
+    /// publication should not send (update, delete, truncate): its tag.
+    Other(u8),
+}
+
+/// The start of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begin {
+    /// Where the transaction's commit record begins.
+    pub final_lsn: Lsn,
+    /// When it was committed: microseconds since the Unix epoch.
+    pub commit_micros: i64,
+    /// Its id, 32 bits wide.
+    pub xid: u32,
+}
+
+/// The end of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Where the commit record begins.
+    pub commit_lsn: Lsn,
+    /// Where it ends: the position to confirm once the transaction is durable.
+    pub end_lsn: Lsn,
+    /// When it was committed: microseconds since the Unix epoch.
+    pub commit_micros: i64,
+}
+
+/// A row of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Insert<'a> {
+    /// The table's oid, as an earlier [`Message::Relation`] gave it.
+    pub relation: u32,
+    /// The row's values.
+    pub tuple: Tuple<'a>,
+}
+
+impl<'a> Message<'a> {
+    /// Reads one message.
+    ///
+    /// The values of a row are checked when they are read ([`Tuple::values`]), not here.
+    ///
+    /// # Errors
+    ///
+    /// The bytes are not one whole message of protocol version 1.
+    #[inline]
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new(bytes);
+        match reader.u8("the message tag")? {
+            b'I' => parse_insert(reader).map(Self::Insert),
+            b'B' => parse_begin(reader).map(Self::Begin),
+            b'C' => parse_commit(reader).map(Self::Commit),
+            b'R' => Relation::parse(reader).map(Self::Relation),
+            tag @ (b'Y' | b'O' | b'M' | b'U' | b'D' | b'T') => Ok(Self::Other(tag)),
+            tag => Err(DecodeError::UnknownTag { field: "message", tag }),
+        }
+    }
+}
+
+#[inline]
+fn parse_insert(mut reader: Reader<'_>) -> Result<Insert<'_>, DecodeError> {
+    let relation = reader.u32("the insert's relation")?;
+    match reader.u8("the insert's tuple tag")? {
+        b'N' => Ok(Insert { relation, tuple: Tuple::parse(reader)? }),
+        tag => Err(DecodeError::UnknownTag { field: "tuple", tag }),
+    }
+}
+
+fn parse_begin(mut reader: Reader<'_>) -> Result<Begin, DecodeError> {
+    let begin = Begin {
+        final_lsn: reader.lsn("the final position")?,
+        commit_micros: unix_micros(reader.i64("the commit time")?),
+        xid: reader.u32("the transaction id")?,
+    };
+    reader.finish().map(|()| begin)
+}
+
+fn parse_commit(mut reader: Reader<'_>) -> Result<Commit, DecodeError> {
+    reader.u8("the commit flags")?;
+    let commit = Commit {
+        commit_lsn: reader.lsn("the commit position")?,
+        end_lsn: reader.lsn("the end position")?,
+        commit_micros: unix_micros(reader.i64("the commit time")?),
+    };
+    reader.finish().map(|()| commit)
+}
+
+const fn unix_micros(postgres_micros: i64) -> i64 {
+    postgres_micros.saturating_add(POSTGRES_EPOCH_MICROS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BEGIN: &[u8] = b"B\0\0\0\0\x01\x02\x03\x04\0\0\0\0\0\0\0\x05\0\0\x03\xe8";
+    const COMMIT: &[u8] = b"C\0\0\0\0\0\x01\x02\x03\x04\0\0\0\0\x01\x02\x03\x34\0\0\0\0\0\0\0\x05";
+    const INSERT: &[u8] = b"I\0\0\x40\x01N\0\x04n\x75t\0\0\0\x02hib\0\0\0\x01\x07";
+
+    #[test]
+    fn reads_a_transaction() {
+        let begin =
+            Begin { final_lsn: Lsn(0x0102_0304), commit_micros: POSTGRES_EPOCH_MICROS + 5, xid: 1000 };
+        assert_eq!(Message::parse(BEGIN), Ok(Message::Begin(begin)));
+        let commit = Commit {
+            commit_lsn: Lsn(0x0102_0304),
+            end_lsn: Lsn(0x0102_0334),
+            commit_micros: POSTGRES_EPOCH_MICROS + 5,
+        };
+        assert_eq!(Message::parse(COMMIT), Ok(Message::Commit(commit)));
+        let Ok(Message::Insert(insert)) = Message::parse(INSERT) else { panic!("an insert") };
+        assert_eq!(insert.relation, 0x4001);
+        let values: Result<Vec<_>, _> = insert.tuple.values().collect();
+        assert_eq!(values, Ok(vec![Value::Null, Value::Unchanged, Value::Text(b"hi"), Value::Binary(&[7])]));
+    }
+
+    #[test]
+    fn every_truncation_and_every_surplus_byte_is_an_error() {
+        for message in [BEGIN, COMMIT] {
+            for end in 0..message.len() {
+                assert!(matches!(Message::parse(&message[..end]), Err(DecodeError::Truncated { .. })));
+            }
+            let long = [message, b"\0"].concat();
+            assert_eq!(Message::parse(&long), Err(DecodeError::Trailing { bytes: 1 }));
+        }
+        for end in 0..INSERT.len() {
+            let values = |insert: Insert<'_>| insert.tuple.values().collect::<Result<Vec<_>, _>>().map(drop);
+            let result = Message::parse(&INSERT[..end]).and_then(|message| match message {
+                Message::Insert(insert) => values(insert),
+                _ => Ok(()),
+            });
+            assert!(result.is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_tag_is_an_error() {
+        assert_eq!(Message::parse(b"S123"), Err(DecodeError::UnknownTag { field: "message", tag: b'S' }));
+        assert_eq!(Message::parse(b"Tanything"), Ok(Message::Other(b'T')));
+        assert!(Message::parse(b"").is_err());
+    }
+}

@@ -1,0 +1,87 @@
+use super::reader::{DecodeError, Reader};
+
+/// The values of one row, still encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple<'a> {
+    column_count: u16,
+    bytes: &'a [u8],
+}
+
+/// One value of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value<'a> {
+    /// SQL null.
+    Null,
+    /// An out-of-line value that an update did not touch; never in an insert.
+    Unchanged,
+    /// The output of the type's text function.
+    Text(&'a [u8]),
+    /// The output of the type's send function.
+    Binary(&'a [u8]),
+}
+
+impl<'a> Tuple<'a> {
+    #[inline]
+    pub(super) fn parse(mut reader: Reader<'a>) -> Result<Self, DecodeError> {
+        let column_count = reader.u16("the column count")?;
+        Ok(Self { column_count, bytes: reader.rest() })
+    }
+
+    /// How many values the row says it has.
+    #[must_use]
+    pub const fn column_count(self) -> u16 {
+        self.column_count
+    }
+
+    /// The values in column order. Ends after the first error; left-over bytes are one.
+    #[must_use]
+    #[inline]
+    pub const fn values(self) -> Values<'a> {
+        Values { remaining: self.column_count, reader: Reader::new(self.bytes), done: false }
+    }
+}
+
+/// Iterator over the values of a [`Tuple`].
+#[derive(Clone, Debug)]
+pub struct Values<'a> {
+    remaining: u16,
+    reader: Reader<'a>,
+    done: bool,
+}
+
+impl<'a> Values<'a> {
+    #[inline]
+    fn read(&mut self) -> Result<Value<'a>, DecodeError> {
+        let tag = self.reader.u8("a value's tag")?;
+        match tag {
+            b'n' => Ok(Value::Null),
+            b'u' => Ok(Value::Unchanged),
+            b't' | b'b' => {
+                let length = self.reader.u32("a value's length")?;
+                // On every supported platform a usize holds 32 bits.
+                let bytes = self.reader.take(length as usize, "a value")?;
+                Ok(if tag == b'b' { Value::Binary(bytes) } else { Value::Text(bytes) })
+            }
+            tag => Err(DecodeError::UnknownTag { field: "value", tag }),
+        }
+    }
+}
+
+impl<'a> Iterator for Values<'a> {
+    type Item = Result<Value<'a>, DecodeError>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        let Some(remaining) = self.remaining.checked_sub(1) else {
+            self.done = true;
+            return self.reader.finish().err().map(Err);
+        };
+        self.remaining = remaining;
+        let value = self.read();
+        self.done = value.is_err();
+        Some(value)
+    }
+}
