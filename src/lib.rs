@@ -7,6 +7,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
 pub mod batch;
+pub mod decode;
 pub mod error;
 pub mod lsn;
 pub mod pgoutput;

@@ -13,6 +13,7 @@ mod quarantine;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -42,6 +43,7 @@ impl SeriesId {
 /// The columns of one checkpoint.
 #[derive(Debug)]
 pub struct Batches {
+    generation: u64,
     width: WindowWidth,
     recent_since: i64,
     entities: Interner,
@@ -82,7 +84,9 @@ impl Batches {
     /// old rows would make a file for each of their windows otherwise.
     #[must_use]
     pub fn new(width: WindowWidth, now: i64) -> Self {
+        static GENERATIONS: AtomicU64 = AtomicU64::new(0);
         Self {
+            generation: GENERATIONS.fetch_add(1, Ordering::Relaxed),
             width,
             recent_since: Window::of(now, WindowWidth::DAY).start() - MICROS_PER_DAY,
             entities: Interner::default(),
@@ -93,6 +97,13 @@ impl Batches {
             row_count: 0,
             byte_count: 0,
         }
+    }
+
+    /// A number that no other batches of this process have: an [`EntityId`] or [`SeriesId`] belongs to one
+    /// generation.
+    #[must_use]
+    pub const fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Whether nothing has been appended.

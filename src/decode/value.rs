@@ -1,0 +1,302 @@
+use chrono::{DateTime, NaiveDateTime, Utc};
+
+use crate::pgoutput::{POSTGRES_EPOCH_MICROS, Value};
+use crate::record::is_in_calendar;
+
+/// The types (`pg_type.oid`, fixed in `pg_type.dat`) that a column of a drift table may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SourceType {
+    Text,
+    TimestampTz,
+    Timestamp,
+    Int2,
+    Int4,
+    Int8,
+    Float4,
+    Float8,
+    Bool,
+    Other(u32),
+}
+
+impl SourceType {
+    pub(super) const fn of(oid: u32) -> Self {
+        match oid {
+            // text, varchar, bpchar and name have the same text and binary form.
+            25 | 1043 | 1042 | 19 => Self::Text,
+            1184 => Self::TimestampTz,
+            1114 => Self::Timestamp,
+            21 => Self::Int2,
+            23 => Self::Int4,
+            20 => Self::Int8,
+            700 => Self::Float4,
+            701 => Self::Float8,
+            16 => Self::Bool,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// Why a value does not fit its archive column. Becomes the `reason` of a quarantined row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unfit {
+    #[error("is missing from the table")]
+    Missing,
+    #[error("is null")]
+    Null,
+    #[error("is infinity")]
+    Infinity,
+    #[error("is -infinity")]
+    NegativeInfinity,
+    #[error("is outside the years 0001 to 9999")]
+    OutsideCalendar,
+    #[error("does not fit 32 bits")]
+    TooWide,
+    #[error("is not UTF-8")]
+    NotUtf8,
+    #[error("has a type (oid {0}) that is not supported")]
+    Type(u32),
+    #[error("has bytes that are not of its type")]
+    Malformed,
+    #[error("names no entity in drift_entities")]
+    UnknownEntity,
+}
+
+/// The oid to name in [`Unfit::Type`].
+const fn type_oid(source_type: SourceType) -> u32 {
+    match source_type {
+        SourceType::Text => 25,
+        SourceType::TimestampTz => 1184,
+        SourceType::Timestamp => 1114,
+        SourceType::Int2 => 21,
+        SourceType::Int4 => 23,
+        SourceType::Int8 => 20,
+        SourceType::Float4 => 700,
+        SourceType::Float8 => 701,
+        SourceType::Bool => 16,
+        SourceType::Other(oid) => oid,
+    }
+}
+
+fn array<const N: usize>(bytes: &[u8]) -> Result<[u8; N], Unfit> {
+    bytes.try_into().map_err(|_| Unfit::Malformed)
+}
+
+/// Bytes of a text column; null is unfit. Not yet checked to be UTF-8.
+#[inline]
+pub(super) fn text(value: Value<'_>, source_type: SourceType) -> Result<&[u8], Unfit> {
+    optional_text(value, source_type)?.ok_or(Unfit::Null)
+}
+
+/// Bytes of a text column that may be null.
+#[inline]
+pub(super) fn optional_text(value: Value<'_>, source_type: SourceType) -> Result<Option<&[u8]>, Unfit> {
+    match (value, source_type) {
+        (Value::Null, _) => Ok(None),
+        (Value::Unchanged, _) => Err(Unfit::Missing),
+        (Value::Text(bytes) | Value::Binary(bytes), SourceType::Text) => Ok(Some(bytes)),
+        _ => Err(Unfit::Type(type_oid(source_type))),
+    }
+}
+
+/// Microseconds since the epoch. A `timestamp` is taken to be UTC, as the drift tables write it.
+#[inline]
+pub(super) fn timestamp(value: Value<'_>, source_type: SourceType) -> Result<i64, Unfit> {
+    if !matches!(source_type, SourceType::TimestampTz | SourceType::Timestamp) {
+        return Err(Unfit::Type(type_oid(source_type)));
+    }
+    let micros = match value {
+        // The extremes of the 64 bits stand for the infinities (manual section 8.5.1.4).
+        Value::Binary(bytes) => match i64::from_be_bytes(array(bytes)?) {
+            i64::MAX => return Err(Unfit::Infinity),
+            i64::MIN => return Err(Unfit::NegativeInfinity),
+            micros => micros.checked_add(POSTGRES_EPOCH_MICROS).ok_or(Unfit::OutsideCalendar)?,
+        },
+        Value::Text(bytes) => timestamp_text(std::str::from_utf8(bytes).map_err(|_| Unfit::Malformed)?)?,
+        Value::Null => return Err(Unfit::Null),
+        Value::Unchanged => return Err(Unfit::Missing),
+    };
+    if is_in_calendar(micros) { Ok(micros) } else { Err(Unfit::OutsideCalendar) }
+}
+
+/// The ISO form that `DateStyle` ISO prints: `2026-11-22 13:00:00.5+00`, with ` BC` for years before 1.
+fn timestamp_text(text: &str) -> Result<i64, Unfit> {
+    match text {
+        "infinity" => return Err(Unfit::Infinity),
+        "-infinity" => return Err(Unfit::NegativeInfinity),
+        _ => {}
+    }
+    let year_digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    if year_digits > 4 || text.ends_with(" BC") {
+        return Err(Unfit::OutsideCalendar);
+    }
+    let zoned = DateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f%#z").map(|time| time.timestamp_micros());
+    zoned
+        .or_else(|_| {
+            let naive = NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f");
+            naive.map(|time| time.and_utc().timestamp_micros())
+        })
+        .map_err(|_| Unfit::Malformed)
+}
+
+/// A whole number of any width.
+#[inline]
+pub(super) fn integer(value: Value<'_>, source_type: SourceType) -> Result<i64, Unfit> {
+    if !matches!(source_type, SourceType::Int2 | SourceType::Int4 | SourceType::Int8) {
+        return Err(Unfit::Type(type_oid(source_type)));
+    }
+    match value {
+        Value::Binary(bytes) => match source_type {
+            SourceType::Int2 => array(bytes).map(i16::from_be_bytes).map(i64::from),
+            SourceType::Int4 => array(bytes).map(i32::from_be_bytes).map(i64::from),
+            _ => array(bytes).map(i64::from_be_bytes),
+        },
+        Value::Text(bytes) => parse(bytes),
+        Value::Null => Err(Unfit::Null),
+        Value::Unchanged => Err(Unfit::Missing),
+    }
+}
+
+/// A whole number that the archive's 32-bit columns hold.
+#[inline]
+pub(super) fn int(value: Value<'_>, source_type: SourceType) -> Result<i32, Unfit> {
+    i32::try_from(integer(value, source_type)?).map_err(|_| Unfit::TooWide)
+}
+
+/// A double; NaN, the infinities and -0 are values like any other.
+#[inline]
+pub(super) fn optional_double(value: Value<'_>, source_type: SourceType) -> Result<Option<f64>, Unfit> {
+    match (value, source_type) {
+        (Value::Null, _) => Ok(None),
+        (Value::Unchanged, _) => Err(Unfit::Missing),
+        (Value::Binary(bytes), SourceType::Float8) => array(bytes).map(f64::from_be_bytes).map(Some),
+        (Value::Binary(bytes), SourceType::Float4) => {
+            array(bytes).map(f32::from_be_bytes).map(f64::from).map(Some)
+        }
+        (Value::Text(bytes), SourceType::Float8) => parse(bytes).map(Some),
+        // Through 32 bits, so that text and binary give the same double.
+        (Value::Text(bytes), SourceType::Float4) => parse::<f32>(bytes).map(f64::from).map(Some),
+        _ => Err(Unfit::Type(type_oid(source_type))),
+    }
+}
+
+fn parse<T: std::str::FromStr>(bytes: &[u8]) -> Result<T, Unfit> {
+    std::str::from_utf8(bytes).ok().and_then(|text| text.parse().ok()).ok_or(Unfit::Malformed)
+}
+
+/// A value as text for the quarantine: what `psql` would show where the type is known, else its
+/// bytes as `\x` and hexadecimal digits.
+pub(super) fn display(value: Value<'_>, source_type: SourceType) -> Option<String> {
+    let shown = match value {
+        Value::Null | Value::Unchanged => return None,
+        Value::Text(bytes) => std::str::from_utf8(bytes).ok().map(str::to_owned),
+        Value::Binary(bytes) => display_binary(bytes, value, source_type),
+    };
+    let (Value::Text(bytes) | Value::Binary(bytes)) = value else { return None };
+    Some(shown.unwrap_or_else(|| hex(bytes)))
+}
+
+fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Option<String> {
+    match source_type {
+        SourceType::Text => std::str::from_utf8(bytes).ok().map(str::to_owned),
+        SourceType::Int2 | SourceType::Int4 | SourceType::Int8 => {
+            integer(value, source_type).ok().map(|number| number.to_string())
+        }
+        SourceType::Float4 | SourceType::Float8 => {
+            optional_double(value, source_type).ok().flatten().map(|number| number.to_string())
+        }
+        SourceType::Bool => match bytes {
+            [0] => Some("f".to_owned()),
+            [1] => Some("t".to_owned()),
+            _ => None,
+        },
+        SourceType::TimestampTz | SourceType::Timestamp => {
+            display_timestamp(i64::from_be_bytes(array(bytes).ok()?))
+        }
+        SourceType::Other(_) => None,
+    }
+}
+
+fn display_timestamp(postgres_micros: i64) -> Option<String> {
+    match postgres_micros {
+        i64::MAX => return Some("infinity".to_owned()),
+        i64::MIN => return Some("-infinity".to_owned()),
+        _ => {}
+    }
+    let time =
+        postgres_micros.checked_add(POSTGRES_EPOCH_MICROS).and_then(DateTime::<Utc>::from_timestamp_micros);
+    Some(match time {
+        Some(time) => time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true),
+        None => format!("{postgres_micros} microseconds since 2000-01-01"),
+    })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold("\\x".to_owned(), |mut text, byte| {
+        // Writing to a String can't fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_and_binary_times_agree() {
+        let zero = Value::Binary(&[0; 8]);
+        assert_eq!(timestamp(zero, SourceType::TimestampTz), Ok(POSTGRES_EPOCH_MICROS));
+        for text in ["2000-01-01 00:00:00+00", "2000-01-01 00:00:00", "2000-01-01 05:30:00+05:30"] {
+            let value = Value::Text(text.as_bytes());
+            assert_eq!(timestamp(value, SourceType::TimestampTz), Ok(POSTGRES_EPOCH_MICROS), "{text}");
+        }
+        let fraction = Value::Text(b"1969-12-31 23:59:59.999999+00");
+        assert_eq!(timestamp(fraction, SourceType::TimestampTz), Ok(-1));
+    }
+
+    #[test]
+    fn times_past_the_calendar_are_unfit() {
+        for (text, reason) in [
+            ("infinity", Unfit::Infinity),
+            ("-infinity", Unfit::NegativeInfinity),
+            ("0044-03-15 00:00:00+00 BC", Unfit::OutsideCalendar),
+            ("20000-01-01 00:00:00+00", Unfit::OutsideCalendar),
+            ("yesterday", Unfit::Malformed),
+        ] {
+            assert_eq!(
+                timestamp(Value::Text(text.as_bytes()), SourceType::TimestampTz),
+                Err(reason),
+                "{text}"
+            );
+        }
+        let binary = |micros: i64| timestamp(Value::Binary(&micros.to_be_bytes()), SourceType::TimestampTz);
+        assert_eq!(binary(i64::MAX), Err(Unfit::Infinity));
+        assert_eq!(binary(i64::MIN), Err(Unfit::NegativeInfinity));
+        assert_eq!(binary(i64::MAX - 1), Err(Unfit::OutsideCalendar));
+        assert_eq!(binary(i64::MIN + 1), Err(Unfit::OutsideCalendar));
+    }
+
+    #[test]
+    fn numbers_are_checked() {
+        assert_eq!(int(Value::Binary(&[0xff; 2]), SourceType::Int2), Ok(-1));
+        assert_eq!(int(Value::Text(b"2147483648"), SourceType::Int8), Err(Unfit::TooWide));
+        assert_eq!(int(Value::Binary(&[0; 3]), SourceType::Int4), Err(Unfit::Malformed));
+        assert_eq!(int(Value::Text(b"1"), SourceType::Float8), Err(Unfit::Type(701)));
+        assert_eq!(
+            optional_double(Value::Text(b"-0"), SourceType::Float8).map(|v| v.map(f64::to_bits)),
+            Ok(Some(1 << 63))
+        );
+        assert_eq!(
+            optional_double(Value::Text(b"-Infinity"), SourceType::Float4),
+            Ok(Some(f64::NEG_INFINITY))
+        );
+    }
+
+    #[test]
+    fn unknown_types_are_shown_as_bytes() {
+        assert_eq!(display(Value::Binary(&[1, 255]), SourceType::Other(1700)).as_deref(), Some("\\x01ff"));
+        assert_eq!(display(Value::Binary(&[1]), SourceType::Bool).as_deref(), Some("t"));
+        assert_eq!(display(Value::Null, SourceType::Bool), None);
+    }
+}
