@@ -1,0 +1,234 @@
+//! `highwater --watermarks`: how far the archive reaches, as the database has it. Needs no running sidecar.
+
+use std::fmt::Write as _;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::Serialize;
+
+use super::{Format, print};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::postgres::sql;
+use crate::slot::{self, Slot};
+use crate::watermark::{self, EntityWatermark, State, Watermark};
+
+/// The JSON form. Its names are a promise to programs.
+#[derive(Serialize)]
+struct Document<'a> {
+    system_identifier: Option<&'a str>,
+    slot: Option<SlotObject<'a>>,
+    tables: Vec<TableObject<'a>>,
+    entities: Vec<EntityObject<'a>>,
+}
+
+#[derive(Serialize)]
+struct SlotObject<'a> {
+    name: &'a str,
+    confirmed_flush_lsn: String,
+    wal_status: &'a str,
+    retained_wal_bytes: Option<i64>,
+}
+
+#[derive(Serialize)]
+struct TableObject<'a> {
+    source_table: &'a str,
+    kind: &'a str,
+    state: State,
+    flushed_lsn: String,
+    archived_before: Option<u64>,
+    max_created_at: Option<String>,
+    row_count: i64,
+    file_count: i64,
+    byte_count: i64,
+    lag_bytes: u64,
+    updated_at: String,
+}
+
+#[derive(Serialize)]
+struct EntityObject<'a> {
+    source_table: &'a str,
+    space: &'a str,
+    name: &'a str,
+    version: &'a str,
+    min_created_at: String,
+    max_created_at: String,
+    row_count: i64,
+}
+
+pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
+    let mut session = sql::Session::new(config.source.clone());
+    let watermarks = session.run(watermark::read).await?;
+    let entities = session.run(watermark::read_entities).await?;
+    let slot = slot::find(&mut session, &config.slot).await?;
+    let end = session.run(slot::wal_end).await?;
+    match format {
+        Format::Table => print(table(&watermarks, &entities, slot.as_ref(), config, end).trim_end()),
+        Format::Json => {
+            let document = document(&watermarks, &entities, slot.as_ref(), end);
+            let text = serde_json::to_string_pretty(&document);
+            print(&text.map_err(|error| Error::Internal(format!("the watermarks have no JSON form ({error})")))?)
+        }
+    }
+}
+
+fn document<'a>(
+    watermarks: &'a [Watermark],
+    entities: &'a [EntityWatermark],
+    slot: Option<&'a Slot>,
+    end: Lsn,
+) -> Document<'a> {
+    Document {
+        system_identifier: watermarks.first().map(|row| row.system_identifier.as_str()),
+        slot: slot.map(|slot| SlotObject {
+            name: &slot.name,
+            confirmed_flush_lsn: slot.confirmed_flush_lsn.to_string(),
+            wal_status: &slot.wal_status,
+            retained_wal_bytes: slot.retained_wal_bytes,
+        }),
+        tables: watermarks.iter().map(|row| table_object(row, end)).collect(),
+        entities: entities.iter().map(entity_object).collect(),
+    }
+}
+
+fn table_object(row: &Watermark, end: Lsn) -> TableObject<'_> {
+    TableObject {
+        source_table: &row.source_table,
+        kind: &row.kind,
+        state: row.state,
+        flushed_lsn: row.flushed_lsn.to_string(),
+        archived_before: row.archived_before,
+        max_created_at: row.max_created_at.map(rfc3339),
+        row_count: row.row_count,
+        file_count: row.file_count,
+        byte_count: row.byte_count,
+        lag_bytes: end.bytes_since(row.flushed_lsn),
+        updated_at: rfc3339(row.updated_at),
+    }
+}
+
+fn entity_object(row: &EntityWatermark) -> EntityObject<'_> {
+    EntityObject {
+        source_table: &row.source_table,
+        space: &row.entity.space,
+        name: &row.entity.name,
+        version: &row.entity.version,
+        min_created_at: rfc3339(row.min_created_at),
+        max_created_at: rfc3339(row.max_created_at),
+        row_count: row.row_count,
+    }
+}
+
+fn rfc3339(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Micros, true)
+}
+
+fn table(
+    watermarks: &[Watermark],
+    entities: &[EntityWatermark],
+    slot: Option<&Slot>,
+    config: &Config,
+    end: Lsn,
+) -> String {
+    let mut text = match slot {
+        Some(slot) => format!(
+            "slot {}: confirmed {}, WAL {}, {} retained\n\n",
+            slot.name,
+            slot.confirmed_flush_lsn,
+            slot.wal_status,
+            slot.retained_wal_bytes.map_or_else(|| "nothing".to_owned(), bytes),
+        ),
+        None => format!("slot {}: missing; run `highwater setup`\n\n", config.slot),
+    };
+    let tables = watermarks.iter().map(|row| {
+        [
+            row.source_table.clone(),
+            row.state.name().to_owned(),
+            row.row_count.to_string(),
+            row.file_count.to_string(),
+            bytes(row.byte_count),
+            row.max_created_at.map_or_else(|| "-".to_owned(), seconds),
+            row.archived_before.map_or_else(|| "-".to_owned(), |xid| xid.to_string()),
+            row.flushed_lsn.to_string(),
+            bytes(i64::try_from(end.bytes_since(row.flushed_lsn)).unwrap_or(i64::MAX)),
+            seconds(row.updated_at),
+        ]
+    });
+    let heads = ["TABLE", "STATE", "ROWS", "FILES", "SIZE", "NEWEST", "BEFORE XID", "FLUSHED", "LAG", "UPDATED"];
+    align(&mut text, heads, tables.collect());
+    text.push('\n');
+    let entities = entities.iter().map(|row| {
+        [
+            row.source_table.clone(),
+            shown(&row.entity.space),
+            shown(&row.entity.name),
+            shown(&row.entity.version),
+            seconds(row.min_created_at),
+            seconds(row.max_created_at),
+            row.row_count.to_string(),
+        ]
+    });
+    align(&mut text, ["TABLE", "SPACE", "NAME", "VERSION", "OLDEST", "NEWEST", "ROWS"], entities.collect());
+    text
+}
+
+/// Appends rows under heads, in columns as wide as their widest cell.
+fn align<const N: usize>(text: &mut String, heads: [&str; N], rows: Vec<[String; N]>) {
+    let rows: Vec<[String; N]> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
+    let widths: Vec<usize> =
+        (0..N).map(|column| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0)).collect();
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        // Writing to a String can't fail.
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+}
+
+/// A name for a terminal: without control characters, and not too long.
+fn shown(name: &str) -> String {
+    const LENGTH_MAX: usize = 40;
+    let escaped = name.escape_debug().to_string();
+    match escaped.char_indices().nth(LENGTH_MAX) {
+        Some((end, _)) => format!("{}...", escaped.get(..end).unwrap_or_default()),
+        None if escaped.is_empty() => "\"\"".to_owned(),
+        None => escaped,
+    }
+}
+
+fn seconds(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
+/// A size in the largest unit that leaves at least one digit before the point.
+fn bytes(count: i64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    #[expect(clippy::cast_precision_loss, reason = "one digit after the point is shown")]
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let name = units.get(unit).copied().unwrap_or_default();
+    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {name}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(i64::MAX), "8388608.0 TiB");
+    }
+
+    #[test]
+    fn a_name_cant_disturb_the_terminal() {
+        assert_eq!(shown("a\u{1b}[2J\n"), "a\\u{1b}[2J\\n");
+        assert_eq!(shown(&"x".repeat(5000)).len(), 43);
+        assert_eq!(shown(""), "\"\"");
+    }
+}

@@ -1,0 +1,494 @@
+//! The committer: the task that makes checkpoints durable, in the order that ARCHITECTURE.md ("What is durable
+//! when") gives reasons for: files, log entries, watermark rows, acknowledgement.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt, stream};
+use rand::RngExt;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
+
+use crate::archive::{self, CommitNote, DataFile, EncodedFile, Merged, Namer, Storage, Table};
+use crate::batch::{Batches, EntitySpan};
+use crate::error::{Error, Result};
+use crate::failpoint;
+use crate::lsn::Lsn;
+use crate::postgres::sql;
+use crate::record::{Kind, Window, WindowWidth};
+use crate::watermark::{self, Advance, Horizon, TableTotals};
+
+/// Uploads of one checkpoint under way at once: enough to hide a round trip, few enough for any store.
+const UPLOADS_MAX: usize = 4;
+
+/// Encoded files that wait for an upload. Each is a few per cent of the memory that its rows take.
+const ENCODED_MAX: usize = 2;
+
+/// First and longest pause between attempts at storage that fails.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
+
+/// How often merges and maintenance are looked at.
+const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How often a table is vacuumed, and how old an object must be to be removed: running queries and uploads
+/// keep their files for that long.
+const VACUUM_INTERVAL: Duration = Duration::from_hours(24);
+
+/// What the builder asks for.
+#[derive(Debug)]
+pub(crate) enum Work {
+    /// Rows that end inside a transaction: written out now, named in the log with the checkpoint that
+    /// holds the transaction's commit.
+    Piece {
+        /// The rows.
+        batches: Box<Batches>,
+        /// Past the start of the transaction's commit record.
+        lsn: Lsn,
+    },
+    /// Rows that end at a commit boundary.
+    Checkpoint {
+        /// The rows; may be empty after a piece.
+        batches: Box<Batches>,
+        /// What it covers.
+        range: Range,
+    },
+    /// Nothing is pending before this position.
+    Idle {
+        /// A keepalive's position.
+        lsn: Lsn,
+    },
+}
+
+/// What a checkpoint covers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Range {
+    /// Where the first transaction's commit record begins.
+    pub(crate) first_lsn: Lsn,
+    /// Where the last transaction's commit record ends.
+    pub(crate) last_lsn: Lsn,
+    /// When the first was committed, microseconds since the epoch.
+    pub(crate) first_commit: i64,
+    /// When the last was committed.
+    pub(crate) last_commit: i64,
+}
+
+/// What the committer is made of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) storage: Storage,
+    pub(crate) tables: Vec<Table>,
+    pub(crate) sql: sql::Session,
+    pub(crate) schema: String,
+    pub(crate) window: WindowWidth,
+    pub(crate) max_lag: Duration,
+    /// Names this session's objects.
+    pub(crate) namer: Namer,
+    /// The position that everything is known to be durable up to.
+    pub(crate) durable: watch::Sender<Lsn>,
+}
+
+/// The task's state.
+#[derive(Debug)]
+pub(crate) struct Committer {
+    parts: Parts,
+    /// Files that are uploaded and not yet named in a log, by kind.
+    uploaded: BTreeMap<Kind, Vec<DataFile>>,
+    /// What the archive holds more than the watermark rows say.
+    unmirrored: Vec<(String, EntitySpan)>,
+    /// What the archive will hold more once `uploaded` is named.
+    spans: Vec<EntitySpan>,
+    /// Waits to be passed by the durable position.
+    horizon: Option<Horizon>,
+    merge: Option<(Kind, JoinHandle<Result<Merged>>)>,
+    vacuumed_at: Option<Instant>,
+}
+
+impl Drop for Committer {
+    fn drop(&mut self) {
+        if let Some((_, merge)) = &self.merge {
+            merge.abort();
+        }
+    }
+}
+
+impl Committer {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self {
+            parts,
+            uploaded: BTreeMap::new(),
+            unmirrored: Vec::new(),
+            spans: Vec::new(),
+            horizon: None,
+            merge: None,
+            vacuumed_at: None,
+        }
+    }
+
+    /// Works until the builder is gone. Priorities, highest first; the first two are rare and short, so they
+    /// can't keep a checkpoint waiting, and must not starve behind a busy stream:
+    ///
+    /// 1. a merge that has finished;
+    /// 2. housekeeping, every 10 s;
+    /// 3. what the builder asks for, in its order.
+    ///
+    /// # Errors
+    ///
+    /// Whatever can't be cured by trying again; [`Error::Fenced`] above all. Storage that fails is tried for ever.
+    pub(crate) async fn run(mut self, mut work: mpsc::Receiver<Work>) -> Result<()> {
+        let mut housekeeping = interval_at(Instant::now() + HOUSEKEEPING_INTERVAL, HOUSEKEEPING_INTERVAL);
+        housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                // 1.
+                (kind, merged) = finished(&mut self.merge) => self.commit_merge(kind, merged).await?,
+                // 2.
+                _ = housekeeping.tick() => self.keep_house().await?,
+                // 3.
+                next = work.recv() => match next {
+                    Some(next) => self.perform(next).await?,
+                    None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    async fn perform(&mut self, work: Work) -> Result<()> {
+        match work {
+            Work::Piece { batches, lsn } => self.write_files(batches, lsn).await,
+            Work::Checkpoint { batches, range } => {
+                self.write_files(batches, range.last_lsn).await?;
+                self.commit(range).await?;
+                self.record_position(range.last_lsn).await
+            }
+            Work::Idle { lsn } => self.record_position(lsn).await,
+        }
+    }
+
+    /// Encodes and uploads; step 1 of an advance.
+    async fn write_files(&mut self, batches: Box<Batches>, lsn: Lsn) -> Result<()> {
+        if batches.is_empty() {
+            return Ok(());
+        }
+        self.spans.extend(batches.entity_spans());
+        let (sender, encoded) = mpsc::channel(ENCODED_MAX);
+        let encoder = tokio::task::spawn_blocking(move || encode_files(&batches, &sender));
+        let encoded = stream::unfold(encoded, |mut encoded| async {
+            let file = encoded.recv().await?;
+            Some((file, encoded))
+        });
+        let uploads = encoded.map(|(kind, window, file)| self.upload(kind, window, lsn, file));
+        let files: Vec<(Kind, DataFile)> = uploads.buffer_unordered(UPLOADS_MAX).try_collect().await?;
+        encoder.await.map_err(|error| Error::Internal(format!("the encoder failed: {error}")))??;
+        for (kind, file) in files {
+            self.uploaded.entry(kind).or_default().push(file);
+        }
+        Ok(())
+    }
+
+    async fn upload(&self, kind: Kind, window: Window, lsn: Lsn, file: EncodedFile) -> Result<(Kind, DataFile)> {
+        failpoint::hit("after-encode");
+        // A new name for each attempt: one that failed may still arrive.
+        let attempt = || {
+            let path = self.parts.namer.name(window, lsn);
+            archive::upload(&self.parts.storage, kind, path, file.clone())
+        };
+        let uploaded = until_stored(&format!("uploading {} rows of {}", file.stats.row_count, kind.name()), attempt).await?;
+        Ok((kind, uploaded))
+    }
+
+    /// One log entry for each table that got rows, the quarantine's first; step 2 of an advance.
+    async fn commit(&mut self, range: Range) -> Result<()> {
+        let uploaded = std::mem::take(&mut self.uploaded);
+        let mut row_count = 0;
+        for kind in COMMIT_ORDER {
+            let Some(files) = uploaded.get(&kind) else { continue };
+            let note = CommitNote {
+                first_lsn: range.first_lsn,
+                last_lsn: range.last_lsn,
+                first_committed_at: Some(range.first_commit),
+                last_committed_at: Some(range.last_commit),
+                row_count: files.iter().map(|file| file.stats.row_count).sum(),
+            };
+            row_count += note.row_count;
+            self.commit_table(kind, files, range.last_lsn, &note).await?;
+            failpoint::hit("between-tables");
+        }
+        let schema = &self.parts.schema;
+        for span in self.spans.drain(..) {
+            if let Some(table) = watermark::source_table(schema, span.kind) {
+                self.unmirrored.push((table, span));
+            }
+        }
+        let age_ms = (chrono::Utc::now().timestamp_micros() - range.first_commit) / 1000;
+        tracing::info!(rows = row_count, lsn = %range.last_lsn, age_ms, "archived a checkpoint");
+        Ok(())
+    }
+
+    async fn commit_table(&mut self, kind: Kind, files: &[DataFile], lsn: Lsn, note: &CommitNote) -> Result<()> {
+        let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else {
+            return Err(Error::Internal(format!("no archive table for {}", kind.name())));
+        };
+        let mut pause = RETRY_PAUSE.0;
+        // A commit that is repeated recognises itself in the log.
+        while let Err(error) = table.commit(files, lsn, note).await {
+            if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
+                return Err(error);
+            }
+            storage_failed(&format!("committing {}", kind.name()), &error, &mut pause).await;
+        }
+        Ok(())
+    }
+
+    /// Steps 3 and 4 of an advance: everything before `lsn` is in the logs, so say so in Postgres, and then
+    /// let the server forget it.
+    async fn record_position(&mut self, lsn: Lsn) -> Result<()> {
+        failpoint::hit("before-watermark");
+        match self.mirror(lsn).await {
+            Ok(()) => failpoint::hit("after-watermark"),
+            Err(error) if error.is_transient() => {
+                // Most likely the server shuts down, and waits for us: record the position where we can.
+                tracing::warn!(error = error.chain(), "no watermark row; recording {lsn} in the archive's logs");
+                self.mark(lsn).await?;
+            }
+            Err(error) => return Err(error),
+        }
+        failpoint::hit("before-ack");
+        self.parts.durable.send_if_modified(|durable| {
+            let moved = lsn > *durable;
+            *durable = lsn.max(*durable);
+            moved
+        });
+        Ok(())
+    }
+
+    async fn mirror(&mut self, lsn: Lsn) -> Result<()> {
+        let passed = self.horizon.filter(|horizon| horizon.lsn <= lsn);
+        let tables: Vec<(String, TableTotals)> = self.totals();
+        let advance = Advance {
+            lsn,
+            archived_before: passed.map(|horizon| horizon.xmin),
+            tables: &tables,
+            spans: &self.unmirrored,
+        };
+        self.parts.sql.run(async |client| watermark::advance(client, &advance).await).await?;
+        self.unmirrored.clear();
+        if passed.is_some() {
+            self.horizon = None;
+        }
+        if self.horizon.is_none() {
+            // The next advance publishes it. Without it the purge waits a little longer, no more.
+            let horizon = self.parts.sql.run(watermark::horizon).await;
+            self.horizon = horizon.map_err(|error| tracing::debug!(error = error.chain(), "no horizon")).ok();
+        }
+        Ok(())
+    }
+
+    fn totals(&self) -> Vec<(String, TableTotals)> {
+        let tables = self.parts.tables.iter();
+        tables
+            .filter_map(|table| Some((watermark::source_table(&self.parts.schema, table.kind())?, totals(table))))
+            .collect()
+    }
+
+    /// An entry with only a position in every log.
+    async fn mark(&mut self, lsn: Lsn) -> Result<()> {
+        for kind in COMMIT_ORDER {
+            let at = self.parts.tables.iter().find(|table| table.kind() == kind).map(Table::lsn);
+            if at.is_some_and(|at| at < lsn) {
+                self.commit_table(kind, &[], lsn, &CommitNote { last_lsn: lsn, ..CommitNote::default() }).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a merge if a window wants one, and keeps the logs short.
+    async fn keep_house(&mut self) -> Result<()> {
+        for table in &mut self.parts.tables {
+            table.maintain().await;
+        }
+        self.vacuum().await?;
+        self.start_merge();
+        Ok(())
+    }
+
+    fn start_merge(&mut self) {
+        // While rows are missing in the entity watermarks, the names of their files tell which (see
+        // `recover`); a merge would mix them with others.
+        if self.merge.is_some() || !self.unmirrored.is_empty() {
+            return;
+        }
+        let now = chrono::Utc::now().timestamp_micros();
+        // Late rows come for about as long as checkpoints take.
+        let quiet = self.parts.max_lag * 2;
+        let plan = self.parts.tables.iter().find_map(|table| {
+            table.merge_candidates(now, quiet, self.parts.window).into_iter().next()
+        });
+        if let Some(plan) = plan {
+            let (storage, namer) = (self.parts.storage.clone(), self.parts.namer.clone());
+            let kind = plan.kind;
+            let merge = tokio::spawn(async move { archive::merge(&storage, &namer, &plan).await });
+            self.merge = Some((kind, merge));
+        }
+    }
+
+    async fn commit_merge(&mut self, kind: Kind, merged: Result<Merged>) -> Result<()> {
+        let merged = match merged {
+            Ok(merged) => merged,
+            Err(error) => {
+                tracing::warn!(kind = kind.name(), error = error.chain(), "a window was not merged, it will be tried again");
+                return Ok(());
+            }
+        };
+        let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else { return Ok(()) };
+        match table.commit_merge(&merged).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            Err(error @ Error::Storage { .. }) => {
+                tracing::warn!(error = error.chain(), "a merge was not committed, it will be tried again");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        tracing::info!(
+            kind = kind.name(),
+            window = merged.window,
+            files = merged.inputs.len(),
+            into = merged.outputs.len(),
+            "merged a window"
+        );
+        if let Some(name) = watermark::source_table(&self.parts.schema, kind) {
+            let totals = totals(table);
+            let written = self.parts.sql.run(async |client| watermark::update_files(client, &name, totals).await).await;
+            if let Err(error) = written {
+                tracing::debug!(error = error.chain(), "the file count follows with the next checkpoint");
+            }
+        }
+        // There may be more to merge.
+        self.start_merge();
+        Ok(())
+    }
+
+    async fn vacuum(&mut self) -> Result<()> {
+        if self.vacuumed_at.is_some_and(|at| at.elapsed() < VACUUM_INTERVAL) {
+            return Ok(());
+        }
+        self.vacuumed_at = Some(Instant::now());
+        for table in &mut self.parts.tables {
+            match table.vacuum(&self.parts.namer, VACUUM_INTERVAL).await {
+                Ok(0) => {}
+                Ok(removed) => tracing::info!(kind = table.kind().name(), removed, "removed unused objects"),
+                Err(error @ Error::Fenced { .. }) => return Err(error),
+                Err(error) => tracing::warn!(kind = table.kind().name(), error = error.chain(), "vacuum failed, it will be tried again"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A row that goes to quarantine is skipped if its own table has its transaction, so the quarantine's log must have
+/// it first.
+const COMMIT_ORDER: [Kind; 4] = [Kind::Quarantine, Kind::Custom, Kind::Psi, Kind::Spc];
+
+fn encode_files(batches: &Batches, sender: &mpsc::Sender<(Kind, Window, EncodedFile)>) -> Result<()> {
+    for rows in batches.files() {
+        let mut failure = None;
+        // Built one by one as the encoder wants them, so that only one sorted copy exists at a time.
+        let record_batches = rows.record_batches().map_while(|batch| batch.map_err(|error| failure = Some(error)).ok());
+        let file = archive::encode(rows.kind(), record_batches)?;
+        if let Some(error) = failure {
+            let context = format!("building the columns of {}", rows.kind().name());
+            return Err(Error::Encode { context, source: Box::new(error) });
+        }
+        let Some(file) = file else { continue };
+        if file.stats.row_count != rows.row_count() {
+            let detail = format!("{} rows of {} became {}", rows.row_count(), rows.kind().name(), file.stats.row_count);
+            return Err(Error::Internal(detail));
+        }
+        // Nobody receives any more: the checkpoint has failed and said why.
+        if sender.blocking_send((rows.kind(), rows.window(), file)).is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the running merge, for ever if there is none.
+async fn finished(merge: &mut Option<(Kind, JoinHandle<Result<Merged>>)>) -> (Kind, Result<Merged>) {
+    let Some((kind, handle)) = merge else { return std::future::pending().await };
+    let (kind, result) = (*kind, handle.await);
+    *merge = None;
+    (kind, result.unwrap_or_else(|error| Err(Error::Internal(format!("the merge failed: {error}")))))
+}
+
+/// Tries until storage takes it.
+async fn until_stored<T, F: Future<Output = Result<T>>>(what: &str, attempt: impl Fn() -> F) -> Result<T> {
+    let mut pause = RETRY_PAUSE.0;
+    loop {
+        match attempt().await {
+            Err(error @ (Error::Storage { .. } | Error::Io { .. })) => storage_failed(what, &error, &mut pause).await,
+            result => return result,
+        }
+    }
+}
+
+/// Logs and waits, longer every time, with jitter so that many sidecars don't come back at once.
+async fn storage_failed(what: &str, error: &Error, pause: &mut Duration) {
+    tracing::warn!(error = error.chain(), retry_in = ?*pause, "{what} failed; rows wait, the stream stays connected");
+    let jitter = rand::rng().random_range(0.5..1.0);
+    sleep(pause.mul_f64(jitter)).await;
+    *pause = (*pause * 2).min(RETRY_PAUSE.1);
+}
+
+fn totals(table: &Table) -> TableTotals {
+    let totals = table.totals();
+    TableTotals {
+        max_created_at: totals.max_created_at,
+        row_count: totals.row_count,
+        file_count: totals.file_count,
+        byte_count: totals.byte_count,
+    }
+}
+
+/// Brings the watermark rows up to the logs: a session that ended between the two left them behind. Must be
+/// called before the first commit of a session.
+///
+/// # Errors
+///
+/// The rows can't be read or written, or the files of the entities in between can't be read.
+pub(crate) async fn recover(
+    storage: &Storage,
+    tables: &[Table],
+    sql: &mut sql::Session,
+    schema: &str,
+) -> Result<()> {
+    let watermarks = sql.run(watermark::read).await?;
+    for table in tables {
+        let Some(name) = watermark::source_table(schema, table.kind()) else { continue };
+        let Some(row) = watermarks.iter().find(|row| row.source_table == name) else { continue };
+        if row.flushed_lsn >= table.lsn() {
+            continue;
+        }
+        let since = table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
+        let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
+        tracing::info!(table = name, files = paths.len(), from = %row.flushed_lsn, to = %table.lsn(), "bringing the watermark up to the archive");
+        let entities = archive::entity_stats(storage, table.kind(), &paths).await?;
+        let spans: Vec<_> = entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
+        let tables = [(name, totals(table))];
+        let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
+        sql.run(async |client| watermark::advance(client, &advance).await).await?;
+    }
+    Ok(())
+}
+
+fn span(kind: Kind, stats: archive::EntityStats) -> EntitySpan {
+    EntitySpan {
+        kind,
+        entity: stats.entity,
+        min_created_at: stats.min_created_at,
+        max_created_at: stats.max_created_at,
+        row_count: stats.row_count,
+    }
+}

@@ -1,0 +1,262 @@
+//! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server calls.
+
+use std::time::Duration;
+
+use rand::RngExt;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::archive::{Namer, Storage, Table};
+use crate::commit::{self, Committer, Parts, Work};
+use crate::config::Config;
+use crate::error::{Error, Policy, Result};
+use crate::lsn::Lsn;
+use crate::postgres::{Receiver, ReplicationConnection, sql};
+use crate::record::Kind;
+use crate::slot::{self, Slot};
+use crate::stream::Builder;
+use crate::watermark;
+
+/// First and longest pause between sessions.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// A session that held for so long was healthy: the next failure starts with the first pause again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+
+/// Chunks (of half a MiB or one frame) between the receiver and the builder.
+const CHUNKS_MAX: usize = 8;
+
+/// Checkpoints between the builder and the committer; with the one that is being written, two are in flight.
+const CHECKPOINTS_WAITING_MAX: usize = 1;
+
+/// How long a stop waits for the last checkpoint. What is not archived by then stays in Postgres.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long whole checkpoints that are queued may still take after the connection is lost.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The archiver as a background task of the current Tokio runtime (multi-threaded).
+///
+/// ```no_run
+/// # async fn example() -> highwater::Result<()> {
+/// let (shutdown, watcher) = tokio::sync::watch::channel(());
+/// let archiver = highwater::Archiver::start(highwater::Config::from_env()?, watcher);
+/// // ... serve ...
+/// shutdown.send_replace(());
+/// archiver.wait().await
+/// # }
+/// ```
+///
+/// It survives whatever may pass by itself (a restart of the server, storage that fails) and ends on what only a person
+/// can mend. Dropping it ends it at once, as a crash would; nothing is lost or doubled by that.
+#[derive(Debug)]
+pub struct Archiver {
+    task: JoinHandle<Result<()>>,
+}
+
+impl Archiver {
+    /// Starts archiving. A change of `shutdown`, or the end of its sender, asks it to stop: it cuts a last checkpoint,
+    /// acknowledges it, and ends.
+    ///
+    /// # Panics
+    ///
+    /// Outside a Tokio runtime.
+    #[must_use]
+    pub fn start(config: Config, shutdown: watch::Receiver<()>) -> Self {
+        Self { task: tokio::spawn(run(config, shutdown)) }
+    }
+
+    /// Waits until it has stopped.
+    ///
+    /// # Errors
+    ///
+    /// Why it ended although nobody asked it to; or why a stop was not clean (rows that were not archived yet are
+    /// still in Postgres).
+    pub async fn wait(mut self) -> Result<()> {
+        let result = (&mut self.task).await;
+        result.unwrap_or_else(|error| Err(Error::Internal(format!("the archiver failed: {error}"))))
+    }
+}
+
+impl Drop for Archiver {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn run(config: Config, mut shutdown: watch::Receiver<()>) -> Result<()> {
+    let mut pause = RETRY_PAUSE.0;
+    loop {
+        let started = Instant::now();
+        let error = match session(&config, &mut shutdown).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if error.policy() != Policy::Retry {
+            return Err(error);
+        }
+        if started.elapsed() > HEALTHY_AFTER {
+            pause = RETRY_PAUSE.0;
+        }
+        let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
+        tracing::warn!(error = error.chain(), retry_in = ?jittered, "not archiving; rows wait in Postgres");
+        tokio::select! {
+            biased;
+            _ = shutdown.changed() => return Ok(()),
+            () = sleep(jittered) => {}
+        }
+        pause = (pause * 2).min(RETRY_PAUSE.1);
+    }
+}
+
+/// The tasks of a session, and where it begins.
+struct Session {
+    receiver: Receiver,
+    chunks: mpsc::Receiver<crate::postgres::Chunk>,
+    committer: JoinHandle<Result<()>>,
+    builder: Builder,
+}
+
+/// One hold of the slot.
+async fn session(config: &Config, shutdown: &mut watch::Receiver<()>) -> Result<()> {
+    let opened = tokio::select! {
+        biased;
+        _ = shutdown.changed() => return Ok(()),
+        opened = open(config) => opened?,
+    };
+    let Session { mut receiver, chunks, mut committer, builder } = opened;
+    let outcome = tokio::select! {
+        biased;
+        // The committer's own error says more than that its queue is closed.
+        result = &mut committer => return Err(early_end(result)),
+        result = builder.run(chunks, shutdown) => result,
+        result = receiver.ended() => Err(result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))),
+    };
+    // The builder is gone, and with it the sender of work: the committer ends after what is queued.
+    let wait = if outcome.is_ok() { STOP_TIMEOUT } else { DRAIN_TIMEOUT };
+    let drained = timeout(wait, &mut committer).await;
+    let Ok(drained) = drained else {
+        committer.abort();
+        outcome?;
+        let detail = format!("the last checkpoint was not archived within {wait:?}; its rows are still in Postgres");
+        return Err(Error::Internal(detail));
+    };
+    let drained = drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))));
+    if let Err(error @ Error::Fenced { .. }) = drained {
+        return Err(error);
+    }
+    outcome.and(drained)?;
+    receiver.finish().await
+}
+
+fn early_end(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
+    match result {
+        Ok(Ok(())) => Error::Internal("the committer ended early".to_owned()),
+        Ok(Err(error)) => error,
+        Err(error) => Error::Internal(format!("the committer failed: {error}")),
+    }
+}
+
+/// Gets the slot, claims the tables, brings the watermarks up to them, and starts the tasks. The order matters, see
+/// ARCHITECTURE.md ("One writer").
+async fn open(config: &Config) -> Result<Session> {
+    let mut sql = sql::Session::new(config.source.clone());
+    let storage = Storage::open(&config.storage)?;
+    let mut connection = ReplicationConnection::connect(&config.source).await?;
+    let system_identifier = slot::system_identifier(&mut connection).await?;
+    let slot = slot::find(&mut sql, &config.slot).await?;
+    let slot = check_slot(config, &mut sql, slot, &system_identifier).await?;
+    let stream = connection.start(&config.slot, &config.publication).await?;
+
+    let app_id = format!("highwater/{system_identifier}/{}", config.slot);
+    let namer = Namer::new();
+    let session_id = format!("{:032x}", rand::rng().random::<u128>());
+    let mut tables = Vec::new();
+    for kind in Kind::ALL {
+        tables.push(Table::claim(&storage, kind, &app_id, &session_id, slot.confirmed_flush_lsn).await?);
+    }
+    commit::recover(&storage, &tables, &mut sql, &config.schema).await?;
+    check_gap(config, &mut sql, &slot).await?;
+
+    let start = slot.confirmed_flush_lsn;
+    let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
+    for (place, table) in table_lsn.iter_mut().zip(&tables) {
+        *place = table.lsn();
+    }
+    tracing::info!(
+        slot = config.slot,
+        from = %start,
+        storage = config.storage.storage_uri,
+        session = session_id,
+        "archiving"
+    );
+    let (durable_sender, durable) = watch::channel(start);
+    let (chunk_sender, chunks) = mpsc::channel(CHUNKS_MAX);
+    let (work_sender, work) = mpsc::channel::<Work>(CHECKPOINTS_WAITING_MAX);
+    let parts = Parts {
+        storage,
+        tables,
+        sql: sql::Session::new(config.source.clone()),
+        schema: config.schema.clone(),
+        window: config.window,
+        max_lag: config.max_lag,
+        namer,
+        durable: durable_sender,
+    };
+    Ok(Session {
+        receiver: stream.spawn(chunk_sender, durable),
+        chunks,
+        committer: tokio::spawn(Committer::new(parts).run(work)),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender),
+    })
+}
+
+/// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.
+async fn check_slot(config: &Config, sql: &mut sql::Session, slot: Option<Slot>, system_identifier: &str) -> Result<Slot> {
+    let watermarks = sql.run(watermark::read).await?;
+    if watermarks.is_empty() {
+        let detail = "no table is archived through it yet; run `highwater setup`".to_owned();
+        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
+    }
+    if let Some(other) = watermarks.iter().find(|row| row.system_identifier != system_identifier) {
+        let detail = format!(
+            "this server is system {system_identifier}, but {} is archived from system {}: a restored or promoted copy, \
+             or the wrong database",
+            other.source_table, other.system_identifier
+        );
+        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
+    }
+    if let Some(other) = watermarks.iter().find(|row| row.slot_name != config.slot) {
+        let detail = format!("{} is archived through slot {:?}", other.source_table, other.slot_name);
+        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
+    }
+    let slot = match slot {
+        Some(slot) if slot.wal_status != "lost" => return Ok(slot),
+        slot => slot,
+    };
+    for table in sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await? {
+        tracing::error!(table, "gap: rows may have been written that no slot holds; its purge is blocked");
+    }
+    let detail = match slot {
+        None => "it does not exist; run `highwater setup` to make a new one",
+        Some(_) => "the server has removed WAL that it still needed (wal_status is lost); drop it and run `highwater setup`",
+    };
+    Err(Error::Slot { slot: config.slot.clone(), detail: detail.to_owned(), transient: false })
+}
+
+/// A slot ahead of the archive means that rows were skipped. What comes is archived, and the gap stays marked.
+async fn check_gap(config: &Config, sql: &mut sql::Session, slot: &Slot) -> Result<()> {
+    let watermarks = sql.run(watermark::read).await?;
+    if watermarks.iter().all(|row| slot.confirmed_flush_lsn <= row.flushed_lsn) {
+        return Ok(());
+    }
+    for table in sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await? {
+        tracing::error!(
+            table,
+            slot_at = %slot.confirmed_flush_lsn,
+            "gap: the slot is ahead of the archive, so rows were skipped; what comes is archived, and the table's purge is blocked"
+        );
+    }
+    Ok(())
+}

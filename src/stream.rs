@@ -1,0 +1,338 @@
+//! The builder: the task that turns the stream into checkpoints.
+//!
+//! ```text
+//! chunk of frames -> message -> row -> batches -- cut --> Work -> committer
+//! ```
+//!
+//! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its rows fill a
+//! third of the memory (one is built, one waits, one is being written), when a window of time ends, and when
+//! somebody asks: a shutdown of ours, or a server that shuts down and waits for us.
+//!
+//! # Why a keepalive may move our position
+//!
+//! The server sends transactions in the order of their commit records, each whole, and a keepalive carries the position that
+//! it has decoded up to. So when no transaction is open and no row is pending, everything committed before that position has been
+//! handed on to the committer or was not ours, and since the committer works in order, the position may be
+//! recorded after whatever is queued there.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use crate::batch::Batches;
+use crate::commit::{Range, Work};
+use crate::config::Config;
+use crate::decode::{Decoder, ENTITY_TABLE, Inserted};
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::pgoutput::{Begin, Commit, Insert, Message};
+use crate::postgres::{Chunk, Frame, sql};
+use crate::record::{Entity, Kind, Window, WindowWidth};
+
+/// A position that only keepalives moved is recorded when it is this much further, the size of the smallest part of the
+/// log that the server can remove being 16 MiB: far more than our own recording writes, so that an idle server and an
+/// idle sidecar don't keep each other awake.
+const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
+
+/// ... and at most so often: each costs a write in the source database.
+const IDLE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
+const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
+
+/// The builder's state.
+pub(crate) struct Builder {
+    sql: sql::Session,
+    entity_query: String,
+    decoder: Decoder,
+    batches: Batches,
+    window: WindowWidth,
+    max_lag: Duration,
+    batch_bytes_max: usize,
+    table_lsn: [Lsn; Kind::ALL.len()],
+    work: mpsc::Sender<Work>,
+    /// The transaction that is being received.
+    open: Option<Begin>,
+    /// Whether pieces of it were handed on, so that its commit must follow.
+    in_pieces: bool,
+    /// The committed transactions since the last checkpoint that had rows for us.
+    range: Option<Range>,
+    /// When the checkpoint must be cut.
+    deadline: Option<Instant>,
+    /// The newest keepalive's position while nothing is pending.
+    idle: Option<Lsn>,
+    /// The position last handed on, and when.
+    recorded: (Lsn, Instant),
+    /// Whether rows were handed on since: their horizon waits to be published.
+    horizon_waits: bool,
+    quarantined: u64,
+}
+
+impl Builder {
+    /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at `start`.
+    pub(crate) fn new(
+        config: &Config,
+        sql: sql::Session,
+        table_lsn: [Lsn; Kind::ALL.len()],
+        start: Lsn,
+        work: mpsc::Sender<Work>,
+    ) -> Self {
+        Self {
+            sql,
+            entity_query: format!(
+                "select space, name, version from {}.{ENTITY_TABLE} where id = $1::bigint",
+                sql::quote_identifier(&config.schema)
+            ),
+            decoder: Decoder::new(&config.schema),
+            batches: Batches::new(config.window, now()),
+            window: config.window,
+            max_lag: config.max_lag,
+            batch_bytes_max: config.memory_bytes / 3,
+            table_lsn,
+            work,
+            open: None,
+            in_pieces: false,
+            range: None,
+            deadline: None,
+            idle: None,
+            recorded: (start, Instant::now()),
+            horizon_waits: false,
+            quarantined: 0,
+        }
+    }
+
+    /// Works until the stream ends or `stop` says so; then cuts a last checkpoint. Priorities, highest first:
+    ///
+    /// 1. a stop;
+    /// 2. a checkpoint, or an idle position, that is due;
+    /// 3. the stream.
+    ///
+    /// # Errors
+    ///
+    /// The stream is not what it should be, or an entity could not be looked up. Rows since the last checkpoint are then
+    /// given up; they come again.
+    pub(crate) async fn run(mut self, mut chunks: mpsc::Receiver<Chunk>, stop: &mut watch::Receiver<()>) -> Result<()> {
+        loop {
+            let due = self.due();
+            tokio::select! {
+                biased;
+                // 1. A dropped sender is a stop, too.
+                _ = stop.changed() => break,
+                // 2.
+                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => self.fall_due().await?,
+                // 3.
+                chunk = chunks.recv() => match chunk {
+                    Some(chunk) => self.take(&chunk).await?,
+                    None => return Ok(()),
+                },
+            }
+        }
+        let deadline = Instant::now() + TRANSACTION_END_WAIT;
+        while self.open.is_some() {
+            tokio::select! {
+                biased;
+                () = sleep_until(deadline) => return Ok(()),
+                chunk = chunks.recv() => match chunk {
+                    Some(chunk) => self.take(&chunk).await?,
+                    None => return Ok(()),
+                },
+            }
+        }
+        self.cut().await
+    }
+
+    /// When [`Builder::fall_due`] has something to do.
+    fn due(&self) -> Option<Instant> {
+        if self.open.is_none() && self.deadline.is_some() {
+            return self.deadline;
+        }
+        let moved = self.idle?.bytes_since(self.recorded.0);
+        (moved >= IDLE_ADVANCE_BYTES || (moved > 0 && self.horizon_waits)).then(|| self.recorded.1 + IDLE_INTERVAL)
+    }
+
+    async fn fall_due(&mut self) -> Result<()> {
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.cut().await
+        } else {
+            self.record_idle().await
+        }
+    }
+
+    async fn take(&mut self, chunk: &Chunk) -> Result<()> {
+        for frame in chunk.frames() {
+            match frame? {
+                Frame::XLogData { message, .. } => self.message(message).await?,
+                Frame::Keepalive { wal_end, reply_requested } => self.keepalive(wal_end, reply_requested).await?,
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    async fn message(&mut self, bytes: &[u8]) -> Result<()> {
+        match Message::parse(bytes).map_err(malformed)? {
+            Message::Insert(insert) => self.insert(&insert).await,
+            Message::Begin(begin) => {
+                self.decoder.begin(begin, self.table_lsn);
+                self.open = Some(begin);
+                self.idle = None;
+                Ok(())
+            }
+            Message::Commit(commit) => self.commit(commit).await,
+            Message::Relation(relation) => {
+                for notice in self.decoder.relation(&relation) {
+                    tracing::warn!("{notice}");
+                }
+                Ok(())
+            }
+            // The publication sends inserts only; `highwater check` says so when it doesn't.
+            Message::Other(_) => Ok(()),
+        }
+    }
+
+    #[inline]
+    async fn insert(&mut self, insert: &Insert<'_>) -> Result<()> {
+        loop {
+            match self.decoder.insert(insert, &mut self.batches).map_err(malformed)? {
+                Inserted::Done => break,
+                Inserted::Quarantined => {
+                    self.quarantined += 1;
+                    break;
+                }
+                Inserted::UnknownEntity(id) => self.look_up(id).await?,
+            }
+        }
+        if self.batches.byte_count() < self.batch_bytes_max { Ok(()) } else { self.cut_piece().await }
+    }
+
+    async fn look_up(&mut self, id: i64) -> Result<()> {
+        let query = self.entity_query.as_str();
+        let row = self
+            .sql
+            .run(async |client| client.query_opt(query, &[&id]).await.map_err(Error::sql(format!("looking up entity {id}"))))
+            .await?;
+        let entity = row.map(|row| {
+            let column = |index| row.try_get::<_, String>(index).map_err(Error::sql(format!("reading entity {id}")));
+            Ok::<_, Error>(Entity { space: column(0)?, name: column(1)?, version: column(2)? })
+        });
+        self.decoder.resolve(id, entity.transpose()?);
+        Ok(())
+    }
+
+    async fn commit(&mut self, commit: Commit) -> Result<()> {
+        self.open = None;
+        if self.batches.is_empty() && !self.in_pieces {
+            // Nothing of it was for us, or all of it is archived.
+            return Ok(());
+        }
+        let first = self.range.map_or((commit.commit_lsn, commit.commit_micros), |range| (range.first_lsn, range.first_commit));
+        self.range = Some(Range {
+            first_lsn: first.0,
+            last_lsn: commit.end_lsn,
+            first_commit: first.1,
+            last_commit: commit.commit_micros,
+        });
+        if self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
+            return self.cut().await;
+        }
+        self.deadline.get_or_insert_with(|| Instant::now() + time_to_cut(self.max_lag, self.window, now()));
+        Ok(())
+    }
+
+    async fn keepalive(&mut self, wal_end: Lsn, reply_requested: bool) -> Result<()> {
+        if self.open.is_some() {
+            return Ok(());
+        }
+        // We report so often that a server only asks when it shuts down: it waits for us, so don't wait for
+        // the deadline.
+        if reply_requested {
+            self.cut().await?;
+        }
+        if self.range.is_none() {
+            self.idle = Some(wal_end);
+            if reply_requested && wal_end > self.recorded.0 {
+                return self.record_idle().await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn record_idle(&mut self) -> Result<()> {
+        if let Some(lsn) = self.idle {
+            self.hand_on(Work::Idle { lsn }).await?;
+            self.recorded = (lsn, Instant::now());
+            self.horizon_waits = false;
+        }
+        Ok(())
+    }
+
+    /// Ends the checkpoint at the last commit. Must not be called inside a transaction.
+    async fn cut(&mut self) -> Result<()> {
+        self.deadline = None;
+        let Some(range) = self.range.take() else { return Ok(()) };
+        self.tell_quarantined();
+        let batches = self.replace_batches();
+        self.in_pieces = false;
+        self.idle = None;
+        self.recorded = (range.last_lsn, Instant::now());
+        self.horizon_waits = true;
+        self.hand_on(Work::Checkpoint { batches, range }).await
+    }
+
+    /// Hands on what a transaction that is larger than memory has brought so far.
+    async fn cut_piece(&mut self) -> Result<()> {
+        // Between transactions a commit cuts, so there is an open one.
+        let Some(begin) = self.open else { return Ok(()) };
+        let batches = self.replace_batches();
+        self.in_pieces = true;
+        // Past the start of its commit record, as the skip rule wants it.
+        self.hand_on(Work::Piece { batches, lsn: Lsn(begin.final_lsn.0 + 1) }).await
+    }
+
+    fn replace_batches(&mut self) -> Box<Batches> {
+        self.decoder.forget_unresolved();
+        Box::new(std::mem::replace(&mut self.batches, Batches::new(self.window, now())))
+    }
+
+    fn tell_quarantined(&mut self) {
+        match std::mem::take(&mut self.quarantined) {
+            0 => {}
+            rows => tracing::warn!(rows, "rows that the archive can't hold went to its quarantine table, with the reason"),
+        }
+    }
+
+    async fn hand_on(&mut self, work: Work) -> Result<()> {
+        // The committer has failed; its own error says why.
+        self.work.send(work).await.map_err(|_| Error::Internal("the committer is gone".to_owned()))
+    }
+}
+
+/// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter for encoding, upload and
+/// commit; or until the current window ends, so that its files can be merged soon.
+fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Duration {
+    let rest = Window::of(now_micros, window).end() - now_micros;
+    (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))
+}
+
+fn now() -> i64 {
+    chrono::Utc::now().timestamp_micros()
+}
+
+fn malformed(error: impl std::fmt::Display) -> Error {
+    Error::Protocol { context: "decoding the replication stream".to_owned(), detail: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_waits_for_three_quarters_of_the_bound_or_the_end_of_the_window() {
+        let hour = WindowWidth::new(Duration::from_secs(3600)).unwrap();
+        let minute = Duration::from_secs(60);
+        assert_eq!(time_to_cut(minute, hour, 0), Duration::from_secs(45));
+        assert_eq!(time_to_cut(minute, hour, 3_590_000_000), Duration::from_secs(10));
+        assert_eq!(time_to_cut(minute * 240, hour, 1), Duration::from_micros(3_599_999_999));
+    }
+}
