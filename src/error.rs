@@ -135,11 +135,15 @@ impl Error {
             },
             Self::Slot { transient: true, .. } => Policy::Retry,
             Self::Slot { .. } => stop("run `highwater check`"),
-            Self::Protocol { .. } => stop("check that the server is PostgreSQL 15 or later; report this otherwise"),
+            Self::Protocol { .. } => {
+                stop("check that the server is PostgreSQL 15 or later; report this otherwise")
+            }
             Self::Storage { source, .. } => storage_policy(source),
             Self::Delta { source, .. } => delta_policy(source),
             Self::Fenced { .. } => stop("nothing is lost; see which process archives now"),
-            Self::Encode { .. } | Self::Internal(_) => stop("report this; no row is acknowledged before it is archived"),
+            Self::Encode { .. } | Self::Internal(_) => {
+                stop("report this; no row is acknowledged before it is archived")
+            }
         }
     }
 
@@ -209,14 +213,18 @@ fn server_policy(code: &str) -> Policy {
     let advice = match code {
         // Answers while a server starts, stops or is being promoted belong to 57P0x; those of a
         // standby that can't write yet, to 25006.
-        _ if ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) => return Policy::Retry,
+        _ if ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) => {
+            return Policy::Retry;
+        }
         _ if code == SqlState::READ_ONLY_SQL_TRANSACTION.code() => return Policy::Retry,
         _ if code.starts_with("28") => "check the user, the password and pg_hba.conf",
         _ if code == SqlState::INVALID_CATALOG_NAME.code() => "check the database's name",
         _ if code == SqlState::INSUFFICIENT_PRIVILEGE.code() => {
             "run `highwater check`: it names the missing grants"
         }
-        _ if ["42", "3F"].iter().any(|class| code.starts_with(class)) => "run `highwater setup`, then `highwater check`",
+        _ if ["42", "3F"].iter().any(|class| code.starts_with(class)) => {
+            "run `highwater setup`, then `highwater check`"
+        }
         _ => "see the server's message, and run `highwater check`",
     };
     Policy::Stop { advice }
@@ -241,7 +249,9 @@ fn delta_policy(source: &deltalake_core::DeltaTableError) -> Policy {
     match source {
         Delta::ObjectStore { source } => storage_policy(source),
         Delta::Kernel { .. } | Delta::KernelError(_) => Policy::Retry,
-        _ => Policy::Stop { advice: "the table's log can't be used as it is; report this with the error's text" },
+        _ => Policy::Stop {
+            advice: "the table's log can't be used as it is; report this with the error's text",
+        },
     }
 }
 

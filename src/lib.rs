@@ -6,9 +6,16 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
+pub mod archive;
+pub mod check;
+pub mod cli;
+pub mod config;
 pub mod error;
 pub mod lsn;
+pub mod postgres;
 pub mod record;
+pub mod telemetry;
 
+pub use config::Config;
 pub use error::{Error, Policy, Result};
 pub use lsn::Lsn;

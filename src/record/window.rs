@@ -30,6 +30,9 @@ impl WindowWidth {
     /// A whole day, the widest window.
     pub const DAY: Self = Self(MICROS_PER_DAY);
 
+    /// An hour, the default.
+    pub const HOUR: Self = Self(60 * MICROS_PER_MINUTE);
+
     /// A window of this length, if it is whole minutes and divides a day.
     #[must_use]
     pub fn new(length: Duration) -> Option<Self> {
@@ -144,7 +147,9 @@ mod tests {
     #[test]
     fn names_say_which_span_a_file_holds() {
         let time = micros("2026-11-22T13:17:59.999999Z");
-        for (minutes, name) in [(60, "2026/11/22/13"), (15, "2026/11/22/1315"), (720, "2026/11/22/12"), (1440, "2026/11/22")] {
+        for (minutes, name) in
+            [(60, "2026/11/22/13"), (15, "2026/11/22/1315"), (720, "2026/11/22/12"), (1440, "2026/11/22")]
+        {
             let window = width(minutes).map(|width| Window::of(time, width).to_string());
             assert_eq!(window.as_deref(), Some(name));
         }
