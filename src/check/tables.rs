@@ -24,6 +24,7 @@ pub(super) struct Table {
     is_filtered: bool,
     pub(super) is_owner: bool,
     columns: Vec<Column>,
+    has_known_shape: bool,
     /// The columns that must be in the publication.
     pub(super) needed: Vec<&'static str>,
 }
@@ -142,6 +143,7 @@ async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table
             is_filtered: row.try_get(5).map_err(Error::sql(CONTEXT))?,
             is_owner: row.try_get(6).map_err(Error::sql(CONTEXT))?,
             columns,
+            has_known_shape: true,
             needed: Vec::new(),
         });
     }
@@ -178,6 +180,7 @@ fn report_shape(table: &mut Table, schema: &str, has_entities: bool, report: &mu
     } else {
         table.needed = own.chain(refers.then_some("entity_id")).collect();
     }
+    table.has_known_shape = is_flat || (refers && has_entities);
     if refers && !has_entities {
         let message = format!("has entity_id, but there is no table {}", qualified(schema, ENTITY_TABLE));
         report.error("shape", object, message, "create the entity table as Scouter's migrations do");
@@ -208,7 +211,7 @@ fn report_table(table: &Table, config: &Config, server: &Server, report: &mut Re
         let message = "has row security that applies to the role: the first copy would miss rows";
         report.error("row-security", &object, message, format!("alter role {role} bypassrls;"));
     }
-    if report_columns(table, &object, report) && table.may_select {
+    if report_columns(table, &object, report) && table.may_select && table.has_known_shape {
         report.ok("table", object, "can be archived");
     }
 }
