@@ -30,6 +30,9 @@ impl WindowWidth {
     /// A whole day, the widest window.
     pub const DAY: Self = Self(MICROS_PER_DAY);
 
+    /// An hour, the default.
+    pub const HOUR: Self = Self(60 * MICROS_PER_MINUTE);
+
     /// A window of this length, if it is whole minutes and divides a day.
     #[must_use]
     pub fn new(length: Duration) -> Option<Self> {

@@ -1,0 +1,161 @@
+//! The preflight: what must be true of the server, the tables and the storage before Highwater can
+//! archive them, each with the exact statement that mends it.
+//!
+//! Only reads catalogs that any role may read, and writes nothing but the storage's probe. A check
+//! that can't be made is itself a finding; the others go on.
+
+mod database;
+mod partman;
+mod publication;
+mod report;
+mod server;
+mod slot;
+mod tables;
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+pub use report::{Finding, Report, Severity};
+
+use crate::archive::Storage;
+use crate::config::{Config, ObjectStorageSettings};
+use crate::error::{Error, Policy, Result};
+use crate::postgres::sql;
+
+/// The oldest server whose publications can have what ours needs.
+const SERVER_VERSION_MIN: i32 = 150_000;
+
+/// How long connecting, one group of catalog queries, or the storage's probe may take. A person waits
+/// in front of it; a healthy one takes milliseconds.
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Checks everything that `config` names. Never fails: whatever goes wrong is in the report.
+pub async fn check(config: &Config) -> Report {
+    let mut report = Report::default();
+    match within("connecting", sql::connect(&config.source)).await {
+        Ok(client) => check_database(&client, config, &mut report).await,
+        Err(error) => {
+            report.failure("connection", config.source.to_string(), &error);
+        }
+    }
+    check_storage(&config.storage, &mut report).await;
+    report
+}
+
+async fn check_database(client: &Client, config: &Config, report: &mut Report) {
+    let server =
+        match within("reading the server's settings", server::Server::read(client, &config.slot)).await {
+            Ok(server) => server,
+            Err(error) => return report.failure("connection", config.source.to_string(), &error),
+        };
+    server.report(config, report);
+    if server.version < SERVER_VERSION_MIN {
+        return;
+    }
+    let steps = "reading the catalogs";
+    if let Err(error) = within(steps, server::check_role(client, &server, report)).await {
+        report.failure("role", &server.role, &error);
+    }
+    if let Err(error) = within(steps, database::check(client, &server, report)).await {
+        report.failure("state-schema", "highwater", &error);
+    }
+    if let Err(error) = within(steps, slot::check(client, config, &server, report)).await {
+        report.failure("slot", &config.slot, &error);
+    }
+    let found = match within(steps, tables::check(client, config, &server, report)).await {
+        Ok(found) => found,
+        Err(error) => return report.failure("tables", &config.schema, &error),
+    };
+    if let Err(error) = within(steps, publication::check(client, config, &found, report)).await {
+        report.failure("publication", &config.publication, &error);
+    }
+    if let Err(error) = within(steps, partman::check(client, config, &server, &found, report)).await {
+        report.failure("partman", &config.schema, &error);
+    }
+    if let Err(error) = within(steps, partman::check_cron(client, report)).await {
+        report.failure("pg-cron", "pg_cron", &error);
+    }
+}
+
+async fn check_storage(settings: &ObjectStorageSettings, report: &mut Report) {
+    let probe = async { Storage::open(settings)?.probe().await };
+    match within("probing the storage", probe).await {
+        Ok(()) => report.ok("storage", &settings.storage_uri, "can be written"),
+        Err(error) => report.failure("storage", &settings.storage_uri, &error),
+    }
+}
+
+async fn within<T>(what: &str, step: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(STEP_TIMEOUT, step).await {
+        Ok(result) => result,
+        Err(_) => {
+            let late = std::io::Error::new(
+                std::io::ErrorKind::TimedOut,
+                format!("no answer within {} s", STEP_TIMEOUT.as_secs()),
+            );
+            Err(Error::io(what)(late))
+        }
+    }
+}
+
+impl Report {
+    /// A check that could not be made, or a thing that refuses to work.
+    fn failure(&mut self, id: &'static str, object: impl Into<String>, error: &Error) {
+        let remedy = match error.policy() {
+            Policy::Stop { advice: "run `highwater check`: it names the missing grants" } => {
+                "grant what the message names"
+            }
+            Policy::Stop { advice } => advice,
+            Policy::Retry => "see the reason; if it is passing, run the check again",
+        };
+        self.error(id, object, error.chain(), remedy);
+    }
+}
+
+/// An identifier for a remedy, always quoted: right for every name.
+fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A quoted schema and name.
+fn qualified(schema: &str, name: &str) -> String {
+    format!("{}.{}", identifier(schema), identifier(name))
+}
+
+/// A text for a remedy, right with `standard_conforming_strings`, the default since 9.1.
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// Bytes for people, in binary units.
+fn human_bytes(bytes: i64) -> String {
+    let (mut scaled, mut unit) = (bytes, "B");
+    for larger in ["KiB", "MiB", "GiB", "TiB"] {
+        if scaled < 10 * 1024 {
+            break;
+        }
+        scaled /= 1024;
+        unit = larger;
+    }
+    format!("{scaled} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_remedies_are_quoted() {
+        assert_eq!(qualified("a b", "c\"d"), "\"a b\".\"c\"\"d\"");
+        assert_eq!(literal("it's"), "'it''s'");
+    }
+
+    #[test]
+    fn bytes_are_readable() {
+        for (bytes, text) in [(0, "0 B"), (20 << 10, "20 KiB"), (9 << 30, "9216 MiB"), (64 << 30, "64 GiB")] {
+            assert_eq!(human_bytes(bytes), text);
+        }
+    }
+}

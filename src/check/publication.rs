@@ -1,0 +1,166 @@
+//! The publication: what it publishes, and of which tables.
+
+use tokio_postgres::{Client, Row};
+
+use super::tables::Table;
+use super::{Report, identifier, qualified};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+const PUBLICATION: &str = "
+    select oid, puballtables, pubinsert, pubupdate or pubdelete, pubtruncate, pubviaroot,
+           pg_has_role(pubowner, 'usage')
+      from pg_publication
+     where pubname = $1::text";
+
+// A null `prattrs` (no column list) gives an empty array.
+const MEMBER: &str = "
+    select r.oid is not null
+           or exists (select from pg_publication_namespace s
+                       where s.pnpubid = $1 and s.pnnspid = c.relnamespace),
+           pg_get_expr(r.prqual, r.prrelid),
+           array(select attname::text from pg_attribute a
+                  where a.attrelid = c.oid and a.attnum = any (r.prattrs::int2[]))
+      from pg_class c
+      join pg_namespace n on n.oid = c.relnamespace
+      left join pg_publication_rel r on r.prrelid = c.oid and r.prpubid = $1
+     where n.nspname = $2::text and c.relname = $3::text";
+
+const CONTEXT: &str = "reading the publication";
+
+struct Publication {
+    oid: u32,
+    has_all_tables: bool,
+    inserts: bool,
+    changes: bool,
+    truncates: bool,
+    via_root: bool,
+    is_owner: bool,
+}
+
+pub(super) async fn check(
+    client: &Client,
+    config: &Config,
+    tables: &[Table],
+    report: &mut Report,
+) -> Result<()> {
+    let name = config.publication.as_str();
+    let Some(row) = client.query_opt(PUBLICATION, &[&name]).await.map_err(Error::sql(CONTEXT))? else {
+        report_missing(config, tables, report);
+        return Ok(());
+    };
+    let publication = read(&row)?;
+    let mut is_good = report_options(&publication, name, report);
+    for table in tables {
+        is_good &= check_member(client, config, &publication, table, report).await?;
+    }
+    if is_good {
+        report.ok("publication", name, format!("publishes the inserts of {} tables", tables.len()));
+    }
+    Ok(())
+}
+
+fn read(row: &Row) -> Result<Publication> {
+    Ok(Publication {
+        oid: row.try_get(0).map_err(Error::sql(CONTEXT))?,
+        has_all_tables: row.try_get(1).map_err(Error::sql(CONTEXT))?,
+        inserts: row.try_get(2).map_err(Error::sql(CONTEXT))?,
+        changes: row.try_get(3).map_err(Error::sql(CONTEXT))?,
+        truncates: row.try_get(4).map_err(Error::sql(CONTEXT))?,
+        via_root: row.try_get(5).map_err(Error::sql(CONTEXT))?,
+        is_owner: row.try_get(6).map_err(Error::sql(CONTEXT))?,
+    })
+}
+
+fn report_missing(config: &Config, tables: &[Table], report: &mut Report) {
+    let names: Vec<_> = tables.iter().map(|table| qualified(&config.schema, &table.name)).collect();
+    let create = format!(
+        "create publication {} for table {} with (publish = 'insert', publish_via_partition_root = true);",
+        identifier(&config.publication),
+        names.join(", ")
+    );
+    let remedy = match (names.is_empty(), tables.iter().all(|table| table.is_owner)) {
+        (true, _) => "create the drift tables first".to_owned(),
+        (false, true) => format!("run `highwater setup`, or: {create}"),
+        (false, false) => format!("{create} -- as the owner of the tables, which the role is not"),
+    };
+    report.error("publication", &config.publication, "does not exist", remedy);
+}
+
+fn report_options(publication: &Publication, name: &str, report: &mut Report) -> bool {
+    let quoted = identifier(name);
+    let inserts_only = format!("alter publication {quoted} set (publish = 'insert');");
+    let mut is_good = true;
+    if !publication.inserts {
+        report.error("publication-options", name, "does not publish inserts", inserts_only);
+        is_good = false;
+    } else if publication.changes {
+        let message = "publishes updates or deletes, which then fail on tables without a replica identity";
+        report.error("publication-options", name, message, inserts_only);
+        is_good = false;
+    } else if publication.truncates {
+        let message = "publishes truncates, which the archive does not follow";
+        report.warning("publication-options", name, message, inserts_only);
+        is_good = false;
+    }
+    if !publication.via_root {
+        let message = "does not publish via the partition root: rows of new or dropped partitions are missed";
+        let remedy = format!("alter publication {quoted} set (publish_via_partition_root = true);");
+        report.error("publication-options", name, message, remedy);
+        is_good = false;
+    }
+    if publication.has_all_tables {
+        let message = "is for all tables: the server decodes and sends rows that nobody archives";
+        let remedy = format!("drop publication {quoted}; -- then run `highwater setup`");
+        report.warning("publication-options", name, message, remedy);
+        is_good = false;
+    }
+    is_good
+}
+
+async fn check_member(
+    client: &Client,
+    config: &Config,
+    publication: &Publication,
+    table: &Table,
+    report: &mut Report,
+) -> Result<bool> {
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
+        [&publication.oid, &config.schema, &table.name];
+    let row = client.query_one(MEMBER, &parameters).await.map_err(Error::sql(CONTEXT))?;
+    let is_member: bool = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+    let filter: Option<String> = row.try_get(1).map_err(Error::sql(CONTEXT))?;
+    let columns: Vec<String> = row.try_get(2).map_err(Error::sql(CONTEXT))?;
+    let object = qualified(&config.schema, &table.name);
+    let name = identifier(&config.publication);
+    if !is_member && !publication.has_all_tables {
+        let who = match publication.is_owner && table.is_owner {
+            true => "",
+            false => " -- as the owner of both, which the role is not",
+        };
+        let remedy = format!("alter publication {name} add table {object};{who}");
+        report.error("publication-table", object, "is not in the publication: its rows are missed", remedy);
+        return Ok(false);
+    }
+    let again =
+        format!("alter publication {name} drop table {object}; alter publication {name} add table {object};");
+    let mut is_good = true;
+    if let Some(filter) = filter {
+        let message = format!("has a row filter, which hides rows: {filter}");
+        report.error("publication-filter", &object, message, &again);
+        is_good = false;
+    }
+    // A list that only leaves out what is not archived saves traffic and loses nothing.
+    let absent: Vec<_> =
+        table.needed.iter().filter(|need| !columns.iter().any(|name| name == *need)).collect();
+    if let ([first, ..], false) = (absent.as_slice(), columns.is_empty()) {
+        report.error(
+            "publication-columns",
+            &object,
+            format!("is published without its column {first}"),
+            again,
+        );
+        is_good = false;
+    }
+    Ok(is_good)
+}

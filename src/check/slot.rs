@@ -1,0 +1,147 @@
+//! The replication slot: whether it can be used, and how much log it holds.
+
+use tokio_postgres::{Client, Row};
+
+use super::server::Server;
+use super::{Report, human_bytes, literal};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Retained log that a healthy archiver never needs, in bytes: at the default staleness bound this is
+/// 17 MB/s of changes.
+const RETAINED_WARN_BYTES: i64 = 1 << 30;
+
+/// Share of `max_slot_wal_keep_size`, in per cent, past which its end is worth a warning: half leaves
+/// as much time as it took to get here.
+const LIMIT_WARN_PERCENT: i64 = 50;
+
+struct Slot {
+    plugin: Option<String>,
+    database: Option<String>,
+    is_active: bool,
+    wal_status: Option<String>,
+    is_temporary: bool,
+    retained_bytes: Option<i64>,
+}
+
+const SLOT: &str = "
+    select plugin::text, database::text, active, wal_status, temporary,
+           pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
+                                else pg_current_wal_lsn() end, restart_lsn)::int8
+      from pg_replication_slots
+     where slot_name = $1::text";
+
+const WATERMARK_EXISTS: &str = "
+    select exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                    where n.nspname = 'highwater' and c.relname = 'watermark'
+                      and has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select'))";
+
+const WATERMARK_OF_SLOT: &str = "select exists (select from highwater.watermark where slot_name = $1::text)";
+
+const CONTEXT: &str = "reading the replication slot";
+
+pub(super) async fn check(
+    client: &Client,
+    config: &Config,
+    server: &Server,
+    report: &mut Report,
+) -> Result<()> {
+    let name = config.slot.as_str();
+    let Some(row) = client.query_opt(SLOT, &[&name]).await.map_err(Error::sql(CONTEXT))? else {
+        return check_missing(client, name, report).await;
+    };
+    let slot = read(&row)?;
+    if report_identity(&slot, name, server, report) {
+        report_status(&slot, name, report);
+        report_retained(&slot, name, server, report);
+    }
+    Ok(())
+}
+
+fn read(row: &Row) -> Result<Slot> {
+    Ok(Slot {
+        plugin: row.try_get(0).map_err(Error::sql(CONTEXT))?,
+        database: row.try_get(1).map_err(Error::sql(CONTEXT))?,
+        is_active: row.try_get(2).map_err(Error::sql(CONTEXT))?,
+        wal_status: row.try_get(3).map_err(Error::sql(CONTEXT))?,
+        is_temporary: row.try_get(4).map_err(Error::sql(CONTEXT))?,
+        retained_bytes: row.try_get(5).map_err(Error::sql(CONTEXT))?,
+    })
+}
+
+async fn check_missing(client: &Client, name: &str, report: &mut Report) -> Result<()> {
+    let context = "looking for the slot's watermark";
+    let readable = client.query_one(WATERMARK_EXISTS, &[]).await.map_err(Error::sql(context))?;
+    let mut was_used = false;
+    if readable.try_get(0).map_err(Error::sql(context))? {
+        let row = client.query_one(WATERMARK_OF_SLOT, &[&name]).await.map_err(Error::sql(context))?;
+        was_used = row.try_get(0).map_err(Error::sql(context))?;
+    }
+    if was_used {
+        let message = "is gone, though the archive was fed from it: rows may be missing, purges are blocked";
+        report.error("slot", name, message, "start `highwater`: it makes a new slot and heals the gap");
+    } else {
+        report.ok("slot", name, "is not there yet; the first start makes it");
+    }
+    Ok(())
+}
+
+/// Whether the slot is one that Highwater can stream from.
+fn report_identity(slot: &Slot, name: &str, server: &Server, report: &mut Report) -> bool {
+    let other = "set HIGHWATER_SLOT to another name";
+    let drop =
+        format!("select pg_drop_replication_slot({}); -- if nobody needs it; or {other}", literal(name));
+    let wrong = match (slot.plugin.as_deref(), slot.database.as_deref()) {
+        (None, _) => "is a physical slot".to_owned(),
+        (Some(plugin), _) if plugin != "pgoutput" => format!("uses the plugin {plugin}, not pgoutput"),
+        (_, Some(database)) if database != server.database => {
+            format!("belongs to the database {database:?}, not {:?}", server.database)
+        }
+        _ if slot.is_temporary => "is temporary: it ends with the session that made it".to_owned(),
+        _ => return true,
+    };
+    report.error("slot", name, wrong, drop);
+    false
+}
+
+fn report_status(slot: &Slot, name: &str, report: &mut Report) {
+    match slot.wal_status.as_deref() {
+        Some("lost") => {
+            let remedy = format!(
+                "select pg_drop_replication_slot({}); -- then start `highwater`: it heals the gap",
+                literal(name)
+            );
+            report.error("slot", name, "is lost: the log that it needs was removed", remedy);
+        }
+        Some("unreserved") => report.warning(
+            "slot",
+            name,
+            "is about to be lost: it needs more log than max_slot_wal_keep_size allows",
+            "start `highwater` at once, or raise max_slot_wal_keep_size",
+        ),
+        _ if slot.is_active => report.ok("slot", name, "is in use by a running archiver"),
+        _ => report.ok("slot", name, "is ready; nobody streams from it now"),
+    }
+}
+
+fn report_retained(slot: &Slot, name: &str, server: &Server, report: &mut Report) {
+    let Some(retained) = slot.retained_bytes else { return };
+    let mut message = format!("holds {} of log", human_bytes(retained));
+    let limit = server.wal_keep_mib.saturating_mul(1 << 20);
+    let mut is_near_limit = false;
+    if limit > 0 {
+        let percent = retained.saturating_mul(100) / limit;
+        is_near_limit = percent >= LIMIT_WARN_PERCENT;
+        message.push_str(&format!(", {percent} % of max_slot_wal_keep_size ({})", human_bytes(limit)));
+    }
+    if retained > RETAINED_WARN_BYTES || is_near_limit {
+        let remedy = if slot.is_active {
+            "see in the archiver's log why it is behind"
+        } else {
+            "start `highwater`, which archives and releases it"
+        };
+        report.warning("slot-wal", name, message, remedy);
+    } else {
+        report.ok("slot-wal", name, message);
+    }
+}

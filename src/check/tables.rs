@@ -1,0 +1,246 @@
+//! The drift tables: which exist, their shape, their columns' types, and the rights on them.
+
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+use super::server::Server;
+use super::{Report, identifier, qualified};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::record::Kind;
+
+/// The table that rows with an `entity_id` refer to.
+pub(super) const ENTITY_TABLE: &str = "drift_entities";
+
+const ENTITY_COLUMNS: [&str; 3] = ["space", "name", "version"];
+
+/// A table that Highwater reads, as far as its catalogs tell.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) name: String,
+    relation_kind: String,
+    persistence: String,
+    may_select: bool,
+    is_filtered: bool,
+    pub(super) is_owner: bool,
+    columns: Vec<Column>,
+    has_known_shape: bool,
+    /// The columns that must be in the publication.
+    pub(super) needed: Vec<&'static str>,
+}
+
+#[derive(Debug)]
+struct Column {
+    name: String,
+    type_oid: u32,
+    type_name: String,
+    is_generated: bool,
+}
+
+/// What a column is used as.
+#[derive(Clone, Copy)]
+enum Use {
+    Time,
+    Text,
+    Double,
+    Integer,
+}
+
+impl Use {
+    /// The types whose values the decoder takes.
+    const fn types(self) -> &'static [Type] {
+        match self {
+            Self::Time => &[Type::TIMESTAMPTZ, Type::TIMESTAMP],
+            Self::Text => &[Type::TEXT, Type::VARCHAR, Type::BPCHAR, Type::NAME],
+            Self::Double => &[Type::FLOAT8, Type::FLOAT4],
+            Self::Integer => &[Type::INT2, Type::INT4, Type::INT8],
+        }
+    }
+
+    const fn sql(self) -> &'static str {
+        match self {
+            Self::Time => "timestamptz",
+            Self::Text => "text",
+            Self::Double => "double precision",
+            Self::Integer => "integer",
+        }
+    }
+
+    fn of_column(name: &str) -> Self {
+        match name {
+            "created_at" => Self::Time,
+            "value" => Self::Double,
+            "bin_id" | "bin_count" | "entity_id" | "id" => Self::Integer,
+            _ => Self::Text,
+        }
+    }
+}
+
+const TABLES: &str = "
+    select c.oid, c.relname::text, c.relkind::text, c.relpersistence::text,
+           has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select'),
+           c.relrowsecurity and row_security_active(c.oid),
+           pg_has_role(c.relowner, 'usage')
+      from pg_class c
+      join pg_namespace n on n.oid = c.relnamespace
+     where n.nspname = $1::text and c.relname = any ($2::text[]) and c.relkind not in ('i', 'I', 'c', 't')
+     order by c.relname";
+
+const COLUMNS: &str = "
+    select attname::text, atttypid, format_type(atttypid, atttypmod), attgenerated <> ''
+      from pg_attribute
+     where attrelid = $1 and attnum > 0 and not attisdropped";
+
+const CONTEXT: &str = "reading the drift tables";
+
+/// Reports on the drift tables and gives those (and the entity table) that the publication must hold.
+pub(super) async fn check(
+    client: &Client,
+    config: &Config,
+    server: &Server,
+    report: &mut Report,
+) -> Result<Vec<Table>> {
+    let mut names: Vec<_> = Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect();
+    names.push(ENTITY_TABLE);
+    let mut tables = read(client, &config.schema, &names).await?;
+    let entities = tables.iter().position(|table| table.name == ENTITY_TABLE).map(|at| tables.remove(at));
+    if tables.is_empty() {
+        report_none(client, config, report).await?;
+    }
+    let mut needs_entities = false;
+    for table in &mut tables {
+        needs_entities |= report_shape(table, &config.schema, entities.is_some(), report);
+    }
+    if let Some(mut entities) = entities.filter(|_| needs_entities) {
+        entities.needed = ["id"].into_iter().chain(ENTITY_COLUMNS).collect();
+        tables.push(entities);
+    }
+    for table in &tables {
+        report_table(table, config, server, report);
+    }
+    Ok(tables)
+}
+
+async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table>> {
+    let rows = client.query(TABLES, &[&schema, &names]).await.map_err(Error::sql(CONTEXT))?;
+    let mut tables = Vec::with_capacity(rows.len());
+    for row in rows {
+        let oid: u32 = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+        let mut columns = Vec::new();
+        for row in client.query(COLUMNS, &[&oid]).await.map_err(Error::sql(CONTEXT))? {
+            columns.push(Column {
+                name: row.try_get(0).map_err(Error::sql(CONTEXT))?,
+                type_oid: row.try_get(1).map_err(Error::sql(CONTEXT))?,
+                type_name: row.try_get(2).map_err(Error::sql(CONTEXT))?,
+                is_generated: row.try_get(3).map_err(Error::sql(CONTEXT))?,
+            });
+        }
+        tables.push(Table {
+            name: row.try_get(1).map_err(Error::sql(CONTEXT))?,
+            relation_kind: row.try_get(2).map_err(Error::sql(CONTEXT))?,
+            persistence: row.try_get(3).map_err(Error::sql(CONTEXT))?,
+            may_select: row.try_get(4).map_err(Error::sql(CONTEXT))?,
+            is_filtered: row.try_get(5).map_err(Error::sql(CONTEXT))?,
+            is_owner: row.try_get(6).map_err(Error::sql(CONTEXT))?,
+            columns,
+            has_known_shape: true,
+            needed: Vec::new(),
+        });
+    }
+    Ok(tables)
+}
+
+async fn report_none(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let query = "
+        select array(select distinct n.nspname::text
+                       from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                      where c.relname = any ($1::text[]) and c.relkind in ('r', 'p'))";
+    let names: Vec<_> = Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect();
+    let row = client.query_one(query, &[&names]).await.map_err(Error::sql(CONTEXT))?;
+    let elsewhere: Vec<String> = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+    let remedy = match elsewhere.as_slice() {
+        [] => "create the drift tables, or set DATABASE_URI to the database that has them".to_owned(),
+        schemas => format!("set HIGHWATER_SCHEMA to the schema that has them: {}", schemas.join(" or ")),
+    };
+    let message = format!("has none of {}", names.join(", "));
+    report.error("tables", &config.schema, message, remedy);
+    Ok(())
+}
+
+/// Finds out which columns the table must have; gives whether it refers to the entity table.
+fn report_shape(table: &mut Table, schema: &str, has_entities: bool, report: &mut Report) -> bool {
+    let has = |name: &str| table.columns.iter().any(|column| column.name == name);
+    let is_flat = ENTITY_COLUMNS.into_iter().all(has);
+    let refers = !is_flat && has("entity_id");
+    let own = Kind::of_source_table(&table.name).map_or(&[][..], Kind::columns);
+    let own = own.iter().map(|column| column.name).filter(|name| !ENTITY_COLUMNS.contains(name));
+    let object = qualified(schema, &table.name);
+    if is_flat {
+        table.needed = own.chain(ENTITY_COLUMNS).collect();
+    } else {
+        table.needed = own.chain(refers.then_some("entity_id")).collect();
+    }
+    table.has_known_shape = is_flat || (refers && has_entities);
+    if refers && !has_entities {
+        let message = format!("has entity_id, but there is no table {}", qualified(schema, ENTITY_TABLE));
+        report.error("shape", object, message, "create the entity table as Scouter's migrations do");
+    } else if !is_flat && !refers {
+        let message = "has neither the columns space, name and version nor entity_id";
+        report.error("shape", object, message, "bring the table to a shape that Scouter's migrations make");
+    }
+    refers
+}
+
+fn report_table(table: &Table, config: &Config, server: &Server, report: &mut Report) {
+    let object = qualified(&config.schema, &table.name);
+    let role = identifier(&server.role);
+    if !["r", "p"].contains(&table.relation_kind.as_str()) {
+        let remedy = "put a plain or partitioned table in its place";
+        return report.error("table-kind", object, "is not a table: its rows are not in the log", remedy);
+    }
+    if table.persistence != "p" {
+        let remedy = format!("alter table {object} set logged;");
+        report.error("table-kind", &object, "is unlogged: its rows are not in the log", remedy);
+    }
+    if !table.may_select {
+        let schema = identifier(&config.schema);
+        let remedy = format!("grant usage on schema {schema} to {role}; grant select on {object} to {role};");
+        report.error("select", &object, format!("can't be read by {}", server.role), remedy);
+    }
+    if table.is_filtered {
+        let message = "has row security that applies to the role: the first copy would miss rows";
+        report.error("row-security", &object, message, format!("alter role {role} bypassrls;"));
+    }
+    if report_columns(table, &object, report) && table.may_select && table.has_known_shape {
+        report.ok("table", object, "can be archived");
+    }
+}
+
+fn report_columns(table: &Table, object: &str, report: &mut Report) -> bool {
+    let mut all_good = true;
+    for name in &table.needed {
+        let usage = Use::of_column(name);
+        let remedy = format!("alter table {object} add column {} {};", identifier(name), usage.sql());
+        let column = format!("{object}.{name}");
+        let problem = match table.columns.iter().find(|column| column.name == *name) {
+            None => Some(("is missing".to_owned(), remedy)),
+            Some(column) if column.is_generated => Some((
+                "is a generated column, which is not in the log".to_owned(),
+                format!("alter table {object} alter column {} drop expression;", identifier(name)),
+            )),
+            Some(column) if !usage.types().iter().any(|good| good.oid() == column.type_oid) => {
+                let good: Vec<_> = usage.types().iter().map(Type::name).collect();
+                Some((
+                    format!("has the type {}, but must have one of {}", column.type_name, good.join(", ")),
+                    format!("alter table {object} alter column {} type {};", identifier(name), usage.sql()),
+                ))
+            }
+            Some(_) => None,
+        };
+        if let Some((message, remedy)) = problem {
+            all_good = false;
+            report.error("column", column, message, remedy);
+        }
+    }
+    all_good
+}

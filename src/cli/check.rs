@@ -1,0 +1,53 @@
+//! `highwater check`: the report of [`crate::check`], for people or for machines.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use super::{Format, print};
+use crate::check::{Report, Severity};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Widest column of objects, in characters: one long URI must not push every line off the screen.
+const OBJECT_WIDTH_MAX: usize = 40;
+
+/// Prints the report; the exit code is 0 when all is well, 1 with warnings, 2 with errors.
+pub(super) async fn check(config: &Config, format: Format) -> Result<ExitCode> {
+    let report = crate::check::check(config).await;
+    let text = match format {
+        Format::Table => table(&report),
+        Format::Json => serde_json::to_string_pretty(&report)
+            .map_err(|error| Error::Internal(format!("the report has no JSON form ({error})")))?,
+    };
+    print(&text)?;
+    Ok(match report.worst() {
+        Severity::Ok => ExitCode::SUCCESS,
+        Severity::Warning => ExitCode::from(1),
+        Severity::Error => ExitCode::from(2),
+    })
+}
+
+fn table(report: &Report) -> String {
+    let findings = report.findings().iter();
+    let id_width = findings.clone().map(|finding| finding.id.len()).max().unwrap_or(0);
+    let object_width = findings.map(|finding| finding.object.chars().count()).max().unwrap_or(0);
+    let object_width = object_width.min(OBJECT_WIDTH_MAX);
+    let mut text = String::new();
+    for finding in report.findings() {
+        // Writing to a `String` can't fail.
+        let _ = writeln!(
+            text,
+            "{:<7}  {:<id_width$}  {:<object_width$}  {}",
+            finding.severity.name(),
+            finding.id,
+            finding.object,
+            finding.message
+        );
+        if let Some(remedy) = &finding.remedy {
+            let _ = writeln!(text, "{:<7}  -> {remedy}", "");
+        }
+    }
+    let (errors, warnings) = (report.count(Severity::Error), report.count(Severity::Warning));
+    let _ = write!(text, "\n{errors} errors, {warnings} warnings, {} ok", report.count(Severity::Ok));
+    text
+}

@@ -1,0 +1,100 @@
+//! The flags of the settings, which are the same for every subcommand.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{RawSettings, Setting};
+
+/// One optional flag per [`Setting`], and the settings file.
+#[derive(Args, Default)]
+#[command(next_help_heading = "Settings")]
+pub(super) struct SettingFlags {
+    /// Settings file; it must exist [default: highwater.toml, if there is one]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(super) config: Option<PathBuf>,
+
+    /// Source database, a libpq URL; other users see a password given here, so prefer the variable
+    /// or a password file [env: DATABASE_URI and PG*] [default:
+    /// postgresql://postgres:postgres@localhost:5432/postgres]
+    #[arg(long, global = true, value_name = "URL")]
+    database_uri: Option<String>,
+
+    /// Where the archive is kept: s3://, gs://, az:// or a path [env: SCOUTER_STORAGE_URI] [default:
+    /// ./scouter-storage]
+    #[arg(long, global = true, value_name = "URI")]
+    storage_uri: Option<String>,
+
+    /// Region of the bucket [env: AWS_REGION] [default: us-east-1]
+    #[arg(long, global = true)]
+    region: Option<String>,
+
+    /// Days that Postgres keeps a row before it may be purged [env: DATA_RETENTION_PERIOD] [default:
+    /// 60]
+    #[arg(long, global = true, value_name = "DAYS")]
+    retention_days: Option<String>,
+
+    /// Span of created_at that shares a file: whole minutes that divide a day [env: HIGHWATER_WINDOW]
+    /// [default: 1h]
+    #[arg(long, global = true, value_name = "DURATION")]
+    window: Option<String>,
+
+    /// How far the archive may be behind, 1s to 1d [env: HIGHWATER_MAX_LAG] [default: 60s]
+    #[arg(long, global = true, value_name = "DURATION")]
+    max_lag: Option<String>,
+
+    /// Memory for rows that are not archived yet, 16MiB or more [env: HIGHWATER_MEMORY] [default:
+    /// 256MiB]
+    #[arg(long, global = true, value_name = "BYTES")]
+    memory: Option<String>,
+
+    /// Schema of the drift tables; those that exist are archived [env: HIGHWATER_SCHEMA] [default:
+    /// scouter]
+    #[arg(long, global = true, value_name = "NAME")]
+    schema: Option<String>,
+
+    /// Replication slot [env: HIGHWATER_SLOT] [default: highwater]
+    #[arg(long, global = true, value_name = "NAME")]
+    slot: Option<String>,
+
+    /// Publication [env: HIGHWATER_PUBLICATION] [default: highwater]
+    #[arg(long, global = true, value_name = "NAME")]
+    publication: Option<String>,
+
+    /// Most rows per second that the first copy reads [env: HIGHWATER_BACKFILL_ROWS_PER_SECOND]
+    /// [default: unlimited]
+    #[arg(long, global = true, value_name = "ROWS")]
+    backfill_rows_per_second: Option<String>,
+
+    /// Address of the HTTP server [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    http: Option<String>,
+}
+
+impl SettingFlags {
+    /// The flags that were typed.
+    pub(super) fn raw(&self) -> RawSettings {
+        let mut raw = RawSettings::default();
+        for setting in Setting::ALL {
+            raw.set(setting, self.text(setting).clone());
+        }
+        raw
+    }
+
+    const fn text(&self, setting: Setting) -> &Option<String> {
+        match setting {
+            Setting::DatabaseUri => &self.database_uri,
+            Setting::StorageUri => &self.storage_uri,
+            Setting::Region => &self.region,
+            Setting::RetentionDays => &self.retention_days,
+            Setting::Window => &self.window,
+            Setting::MaxLag => &self.max_lag,
+            Setting::Memory => &self.memory,
+            Setting::Schema => &self.schema,
+            Setting::Slot => &self.slot,
+            Setting::Publication => &self.publication,
+            Setting::BackfillRowsPerSecond => &self.backfill_rows_per_second,
+            Setting::Http => &self.http,
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The command line: one file per subcommand. The only module that speaks to the terminal.
+
+mod check;
+mod flags;
+mod run;
+mod setup;
+mod watermarks;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Config, Layers, environment_variable};
+use crate::error::{Error, Policy, Result};
+use crate::telemetry::{self, LogFormat};
+use flags::SettingFlags;
+
+/// Archive drift records from PostgreSQL into Delta Lake, exactly once
+///
+/// Highwater follows the inserts into the drift tables of a monitoring database by logical
+/// replication and keeps every row for ever as Parquet in Delta Lake tables. It records how far the
+/// archive reaches, so that retention deletes only what the archive provably holds.
+///
+/// Start with `highwater check`, which changes nothing and names everything that is missing; then
+/// `highwater setup`, once; then `highwater`, and leave it running. Stop it with SIGTERM or Ctrl-C:
+/// it archives what it has and ends.
+///
+/// Settings come from flags, then the environment, then highwater.toml, then the defaults.
+#[derive(Parser)]
+#[command(name = "highwater", version, max_term_width = 100, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    /// Print how far the archive reaches, per table, and end
+    #[arg(long)]
+    watermarks: bool,
+
+    /// How --watermarks and check print
+    #[arg(long, global = true, value_enum, default_value_t)]
+    format: Format,
+
+    /// Level (off, error, warn, info, debug, trace), or a filter such as
+    /// warn,highwater::stream=trace [env: HIGHWATER_LOG or RUST_LOG] [default: info]
+    #[arg(long, global = true, value_name = "FILTER")]
+    log: Option<String>,
+
+    /// human or json [env: HIGHWATER_LOG_FORMAT] [default: human]
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<String>,
+
+    #[command(flatten)]
+    settings: SettingFlags,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  highwater check
+  highwater --database-uri postgresql://archiver@db/scouter --storage-uri s3://bucket/drift
+  highwater --watermarks --format json
+
+Exit code of check: 0 all is well, 1 warnings, 2 errors.";
+
+#[derive(Clone, Copy, PartialEq, Eq, Subcommand)]
+enum Command {
+    /// Archive until told to stop; what `highwater` does without a subcommand
+    Run,
+    /// Make the schema, the publication and the purge procedures in the database
+    Setup,
+    /// Look for everything that archiving needs, and name what mends it; changes nothing
+    Check,
+}
+
+/// How a report is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Aligned columns, for people
+    #[default]
+    Table,
+    /// One JSON document, for machines
+    Json,
+}
+
+/// Runs the command line; the whole of `main`. Prints errors, with what to do about them, to stderr.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments).and_then(reject_two_commands) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be done when even this can't be printed.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    execute(&cli).unwrap_or_else(|error| {
+        print_error(&error);
+        // For check, 1 means warnings.
+        ExitCode::from(if cli.command == Some(Command::Check) { 2 } else { 1 })
+    })
+}
+
+fn reject_two_commands(cli: Cli) -> Result<Cli, clap::Error> {
+    if cli.watermarks && cli.command.is_some() {
+        let text = "--watermarks stands alone and can't be used with a subcommand";
+        return Err(Cli::command().error(ErrorKind::ArgumentConflict, text));
+    }
+    Ok(cli)
+}
+
+fn execute(cli: &Cli) -> Result<ExitCode> {
+    start_logging(cli)?;
+    let env = environment_variable;
+    let layers = Layers::collect(cli.settings.raw(), &env, cli.settings.config.as_deref())?;
+    let config = Config::from_layers(&layers, &env)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::io("starting the runtime"))?;
+    runtime.block_on(async {
+        match cli.command {
+            _ if cli.watermarks => {
+                watermarks::watermarks(&config, cli.format).await.map(|()| ExitCode::SUCCESS)
+            }
+            None | Some(Command::Run) => run::run(&config).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Setup) => setup::setup(&config).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Check) => check::check(&config, cli.format).await,
+        }
+    })
+}
+
+fn start_logging(cli: &Cli) -> Result<()> {
+    let variable = |name| environment_variable(name);
+    let format = match (&cli.log_format, variable("HIGHWATER_LOG_FORMAT")) {
+        (Some(text), _) => log_format("--log-format", text)?,
+        (None, Some(text)) => log_format("HIGHWATER_LOG_FORMAT", &text)?,
+        (None, None) => LogFormat::default(),
+    };
+    let filter = cli.log.clone().or_else(|| variable("HIGHWATER_LOG")).or_else(|| variable("RUST_LOG"));
+    telemetry::init(format, filter.as_deref())
+}
+
+fn log_format(name: &str, text: &str) -> Result<LogFormat> {
+    LogFormat::of_name(text).ok_or_else(|| Error::Setting {
+        setting: name.to_owned(),
+        value: text.to_owned(),
+        accepted: "human or json".to_owned(),
+    })
+}
+
+fn print_error(error: &Error) {
+    let mut text = format!("highwater: {}\n", error.chain());
+    if let Policy::Stop { advice } = error.policy() {
+        text.push_str(&format!("  what to do: {advice}\n"));
+    }
+    // Nothing can be done when stderr is gone.
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Prints a report to stdout. A reader that has gone away (`| head`) is not an error.
+fn print(text: &str) -> Result<()> {
+    match writeln!(io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("printing")(error)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Setting;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    // Set UPDATE_GOLDEN to accept a change that is meant.
+    #[test]
+    fn help_is_as_it_was() {
+        let help = Cli::command().term_width(100).render_long_help().to_string();
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/help.txt");
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(path, &help).unwrap();
+        }
+        assert_eq!(help, std::fs::read_to_string(path).unwrap_or_default());
+    }
+
+    #[test]
+    fn help_names_every_setting_its_variable_and_its_default() {
+        let help = Cli::command().term_width(0).render_long_help().to_string();
+        for setting in Setting::ALL {
+            assert!(help.contains(&setting.flag()), "{setting:?}");
+            assert!(help.contains(&format!("[env: {}", setting.variable())), "{setting:?}");
+            let default =
+                setting.default_text().unwrap_or("postgresql://postgres:postgres@localhost:5432/postgres");
+            assert!(help.contains(&format!("[default: {default}]")), "{setting:?}");
+        }
+    }
+
+    #[test]
+    fn flags_may_follow_the_subcommand_and_reach_the_settings() {
+        let cli = Cli::try_parse_from(["highwater", "check", "--slot", "other", "--format", "json"]).unwrap();
+        assert!(cli.command == Some(Command::Check) && cli.format == Format::Json);
+        assert_eq!(cli.settings.raw().get(Setting::Slot), Some("other"));
+        assert!(
+            Cli::try_parse_from(["highwater", "--watermarks", "check"])
+                .and_then(reject_two_commands)
+                .is_err()
+        );
+    }
+}

@@ -1,0 +1,117 @@
+//! [`Setting`]: the names of every setting, in the file, the environment and on the command line.
+
+/// A setting of Highwater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Setting {
+    /// The source database.
+    DatabaseUri,
+    /// Where the archive is kept.
+    StorageUri,
+    /// Region of the archive's bucket.
+    Region,
+    /// Days that Postgres keeps a row.
+    RetentionDays,
+    /// Length of a window.
+    Window,
+    /// Bound on the staleness of the archive.
+    MaxLag,
+    /// Bytes for batches.
+    Memory,
+    /// Schema of the drift tables.
+    Schema,
+    /// The replication slot.
+    Slot,
+    /// The publication.
+    Publication,
+    /// Bound on the speed of the first copy.
+    BackfillRowsPerSecond,
+    /// Address of the HTTP server.
+    Http,
+}
+
+impl Setting {
+    /// Every setting, in the order of the documentation.
+    pub const ALL: [Self; 12] = [
+        Self::DatabaseUri,
+        Self::StorageUri,
+        Self::Region,
+        Self::RetentionDays,
+        Self::Window,
+        Self::MaxLag,
+        Self::Memory,
+        Self::Schema,
+        Self::Slot,
+        Self::Publication,
+        Self::BackfillRowsPerSecond,
+        Self::Http,
+    ];
+
+    /// Its key in `highwater.toml`; the flag is the same with dashes.
+    #[must_use]
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::DatabaseUri => "database_uri",
+            Self::StorageUri => "storage_uri",
+            Self::Region => "region",
+            Self::RetentionDays => "retention_days",
+            Self::Window => "window",
+            Self::MaxLag => "max_lag",
+            Self::Memory => "memory",
+            Self::Schema => "schema",
+            Self::Slot => "slot",
+            Self::Publication => "publication",
+            Self::BackfillRowsPerSecond => "backfill_rows_per_second",
+            Self::Http => "http",
+        }
+    }
+
+    /// Its environment variable.
+    #[must_use]
+    pub const fn variable(self) -> &'static str {
+        match self {
+            Self::DatabaseUri => "DATABASE_URI",
+            Self::StorageUri => "SCOUTER_STORAGE_URI",
+            Self::Region => "AWS_REGION",
+            Self::RetentionDays => "DATA_RETENTION_PERIOD",
+            Self::Window => "HIGHWATER_WINDOW",
+            Self::MaxLag => "HIGHWATER_MAX_LAG",
+            Self::Memory => "HIGHWATER_MEMORY",
+            Self::Schema => "HIGHWATER_SCHEMA",
+            Self::Slot => "HIGHWATER_SLOT",
+            Self::Publication => "HIGHWATER_PUBLICATION",
+            Self::BackfillRowsPerSecond => "HIGHWATER_BACKFILL_ROWS_PER_SECOND",
+            Self::Http => "HIGHWATER_HTTP",
+        }
+    }
+
+    /// The text that is taken when nobody sets it. The source has none here, because what a URL
+    /// leaves out comes from the `PG*` variables first.
+    #[must_use]
+    pub const fn default_text(self) -> Option<&'static str> {
+        match self {
+            Self::DatabaseUri => None,
+            Self::StorageUri => Some("./scouter-storage"),
+            Self::Region => Some("us-east-1"),
+            Self::RetentionDays => Some("60"),
+            Self::Window => Some("1h"),
+            Self::MaxLag => Some("60s"),
+            Self::Memory => Some("256MiB"),
+            Self::Schema => Some("scouter"),
+            Self::Slot | Self::Publication => Some("highwater"),
+            Self::BackfillRowsPerSecond => Some("unlimited"),
+            Self::Http => Some("127.0.0.1:9808"),
+        }
+    }
+
+    /// Its flag on the command line, with the dashes.
+    #[must_use]
+    pub fn flag(self) -> String {
+        format!("--{}", self.key().replace('_', "-"))
+    }
+
+    /// The setting with this key.
+    #[must_use]
+    pub fn of_key(key: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|setting| setting.key() == key)
+    }
+}
