@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -16,7 +17,7 @@ use crate::batch::{Batches, EntitySpan};
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::lsn::Lsn;
-use crate::postgres::sql;
+use crate::postgres::Session;
 use crate::record::{Kind, Window, WindowWidth};
 use crate::watermark::{self, Advance, Horizon, TableTotals};
 
@@ -79,12 +80,12 @@ pub(crate) struct Range {
 pub(crate) struct Parts {
     pub(crate) storage: Storage,
     pub(crate) tables: Vec<Table>,
-    pub(crate) sql: sql::Session,
+    pub(crate) sql: Session,
     pub(crate) schema: String,
     pub(crate) window: WindowWidth,
     pub(crate) max_lag: Duration,
     /// Names this session's objects.
-    pub(crate) namer: Namer,
+    pub(crate) namer: Arc<Namer>,
     /// The position that everything is known to be durable up to.
     pub(crate) durable: watch::Sender<Lsn>,
 }
@@ -327,7 +328,7 @@ impl Committer {
             table.merge_candidates(now, quiet, self.parts.window).into_iter().next()
         });
         if let Some(plan) = plan {
-            let (storage, namer) = (self.parts.storage.clone(), self.parts.namer.clone());
+            let (storage, namer) = (self.parts.storage.clone(), Arc::clone(&self.parts.namer));
             let kind = plan.kind;
             let merge = tokio::spawn(async move { archive::merge(&storage, &namer, &plan).await });
             self.merge = Some((kind, merge));
@@ -461,7 +462,7 @@ fn totals(table: &Table) -> TableTotals {
 pub(crate) async fn recover(
     storage: &Storage,
     tables: &[Table],
-    sql: &mut sql::Session,
+    sql: &mut Session,
     schema: &str,
 ) -> Result<()> {
     let watermarks = sql.run(watermark::read).await?;

@@ -121,7 +121,7 @@ pub enum Policy {
 }
 
 impl Error {
-    /// Whether the error may pass by itself.
+    /// What to do about the error.
     #[must_use]
     pub fn policy(&self) -> Policy {
         let stop = |advice| Policy::Stop { advice };
@@ -145,6 +145,12 @@ impl Error {
                 stop("report this; no row is acknowledged before it is archived")
             }
         }
+    }
+
+    /// Whether the error may pass by itself.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        self.policy() == Policy::Retry
     }
 
     /// The error's text followed by the texts of its causes, separated by colons.

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::decode::ENTITY_TABLE;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::postgres::{ReplicationConnection, sql};
+use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::record::Kind;
 use crate::slot;
 use crate::watermark::{self, State};
@@ -67,7 +67,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
     }
     let mut replication = ReplicationConnection::connect(&config.source).await?;
     let system_identifier = slot::system_identifier(&mut replication).await?;
-    let mut session = sql::Session::new(config.source.clone());
+    let mut session = Session::new(config.source.clone());
     match slot::find(&mut session, &config.slot).await? {
         Some(found) => {
             report.left.push(format!("replication slot {} at {}", config.slot, found.confirmed_flush_lsn));
@@ -132,7 +132,7 @@ async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
         context: "migrating schema highwater".to_owned(),
         source: Box::new(error),
     })?;
-    match outcome.applied_migrations() {
+    match outcome.applied_migrations().as_slice() {
         [] => report.left.push("schema highwater is up to date".to_owned()),
         applied => report.done.extend(applied.iter().map(|step| format!("migrated schema highwater: {step}"))),
     }
@@ -186,7 +186,7 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
 }
 
 fn qualified(config: &Config, table: &SourceTable) -> String {
-    format!("{}.{}", sql::quote_identifier(&config.schema), sql::quote_identifier(&table.name))
+    format!("{}.{}", quote_identifier(&config.schema), quote_identifier(&table.name))
 }
 
 async fn create_publication(
@@ -200,7 +200,7 @@ async fn create_publication(
     // list: it would keep the server's owner from dropping a column.
     let statement = format!(
         "create publication {} for table {} with (publish = 'insert', publish_via_partition_root = true)",
-        sql::quote_identifier(&config.publication),
+        quote_identifier(&config.publication),
         names.join(", ")
     );
     client.batch_execute(&statement).await.map_err(Error::sql(format!("creating publication {}", config.publication)))?;
@@ -217,7 +217,7 @@ async fn alter_publication(
     fed: Option<(&str, Lsn)>,
     report: &mut Report,
 ) -> Result<()> {
-    let name = sql::quote_identifier(&config.publication);
+    let name = quote_identifier(&config.publication);
     let is_right = client
         .query_opt(
             "select from pg_publication where pubname = $1 and pubinsert and pubviaroot
@@ -266,7 +266,7 @@ async fn create_slot<'a>(
     replication.query("begin transaction isolation level repeatable read read only").await?;
     let command = format!(
         "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'use')",
-        sql::quote_identifier(&config.slot)
+        quote_identifier(&config.slot)
     );
     let rows = replication.query(&command).await?;
     let start = rows.first().and_then(|row| row.get(1)?.as_deref()?.parse().ok()).ok_or_else(|| Error::Protocol {

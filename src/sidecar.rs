@@ -1,5 +1,6 @@
 //! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server calls.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::RngExt;
@@ -12,7 +13,7 @@ use crate::commit::{self, Committer, Parts, Work};
 use crate::config::Config;
 use crate::error::{Error, Policy, Result};
 use crate::lsn::Lsn;
-use crate::postgres::{Receiver, ReplicationConnection, sql};
+use crate::postgres::{Receiver, ReplicationConnection, Session};
 use crate::record::Kind;
 use crate::slot::{self, Slot};
 use crate::stream::Builder;
@@ -110,8 +111,8 @@ async fn run(config: Config, mut shutdown: watch::Receiver<()>) -> Result<()> {
     }
 }
 
-/// The tasks of a session, and where it begins.
-struct Session {
+/// The tasks of a session.
+struct Tasks {
     receiver: Receiver,
     chunks: mpsc::Receiver<crate::postgres::Chunk>,
     committer: JoinHandle<Result<()>>,
@@ -125,7 +126,7 @@ async fn session(config: &Config, shutdown: &mut watch::Receiver<()>) -> Result<
         _ = shutdown.changed() => return Ok(()),
         opened = open(config) => opened?,
     };
-    let Session { mut receiver, chunks, mut committer, builder } = opened;
+    let Tasks { mut receiver, chunks, mut committer, builder } = opened;
     let outcome = tokio::select! {
         biased;
         // The committer's own error says more than that its queue is closed.
@@ -160,8 +161,8 @@ fn early_end(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
 
 /// Gets the slot, claims the tables, brings the watermarks up to them, and starts the tasks. The order matters, see
 /// ARCHITECTURE.md ("One writer").
-async fn open(config: &Config) -> Result<Session> {
-    let mut sql = sql::Session::new(config.source.clone());
+async fn open(config: &Config) -> Result<Tasks> {
+    let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
     let mut connection = ReplicationConnection::connect(&config.source).await?;
     let system_identifier = slot::system_identifier(&mut connection).await?;
@@ -170,7 +171,7 @@ async fn open(config: &Config) -> Result<Session> {
     let stream = connection.start(&config.slot, &config.publication).await?;
 
     let app_id = format!("highwater/{system_identifier}/{}", config.slot);
-    let namer = Namer::new();
+    let namer = Arc::new(Namer::new());
     let session_id = format!("{:032x}", rand::rng().random::<u128>());
     let mut tables = Vec::new();
     for kind in Kind::ALL {
@@ -197,14 +198,14 @@ async fn open(config: &Config) -> Result<Session> {
     let parts = Parts {
         storage,
         tables,
-        sql: sql::Session::new(config.source.clone()),
+        sql: Session::new(config.source.clone()),
         schema: config.schema.clone(),
         window: config.window,
         max_lag: config.max_lag,
         namer,
         durable: durable_sender,
     };
-    Ok(Session {
+    Ok(Tasks {
         receiver: stream.spawn(chunk_sender, durable),
         chunks,
         committer: tokio::spawn(Committer::new(parts).run(work)),
@@ -213,7 +214,7 @@ async fn open(config: &Config) -> Result<Session> {
 }
 
 /// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.
-async fn check_slot(config: &Config, sql: &mut sql::Session, slot: Option<Slot>, system_identifier: &str) -> Result<Slot> {
+async fn check_slot(config: &Config, sql: &mut Session, slot: Option<Slot>, system_identifier: &str) -> Result<Slot> {
     let watermarks = sql.run(watermark::read).await?;
     if watermarks.is_empty() {
         let detail = "no table is archived through it yet; run `highwater setup`".to_owned();
@@ -246,7 +247,7 @@ async fn check_slot(config: &Config, sql: &mut sql::Session, slot: Option<Slot>,
 }
 
 /// A slot ahead of the archive means that rows were skipped. What comes is archived, and the gap stays marked.
-async fn check_gap(config: &Config, sql: &mut sql::Session, slot: &Slot) -> Result<()> {
+async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()> {
     let watermarks = sql.run(watermark::read).await?;
     if watermarks.iter().all(|row| slot.confirmed_flush_lsn <= row.flushed_lsn) {
         return Ok(());

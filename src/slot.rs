@@ -4,7 +4,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::postgres::{ReplicationConnection, sql};
+use crate::postgres::{ReplicationConnection, Session};
 
 /// A row of `pg_replication_slots` (manual section 54.19).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub struct Slot {
 /// # Errors
 ///
 /// The query failed, or the slot is one that pgoutput can't use.
-pub(crate) async fn find(sql: &mut sql::Session, name: &str) -> Result<Option<Slot>> {
+pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> {
     let row = sql
         .run(async |client| {
             let query = "select plugin::text, database::text = current_database(), confirmed_flush_lsn,

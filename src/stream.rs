@@ -27,7 +27,7 @@ use crate::decode::{Decoder, ENTITY_TABLE, Inserted};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
-use crate::postgres::{Chunk, Frame, sql};
+use crate::postgres::{Chunk, Frame, Session, quote_identifier};
 use crate::record::{Entity, Kind, Window, WindowWidth};
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest part of the
@@ -43,7 +43,7 @@ const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
 
 /// The builder's state.
 pub(crate) struct Builder {
-    sql: sql::Session,
+    sql: Session,
     entity_query: String,
     decoder: Decoder,
     batches: Batches,
@@ -73,7 +73,7 @@ impl Builder {
     /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at `start`.
     pub(crate) fn new(
         config: &Config,
-        sql: sql::Session,
+        sql: Session,
         table_lsn: [Lsn; Kind::ALL.len()],
         start: Lsn,
         work: mpsc::Sender<Work>,
@@ -82,7 +82,7 @@ impl Builder {
             sql,
             entity_query: format!(
                 "select space, name, version from {}.{ENTITY_TABLE} where id = $1::bigint",
-                sql::quote_identifier(&config.schema)
+                quote_identifier(&config.schema)
             ),
             decoder: Decoder::new(&config.schema),
             batches: Batches::new(config.window, now()),

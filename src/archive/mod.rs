@@ -1,33 +1,40 @@
-//! Placeholder, replaced at the merge.
+//! The archive: Parquet files in one Delta table per kind, and the log entries that make them count.
+//!
+//! What no log entry names does not exist. So uploading is harmless and may be repeated; [`Table::commit`] is
+//! the one step that archives rows, and [`Table::claim`] is what makes this process the only one that can take
+//! it. Must not know Postgres.
 
-use crate::config::ObjectStorageSettings;
-use crate::error::{Error, Result};
+mod encode;
+mod entities;
+mod log;
+mod maintain;
+mod merge;
+mod name;
+mod object_reader;
+mod stats;
+mod storage;
+mod synced;
+mod table;
+mod upload;
 
-/// Placeholder.
-#[derive(Debug)]
-pub struct Storage {
-    path: std::path::PathBuf,
-}
+#[cfg(test)]
+mod tests;
 
-impl Storage {
-    /// Opens.
-    ///
-    /// # Errors
-    ///
-    /// None yet.
-    pub fn open(settings: &ObjectStorageSettings) -> Result<Self> {
-        Ok(Self { path: settings.storage_uri.clone().into() })
-    }
+use std::error::Error as StdError;
 
-    /// Writes, reads and removes an object.
-    ///
-    /// # Errors
-    ///
-    /// When that fails.
-    pub async fn probe(&self) -> Result<()> {
-        let file = self.path.join("_highwater_probe");
-        tokio::fs::create_dir_all(&self.path).await.map_err(Error::io("making the storage directory"))?;
-        tokio::fs::write(&file, b"x").await.map_err(Error::io("writing the probe"))?;
-        tokio::fs::remove_file(&file).await.map_err(Error::io("removing the probe"))
-    }
+pub use encode::{EncodedFile, encode};
+pub use entities::{EntityStats, entity_stats};
+pub use log::TableFile;
+pub use merge::{MergePlan, Merged, merge};
+pub use name::{Namer, ObjectName};
+pub use stats::FileStats;
+pub use storage::Storage;
+pub use table::{CommitNote, Table, Totals};
+pub use upload::{DataFile, upload};
+
+use crate::Error;
+
+fn encode_error<E: StdError + Send + Sync + 'static>(context: impl Into<String>) -> impl FnOnce(E) -> Error {
+    let context = context.into();
+    move |source| Error::Encode { context, source: Box::new(source) }
 }

@@ -9,7 +9,7 @@ use super::{Format, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::postgres::sql;
+use crate::postgres::Session;
 use crate::slot::{self, Slot};
 use crate::watermark::{self, EntityWatermark, State, Watermark};
 
@@ -57,7 +57,7 @@ struct EntityObject<'a> {
 }
 
 pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
-    let mut session = sql::Session::new(config.source.clone());
+    let mut session = Session::new(config.source.clone());
     let watermarks = session.run(watermark::read).await?;
     let entities = session.run(watermark::read_entities).await?;
     let slot = slot::find(&mut session, &config.slot).await?;

@@ -13,6 +13,7 @@
 //! ```
 
 mod parse;
+mod passfile;
 mod raw;
 mod setting;
 mod source;
@@ -25,7 +26,7 @@ use std::time::Duration;
 
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
-pub use source::SourceConfig;
+pub use source::{Address, Endpoint, Password, SourceConfig, SslMode};
 pub use storage::{ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};

@@ -1,2 +1,23 @@
-//! Placeholder, replaced at the merge.
+//! PostgreSQL over the wire: sockets and TLS, plain SQL sessions, and the walsender connection.
+//!
+//! Plain SQL goes through `tokio-postgres`; it has no mode for streaming replication, so that connection is
+//! our own. Both use the same [`SourceConfig`](crate::config::SourceConfig) and the same [`Socket`].
+//!
+//! Must not know drift tables, batches or the archive.
+
+mod frame;
+mod receiver;
+mod replication;
+mod session;
+mod socket;
 pub mod sql;
+mod startup;
+mod tls;
+mod wire;
+
+pub use frame::{Chunk, Frame, Frames};
+pub use receiver::Receiver;
+pub(crate) use replication::quote_identifier;
+pub use replication::{ReplicationConnection, ReplicationStream};
+pub(crate) use session::Session;
+pub use socket::Socket;

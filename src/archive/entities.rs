@@ -1,0 +1,165 @@
+//! Where one entity's rows end in a sorted batch, and what a batch holds of each entity.
+
+use std::collections::BTreeMap;
+
+use arrow::array::{Array, ArrayRef, AsArray, DictionaryArray, RecordBatch, StringArray};
+use arrow::compute::{max, min};
+use arrow::datatypes::{DataType, Int32Type, UInt32Type};
+use futures::TryStreamExt;
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
+
+use super::object_reader::ObjectReader;
+use super::stats::{ENTITY_COLUMNS, time_column, times};
+use super::{Storage, encode_error};
+use crate::record::{Entity, Kind};
+use crate::{Error, Result};
+
+/// Strings, dictionary-encoded or not.
+#[derive(Debug)]
+enum Strings<'a> {
+    Plain(&'a StringArray),
+    Signed(&'a DictionaryArray<Int32Type>, &'a StringArray),
+    Unsigned(&'a DictionaryArray<UInt32Type>, &'a StringArray),
+}
+
+impl<'a> Strings<'a> {
+    fn of(column: &'a ArrayRef) -> Option<Self> {
+        match column.data_type() {
+            DataType::Utf8 => column.as_string_opt().map(Self::Plain),
+            DataType::Dictionary(key, _) if **key == DataType::Int32 => {
+                let strings = column.as_dictionary_opt::<Int32Type>()?;
+                Some(Self::Signed(strings, strings.values().as_string_opt()?))
+            }
+            DataType::Dictionary(key, _) if **key == DataType::UInt32 => {
+                let strings = column.as_dictionary_opt::<UInt32Type>()?;
+                Some(Self::Unsigned(strings, strings.values().as_string_opt()?))
+            }
+            _ => None,
+        }
+    }
+
+    fn get(&self, row: usize) -> Option<&'a str> {
+        let (values, index) = match self {
+            Self::Plain(values) => (*values, row),
+            Self::Signed(strings, values) => (*values, strings.key(row)?),
+            Self::Unsigned(strings, values) => (*values, strings.key(row)?),
+        };
+        (index < values.len() && values.is_valid(index)).then(|| values.value(index))
+    }
+}
+
+/// The entity columns of a batch.
+#[derive(Debug)]
+pub(super) struct EntityColumns<'a> {
+    columns: [Strings<'a>; 3],
+    row_count: usize,
+}
+
+impl<'a> EntityColumns<'a> {
+    /// The entity columns; `None` for the quarantine, which has none.
+    pub(super) fn of(kind: Kind, rows: &'a RecordBatch) -> Result<Option<Self>> {
+        if kind == Kind::Quarantine {
+            return Ok(None);
+        }
+        let strings = |name: &str| {
+            rows.column_by_name(name)
+                .and_then(Strings::of)
+                .ok_or_else(|| Error::Internal(format!("a batch of {} lacks strings in {name}", kind.name())))
+        };
+        let [space, name, version] = ENTITY_COLUMNS;
+        let columns = [strings(space)?, strings(name)?, strings(version)?];
+        Ok(Some(Self { columns, row_count: rows.num_rows() }))
+    }
+
+    /// Space, name and version of a row; `None` past the last row, or if one of them is null.
+    pub(super) fn get(&self, row: usize) -> Option<[&'a str; 3]> {
+        if row >= self.row_count {
+            return None;
+        }
+        let [space, name, version] = &self.columns;
+        Some([space.get(row)?, name.get(row)?, version.get(row)?])
+    }
+
+    /// First row after `start` that belongs to another entity. Rows of an entity are adjacent, so this
+    /// searches in steps that double, then halves: a batch costs per entity, not per row.
+    pub(super) fn end_of_run(&self, start: usize) -> usize {
+        let entity = self.get(start);
+        let mut step = 1;
+        let mut low = start;
+        while low + step < self.row_count && self.get(low + step) == entity {
+            low += step;
+            step *= 2;
+        }
+        let mut high = (low + step).min(self.row_count);
+        while low + 1 < high {
+            let middle = low + (high - low) / 2;
+            if self.get(middle) == entity { low = middle } else { high = middle }
+        }
+        high
+    }
+}
+
+/// What some files hold of one entity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntityStats {
+    /// The entity.
+    pub entity: Entity,
+    /// Smallest `created_at`, microseconds since the epoch.
+    pub min_created_at: i64,
+    /// Largest `created_at`, microseconds since the epoch.
+    pub max_created_at: i64,
+    /// Rows.
+    pub row_count: u64,
+}
+
+/// Reads the entity and time columns of files (paths relative to the table) and says what they hold of
+/// each entity, sorted by entity. The quarantine has no entities.
+///
+/// # Errors
+///
+/// [`Error::Encode`] if a file can't be read.
+pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Result<Vec<EntityStats>> {
+    let mut found = BTreeMap::new();
+    if kind != Kind::Quarantine {
+        let store = storage.table_store(kind);
+        for path in paths {
+            let context = || format!("reading the entities of {}{path}", storage.table_url(kind));
+            let reader = ObjectReader::new(store.clone(), path.as_str(), None);
+            let builder =
+                ParquetRecordBatchStreamBuilder::new(reader).await.map_err(encode_error(context()))?;
+            let names = ENTITY_COLUMNS.into_iter().chain([time_column(kind)]);
+            let mask = ProjectionMask::columns(builder.parquet_schema(), names);
+            let mut rows = builder.with_projection(mask).build().map_err(encode_error(context()))?;
+            while let Some(batch) = rows.try_next().await.map_err(encode_error(context()))? {
+                add_rows(kind, &batch, &mut found)?;
+            }
+        }
+    }
+    Ok(found.into_values().collect())
+}
+
+fn add_rows(kind: Kind, batch: &RecordBatch, found: &mut BTreeMap<Entity, EntityStats>) -> Result<()> {
+    let Some(columns) = EntityColumns::of(kind, batch)? else { return Ok(()) };
+    let times = times(kind, batch)?;
+    let mut start = 0;
+    while let Some([space, name, version]) = columns.get(start) {
+        let end = columns.end_of_run(start);
+        let run = times.slice(start, end - start);
+        if let (Some(low), Some(high)) = (min(&run), max(&run)) {
+            let entity =
+                Entity { space: space.to_owned(), name: name.to_owned(), version: version.to_owned() };
+            let stats = found.entry(entity.clone()).or_insert(EntityStats {
+                entity,
+                min_created_at: low,
+                max_created_at: high,
+                row_count: 0,
+            });
+            stats.min_created_at = stats.min_created_at.min(low);
+            stats.max_created_at = stats.max_created_at.max(high);
+            stats.row_count += (end - start) as u64;
+        }
+        start = end;
+    }
+    Ok(())
+}

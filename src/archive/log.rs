@@ -1,0 +1,249 @@
+//! Entries of a Delta log: built, and read back as far as we care. Pure.
+//!
+//! Entries are built here rather than by the library, because one entry's fate decides whether a row is
+//! durable: it is made against a version that we chose, put once, and never moved to another version by
+//! code that does not know our rules.
+
+use serde_json::{Map, Value, json};
+
+use super::name::ObjectName;
+use super::stats::{ENTITY_COLUMNS, time_column};
+use crate::record::{ColumnType, Kind};
+
+/// Log entries between two checkpoints of a log; a reader opens at most this many beside the checkpoint.
+pub(super) const CHECKPOINT_INTERVAL: u64 = 100;
+
+/// A file of a table, as the Delta log has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableFile {
+    /// Path relative to the table.
+    pub path: String,
+    /// What the path says, if the file is ours.
+    pub name: Option<ObjectName>,
+    /// Bytes.
+    pub size: u64,
+    /// When it was written, milliseconds since the epoch.
+    pub modified_millis: i64,
+    /// Rows; `None` if a foreign writer did not say.
+    pub row_count: Option<u64>,
+    /// Upper bound of the time column, microseconds since the epoch; exact for files of this session,
+    /// else up to a millisecond above.
+    pub max_time: Option<i64>,
+    /// The statistics as the log has them.
+    pub stats: Option<String>,
+}
+
+impl TableFile {
+    /// A file as an `add` action describes it.
+    pub(super) fn new(
+        kind: Kind,
+        path: String,
+        size: u64,
+        modified_millis: i64,
+        stats: Option<String>,
+    ) -> Self {
+        let parsed: Value =
+            stats.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+        let max_time = parsed.pointer(&format!("/maxValues/{}", time_column(kind))).and_then(Value::as_str);
+        Self {
+            name: ObjectName::parse(&path),
+            size,
+            modified_millis,
+            row_count: parsed.get("numRecords").and_then(Value::as_u64),
+            max_time: max_time
+                .and_then(|text| text.parse::<chrono::DateTime<chrono::Utc>>().ok())
+                .map(|time| time.timestamp_micros()),
+            stats,
+            path,
+        }
+    }
+
+    /// The `add` action (Delta protocol, "Add File and Remove File").
+    pub(super) fn add(&self, data_change: bool) -> Value {
+        json!({"add": {
+            "path": self.path,
+            "partitionValues": {},
+            "size": self.size,
+            "modificationTime": self.modified_millis,
+            "dataChange": data_change,
+            "stats": self.stats,
+        }})
+    }
+
+    /// The `remove` action of a merge: the rows stay, in other files.
+    pub(super) fn remove(&self, now_millis: i64) -> Value {
+        json!({"remove": {
+            "path": self.path,
+            "deletionTimestamp": now_millis,
+            "dataChange": false,
+            "extendedFileMetadata": true,
+            "partitionValues": {},
+            "size": self.size,
+        }})
+    }
+}
+
+/// The `txn` action (Delta protocol, "Transaction Identifiers").
+pub(super) fn txn(app_id: &str, version: i64, now_millis: i64) -> Value {
+    json!({"txn": {"appId": app_id, "version": version, "lastUpdated": now_millis}})
+}
+
+/// Which commit of which session an entry is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CommitId {
+    pub(super) session: String,
+    pub(super) number: u64,
+}
+
+/// The `commitInfo` action; `note` is for people.
+pub(super) fn commit_info(
+    id: &CommitId,
+    operation: &str,
+    now_millis: i64,
+    note: Map<String, Value>,
+) -> Value {
+    json!({"commitInfo": {
+        "timestamp": now_millis,
+        "operation": operation,
+        "operationParameters": {},
+        "isBlindAppend": operation == "WRITE",
+        "engineInfo": concat!("highwater/", env!("CARGO_PKG_VERSION")),
+        "highwater": {"session": id.session, "commit": id.number, "note": note},
+    }})
+}
+
+/// The first entry of a table: protocol reader 1, writer 2, and its metadata.
+pub(super) fn creation(kind: Kind, now_millis: i64) -> Vec<Value> {
+    let time_and_entity = std::iter::once(time_column(kind))
+        .chain(ENTITY_COLUMNS.into_iter().filter(|_| kind != Kind::Quarantine))
+        .collect::<Vec<_>>()
+        .join(",");
+    let table_id = format!("{:032x}", rand::random::<u128>());
+    vec![
+        json!({"commitInfo": {
+            "timestamp": now_millis,
+            "operation": "CREATE TABLE",
+            "operationParameters": {},
+            "engineInfo": concat!("highwater/", env!("CARGO_PKG_VERSION")),
+        }}),
+        json!({"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}}),
+        json!({"metaData": {
+            "id": table_id,
+            "name": kind.name(),
+            "format": {"provider": "parquet", "options": {}},
+            "schemaString": schema(kind).to_string(),
+            "partitionColumns": [],
+            "configuration": {
+                "delta.checkpointInterval": CHECKPOINT_INTERVAL.to_string(),
+                "delta.dataSkippingStatsColumns": time_and_entity,
+                // Long enough for a reader that has just listed the log.
+                "delta.logRetentionDuration": "interval 1 hours",
+                "delta.deletedFileRetentionDuration": "interval 1 days",
+            },
+            "createdTime": now_millis,
+        }}),
+    ]
+}
+
+/// A kind's schema in Delta's form (Delta protocol, "Schema Serialization Format").
+pub(super) fn schema(kind: Kind) -> Value {
+    let field = |name: &str, column_type, nullable| {
+        let delta_type = match column_type {
+            ColumnType::Timestamp => "timestamp",
+            ColumnType::String => "string",
+            ColumnType::Double => "double",
+            ColumnType::Int => "integer",
+        };
+        json!({"name": name, "type": delta_type, "nullable": nullable, "metadata": {}})
+    };
+    let fields: Vec<Value> =
+        kind.columns().iter().map(|spec| field(spec.name, spec.column_type, spec.nullable)).collect();
+    json!({"type": "struct", "fields": fields})
+}
+
+/// Columns as text, to be compared and shown: `created_at timestamp not null, ...`.
+pub(super) fn schema_text(schema: &Value) -> String {
+    let text = |field: &Value| {
+        let name = field.get("name").and_then(Value::as_str).unwrap_or("?").to_owned();
+        let delta_type = field.get("type").cloned().unwrap_or_default();
+        let delta_type = delta_type.as_str().map_or_else(|| delta_type.to_string(), str::to_owned);
+        let nullable = field.get("nullable").and_then(Value::as_bool).unwrap_or(true);
+        format!("{name} {delta_type}{}", if nullable { "" } else { " not null" })
+    };
+    let fields = schema.get("fields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    fields.iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+/// The bytes of a log entry: one action a line.
+pub(super) fn to_bytes(actions: &[Value]) -> bytes::Bytes {
+    actions.iter().map(Value::to_string).collect::<Vec<_>>().join("\n").into()
+}
+
+/// Path of a log entry, relative to the table.
+pub(super) fn entry_path(version: u64) -> object_store::path::Path {
+    object_store::path::Path::from(format!("_delta_log/{version:020}.json"))
+}
+
+/// What an entry did, as far as we care.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Entry {
+    pub(super) commit: Option<CommitId>,
+    pub(super) adds: Vec<TableFile>,
+    pub(super) removes: Vec<String>,
+    /// Version of the `txn` of the application that was asked for.
+    pub(super) txn_version: Option<i64>,
+    /// Columns, if the entry sets them.
+    pub(super) columns: Option<String>,
+    /// Reader and writer version, if the entry sets them.
+    pub(super) protocol: Option<(u64, u64)>,
+    /// Whether an `add` carries a deletion vector or a partition, which we can't merge.
+    pub(super) has_unknown_rows: bool,
+}
+
+impl Entry {
+    /// Parses an entry; the text says what is wrong with one that is not.
+    pub(super) fn parse(kind: Kind, app_id: &str, bytes: &[u8]) -> Result<Self, String> {
+        let mut entry = Self::default();
+        for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()) {
+            let action: Value = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+            entry.apply(kind, app_id, &action)?;
+        }
+        Ok(entry)
+    }
+
+    fn apply(&mut self, kind: Kind, app_id: &str, action: &Value) -> Result<(), String> {
+        let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+        let path = |value: &Value| {
+            let raw = text(value, "path").ok_or("an action lacks its path")?;
+            // Paths in the log are percent-encoded; ours have nothing to encode.
+            let decoded = object_store::path::Path::from_url_path(&raw).map_err(|error| error.to_string())?;
+            Ok::<_, String>(decoded.to_string())
+        };
+        let number = |value: &Value, key: &str| value.get(key).and_then(Value::as_u64);
+        if let Some(add) = action.get("add").filter(|add| !add.is_null()) {
+            let modified = add.get("modificationTime").and_then(Value::as_i64).unwrap_or_default();
+            let size = number(add, "size").unwrap_or_default();
+            self.has_unknown_rows |= add.get("deletionVector").is_some_and(|vector| !vector.is_null());
+            self.adds.push(TableFile::new(kind, path(add)?, size, modified, text(add, "stats")));
+        } else if let Some(remove) = action.get("remove").filter(|remove| !remove.is_null()) {
+            self.removes.push(path(remove)?);
+        } else if let Some(txn) =
+            action.get("txn").filter(|txn| text(txn, "appId").as_deref() == Some(app_id))
+        {
+            self.txn_version =
+                Some(txn.get("version").and_then(Value::as_i64).ok_or("txn lacks its version")?);
+        } else if let Some(info) = action.pointer("/commitInfo/highwater") {
+            self.commit = text(info, "session")
+                .zip(number(info, "commit"))
+                .map(|(session, number)| CommitId { session, number });
+        } else if let Some(metadata) = action.get("metaData").filter(|metadata| !metadata.is_null()) {
+            let schema = text(metadata, "schemaString").unwrap_or_default();
+            let schema: Value = serde_json::from_str(&schema).map_err(|error| error.to_string())?;
+            self.columns = Some(schema_text(&schema));
+        } else if let Some(protocol) = action.get("protocol").filter(|protocol| !protocol.is_null()) {
+            let version = |key| number(protocol, key).unwrap_or(u64::MAX);
+            self.protocol = Some((version("minReaderVersion"), version("minWriterVersion")));
+        }
+        Ok(())
+    }
+}

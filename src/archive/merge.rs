@@ -1,0 +1,338 @@
+//! Small files of a window into large ones.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::RecordBatch;
+use arrow::compute::interleave_record_batch;
+use arrow::row::{RowConverter, Rows, SortField};
+use chrono::Utc;
+use futures::TryStreamExt;
+use object_store::buffered::BufWriter;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use parquet::arrow::AsyncArrowWriter;
+use parquet::arrow::async_reader::{ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder};
+
+use super::encode::{Packer, Step, writer_options};
+use super::log::TableFile;
+use super::object_reader::ObjectReader;
+use super::stats::StatsBuilder;
+use super::{DataFile, Namer, Storage, Table, encode_error};
+use crate::record::{Kind, MICROS_PER_DAY, WindowWidth};
+use crate::{Error, Lsn, Result, failpoint};
+
+/// A merge ends a file past this size, at the next entity.
+const TARGET_BYTES: u64 = 128 << 20;
+
+/// Files below this size are worth a merge.
+const SMALL_BYTES: u64 = TARGET_BYTES / 2;
+
+/// With so many small files a window is merged even while late rows keep coming.
+const SMALL_FILES_MAX: usize = 16;
+
+/// Each input holds a row group in memory while it is merged.
+const INPUTS_MAX: usize = 64;
+
+/// Files of one window to be made into fewer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MergePlan {
+    /// The table's kind.
+    pub kind: Kind,
+    /// The window, as its files' names have it.
+    pub window: String,
+    /// The files, at most 64.
+    pub inputs: Vec<TableFile>,
+}
+
+/// A merge whose outputs are uploaded, for [`Table::commit_merge`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merged {
+    /// The window.
+    pub window: String,
+    /// Paths of the files that the outputs replace.
+    pub inputs: Vec<String>,
+    /// The new files.
+    pub outputs: Vec<DataFile>,
+}
+
+impl Table {
+    /// Windows that are worth a merge: ended, with two or more small files (below half of 128 MiB), and either no new
+    /// file for `quiet`, or 16 small files. `width` is the length of windows within a day.
+    #[must_use]
+    pub fn merge_candidates(&self, now_micros: i64, quiet: Duration, width: WindowWidth) -> Vec<MergePlan> {
+        let mut windows: BTreeMap<&str, Vec<&TableFile>> = BTreeMap::new();
+        for file in self.files() {
+            let Some(name) = &file.name else { continue };
+            let length = if name.is_day { MICROS_PER_DAY } else { width.micros() };
+            let ended = name.window_start.saturating_add(length) < now_micros;
+            if ended && file.size < SMALL_BYTES && file.row_count.is_some() {
+                windows.entry(&name.window).or_default().push(file);
+            }
+        }
+        let quiet_since =
+            now_micros.saturating_sub(i64::try_from(quiet.as_micros()).unwrap_or(i64::MAX)) / 1000;
+        windows.retain(|_, files| {
+            let youngest = files.iter().map(|file| file.modified_millis).max().unwrap_or(i64::MAX);
+            files.len() >= 2 && (youngest < quiet_since || files.len() >= SMALL_FILES_MAX)
+        });
+        let plan = |(window, files): (&str, Vec<&TableFile>)| MergePlan {
+            kind: self.kind(),
+            window: window.to_owned(),
+            inputs: files.into_iter().take(INPUTS_MAX).cloned().collect(),
+        };
+        windows.into_iter().map(plan).collect()
+    }
+}
+
+/// Merges the plan's files and uploads the result, row group by row group. Reads and writes data files
+/// only, so it may run beside commits.
+///
+/// # Errors
+///
+/// [`Error::Encode`] if a file can't be read or written, [`Error::Internal`] if rows went missing.
+pub async fn merge(storage: &Storage, namer: &Namer, plan: &MergePlan) -> Result<Merged> {
+    let expected: u64 = plan.inputs.iter().filter_map(|file| file.row_count).sum();
+    let mut output = Output::new(storage, namer, plan);
+    let mut sources = Sources::open(storage, plan).await?;
+    while let Some(rows) = sources.next_batch().await? {
+        output.push(rows).await?;
+    }
+    let outputs = output.finish().await?;
+    let row_count: u64 = outputs.iter().map(|file| file.stats.row_count).sum();
+    if row_count != expected {
+        let detail =
+            format!("merging {} of {}: {row_count} rows of {expected}", plan.window, plan.kind.name());
+        return Err(Error::Internal(detail));
+    }
+    let inputs = plan.inputs.iter().map(|file| file.path.clone()).collect();
+    Ok(Merged { window: plan.window.clone(), inputs, outputs })
+}
+
+/// A place in one input.
+#[derive(Debug)]
+struct Cursor {
+    rows: Arc<Rows>,
+    row: usize,
+    /// Position in `Sources::streams`.
+    source: usize,
+    /// Position in `Sources::pool`.
+    batch: usize,
+}
+
+impl Ord for Cursor {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let order = self.rows.row(self.row).cmp(&other.rows.row(other.row));
+        order.then(self.source.cmp(&other.source))
+    }
+}
+
+impl PartialOrd for Cursor {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Cursor {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Cursor {}
+
+/// The inputs as one sorted sequence.
+struct Sources {
+    kind: Kind,
+    context: String,
+    converter: RowConverter,
+    streams: Vec<ParquetRecordBatchStream<ObjectReader>>,
+    heap: BinaryHeap<Reverse<Cursor>>,
+    /// Batches that cursors, or rows not yet handed out, are in.
+    pool: Vec<RecordBatch>,
+}
+
+impl Sources {
+    async fn open(storage: &Storage, plan: &MergePlan) -> Result<Self> {
+        let kind = plan.kind;
+        let context = format!("merging {} of {}", plan.window, kind.name());
+        let schema = kind.schema();
+        let fields = kind.sort_columns().iter().map(|name| schema.field_with_name(name));
+        let fields = fields
+            .map(|field| field.map(|field| SortField::new(field.data_type().clone())))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(encode_error(context.clone()))?;
+        let converter = RowConverter::new(fields).map_err(encode_error(context.clone()))?;
+        let (streams, heap, pool) = (Vec::new(), BinaryHeap::new(), Vec::new());
+        let mut sources = Self { kind, context, converter, streams, heap, pool };
+        let store = storage.table_store(kind);
+        for (source, file) in plan.inputs.iter().enumerate() {
+            let reader = ObjectReader::new(Arc::clone(&store), &file.path, Some(file.size));
+            let builder = ParquetRecordBatchStreamBuilder::new(reader).await;
+            let builder = builder.map_err(encode_error(format!("reading {}", file.path)))?;
+            let stream = builder.with_batch_size(sources.batch_rows()).build();
+            sources.streams.push(stream.map_err(encode_error(format!("reading {}", file.path)))?);
+            sources.advance(source).await?;
+        }
+        Ok(sources)
+    }
+
+    /// Rows of a batch. A quarantined row may be a megabyte of text, and a column holds 2 GiB.
+    const fn batch_rows(&self) -> usize {
+        match self.kind {
+            Kind::Quarantine => 256,
+            _ => 8192,
+        }
+    }
+
+    /// Reads the source's next batch, if it has one.
+    async fn advance(&mut self, source: usize) -> Result<()> {
+        let Some(stream) = self.streams.get_mut(source) else { return Ok(()) };
+        while let Some(batch) = stream.try_next().await.map_err(encode_error(self.context.clone()))? {
+            if batch.num_rows() == 0 {
+                continue;
+            }
+            let batch = RecordBatch::try_new(self.kind.schema(), batch.columns().to_vec())
+                .map_err(encode_error(self.context.clone()))?;
+            let columns =
+                self.kind.sort_columns().iter().filter_map(|name| batch.column_by_name(name).cloned());
+            let rows = self.converter.convert_columns(&columns.collect::<Vec<_>>());
+            let rows = Arc::new(rows.map_err(encode_error(self.context.clone()))?);
+            self.heap.push(Reverse(Cursor { rows, row: 0, source, batch: self.pool.len() }));
+            self.pool.push(batch);
+            break;
+        }
+        Ok(())
+    }
+
+    async fn next_batch(&mut self) -> Result<Option<RecordBatch>> {
+        let limit = self.batch_rows();
+        let mut indices = Vec::with_capacity(limit);
+        while indices.len() < limit {
+            let Some(mut least) = self.heap.peek_mut() else { break };
+            indices.push((least.0.batch, least.0.row));
+            if least.0.row + 1 < least.0.rows.num_rows() {
+                least.0.row += 1;
+            } else {
+                let source = std::collections::binary_heap::PeekMut::pop(least).0.source;
+                self.advance(source).await?;
+            }
+        }
+        if indices.is_empty() {
+            return Ok(None);
+        }
+        let batches: Vec<&RecordBatch> = self.pool.iter().collect();
+        let rows = interleave_record_batch(&batches, &indices).map_err(encode_error(self.context.clone()))?;
+        self.shrink_pool();
+        Ok(Some(rows))
+    }
+
+    /// Drops the batches that no cursor is in.
+    fn shrink_pool(&mut self) {
+        let mut cursors = std::mem::take(&mut self.heap).into_vec();
+        let mut kept = Vec::with_capacity(cursors.len());
+        for Reverse(cursor) in &mut cursors {
+            if let Some(batch) = self.pool.get(cursor.batch) {
+                cursor.batch = kept.len();
+                kept.push(batch.clone());
+            }
+        }
+        self.pool = kept;
+        self.heap = cursors.into();
+    }
+}
+
+/// The files that a merge writes, one after the other.
+struct Output<'a> {
+    storage: &'a Storage,
+    namer: &'a Namer,
+    plan: &'a MergePlan,
+    lsn: Lsn,
+    packer: Packer,
+    open: Option<OpenFile>,
+    done: Vec<DataFile>,
+}
+
+struct OpenFile {
+    path: String,
+    writer: AsyncArrowWriter<BufWriter>,
+    stats: StatsBuilder,
+}
+
+impl<'a> Output<'a> {
+    fn new(storage: &'a Storage, namer: &'a Namer, plan: &'a MergePlan) -> Self {
+        let lsns = plan.inputs.iter().filter_map(|file| file.name.as_ref()).map(|name| name.lsn);
+        let lsn = lsns.max().unwrap_or_default();
+        Self { storage, namer, plan, lsn, packer: Packer::new(plan.kind), open: None, done: Vec::new() }
+    }
+
+    async fn push(&mut self, rows: RecordBatch) -> Result<()> {
+        let mut steps = Vec::new();
+        self.packer.push(rows, &mut steps)?;
+        self.write(steps).await
+    }
+
+    async fn finish(mut self) -> Result<Vec<DataFile>> {
+        let mut steps = Vec::new();
+        self.packer.finish(&mut steps);
+        self.write(steps).await?;
+        self.close_file().await?;
+        Ok(self.done)
+    }
+
+    async fn write(&mut self, steps: Vec<Step>) -> Result<()> {
+        let failed = |path: &str| encode_error(format!("writing {path}"));
+        for step in steps {
+            match step {
+                Step::Write(rows) => {
+                    let file = match &mut self.open {
+                        Some(file) => file,
+                        None => {
+                            self.open.insert(OpenFile::create(self.storage, self.namer, self.plan, self.lsn)?)
+                        }
+                    };
+                    file.stats.update(&rows)?;
+                    file.writer.write(&rows).await.map_err(failed(&file.path))?;
+                }
+                Step::Close { entity_ends } => {
+                    let Some(file) = &mut self.open else { continue };
+                    file.writer.flush().await.map_err(failed(&file.path))?;
+                    // One entity may be larger than the target: twice that much ends a file anyway.
+                    let limit = if entity_ends { TARGET_BYTES } else { 2 * TARGET_BYTES };
+                    if file.writer.bytes_written() as u64 >= limit {
+                        self.close_file().await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn close_file(&mut self) -> Result<()> {
+        let Some(file) = self.open.take() else { return Ok(()) };
+        let path = file.path;
+        file.writer.close().await.map_err(encode_error(format!("writing {path}")))?;
+        let store = self.storage.table_store(self.plan.kind);
+        let meta = store.head(&Path::from(path.as_str())).await;
+        let size = meta.map_err(Error::storage(format!("looking up {path}")))?.size;
+        failpoint::hit("after-upload");
+        let stats = file.stats.finish();
+        let stats = stats.ok_or_else(|| Error::Internal(format!("{path} was written without rows")))?;
+        self.done.push(DataFile { path, size, modified_millis: Utc::now().timestamp_millis(), stats });
+        Ok(())
+    }
+}
+
+impl OpenFile {
+    fn create(storage: &Storage, namer: &Namer, plan: &MergePlan, lsn: Lsn) -> Result<Self> {
+        let path = namer.name_in(&plan.window, lsn);
+        let store: Arc<dyn ObjectStore> = storage.table_store(plan.kind);
+        let sink = BufWriter::new(store, Path::from(path.as_str()));
+        let writer =
+            AsyncArrowWriter::try_new_with_options(sink, plan.kind.schema(), writer_options(plan.kind));
+        let writer = writer.map_err(encode_error(format!("writing {path}")))?;
+        Ok(Self { path, writer, stats: StatsBuilder::new(plan.kind) })
+    }
+}

@@ -1,0 +1,146 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use chrono::NaiveDate;
+
+use crate::Lsn;
+use crate::record::Window;
+
+/// Hands out object names that no other session hands out.
+#[derive(Debug)]
+pub struct Namer {
+    writer: u32,
+    sequence: AtomicU64,
+}
+
+impl Namer {
+    /// A namer for one session.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { writer: rand::random(), sequence: AtomicU64::new(0) }
+    }
+
+    /// A name, relative to the table, for rows of a window that stem from commits before `lsn`.
+    #[must_use]
+    pub fn name(&self, window: Window, lsn: Lsn) -> String {
+        self.name_in(&window.to_string(), lsn)
+    }
+
+    pub(super) fn name_in(&self, window: &str, lsn: Lsn) -> String {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        format!("{window}-{:016X}-{:08x}-{sequence:04x}.parquet", lsn.0, self.writer)
+    }
+
+    /// Whether this session gave the name.
+    pub(super) fn is_ours(&self, name: &ObjectName) -> bool {
+        name.writer == self.writer
+    }
+}
+
+impl Default for Namer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What the name of a file of ours says:
+/// `2026/11/22/13-000000010A0B0C0D-5f3a9c01-0007.parquet`, that is window, LSN, writer, sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectName {
+    /// The window as [`Window`] displays it, `2026/11/22/13`.
+    pub window: String,
+    /// First microsecond of the window.
+    pub window_start: i64,
+    /// Whether the window is a whole UTC day.
+    pub is_day: bool,
+    /// Position up to which the file's rows were read.
+    pub lsn: Lsn,
+    /// The session that wrote it.
+    pub writer: u32,
+}
+
+impl ObjectName {
+    /// Parses a path relative to the table; `None` for names that are not ours.
+    #[must_use]
+    pub fn parse(path: &str) -> Option<Self> {
+        let mut parts = path.strip_suffix(".parquet")?.rsplitn(4, '-');
+        let (sequence, writer, lsn, window) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let hex = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if sequence.len() < 4
+            || writer.len() != 8
+            || lsn.len() != 16
+            || ![sequence, writer, lsn].into_iter().all(hex)
+        {
+            return None;
+        }
+        let (window_start, is_day) = window_start(window)?;
+        Some(Self {
+            window: window.to_owned(),
+            window_start,
+            is_day,
+            lsn: Lsn(u64::from_str_radix(lsn, 16).ok()?),
+            writer: u32::from_str_radix(writer, 16).ok()?,
+        })
+    }
+}
+
+/// Start of a window (microseconds since the epoch) from its displayed form, and whether it is a day.
+fn window_start(window: &str) -> Option<(i64, bool)> {
+    let number = |digits: &str, length: usize| {
+        let plain = digits.len() == length && digits.bytes().all(|byte| byte.is_ascii_digit());
+        plain.then(|| digits.parse::<u32>().ok()).flatten()
+    };
+    let mut parts = window.split('/');
+    let year = i32::try_from(number(parts.next()?, 4)?).ok()?;
+    let (month, day) = (number(parts.next()?, 2)?, number(parts.next()?, 2)?);
+    let clock = parts.next();
+    if parts.next().is_some() {
+        return None;
+    }
+    let (hour, minute) = match clock {
+        None => (0, 0),
+        Some(digits) if digits.len() == 2 => (number(digits, 2)?, 0),
+        Some(digits) => (number(digits.get(..2)?, 2)?, number(digits.get(2..)?, 2)?),
+    };
+    let start = NaiveDate::from_ymd_opt(year, month, day)?.and_hms_opt(hour, minute, 0)?;
+    Some((start.and_utc().timestamp_micros(), clock.is_none()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::WindowWidth;
+    use std::time::Duration;
+
+    #[test]
+    fn names_parse_back() {
+        let namer = Namer::new();
+        for minutes in [15, 60, 1440] {
+            let width = WindowWidth::new(Duration::from_secs(minutes * 60)).unwrap();
+            for micros in [-62_135_596_800_000_000, -1, 1_795_000_000_000_000] {
+                let window = Window::of(micros, width);
+                let name = namer.name(window, Lsn(0x1_0A0B_0C0D));
+                let parsed = ObjectName::parse(&name).unwrap();
+                assert_eq!(parsed.window, window.to_string());
+                assert_eq!((parsed.window_start, parsed.is_day), (window.start(), window.is_day()));
+                assert_eq!(parsed.lsn, Lsn(0x1_0A0B_0C0D));
+                assert!(namer.is_ours(&parsed));
+            }
+        }
+    }
+
+    #[test]
+    fn foreign_names_are_not_parsed() {
+        for name in [
+            "part-00000-6f0e7a2e-0f2c-4f2a-9a1e-2f2f2f2f2f2f-c000.zstd.parquet",
+            "2026/11/22-0000000000000001-00000000-0000.json",
+            "2026/13/22-0000000000000001-00000000-0000.parquet",
+            "2026/11/22/24-0000000000000001-00000000-0000.parquet",
+            "2026/11/22/1-0000000000000001-00000000-0000.parquet",
+            "2026/11/22/ä3-0000000000000001-00000000-0000.parquet",
+            "2026/11/22-+000000000000001-00000000-0000.parquet",
+            "",
+        ] {
+            assert_eq!(ObjectName::parse(name), None, "{name}");
+        }
+    }
+}

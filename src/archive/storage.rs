@@ -1,0 +1,169 @@
+use std::fmt;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::path::Path;
+use object_store::prefix::PrefixStore;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use url::Url;
+
+use super::synced::{SyncedLocal, create_folder};
+use crate::config::{ObjectStorageSettings, StorageType};
+use crate::record::Kind;
+use crate::{Error, Result};
+
+/// The archive's place in object storage. Cheap to clone.
+///
+/// A put that returned is durable, also on a local disk (bytes and names are synced).
+#[derive(Clone)]
+pub struct Storage {
+    /// The whole bucket, or the whole file system.
+    root: Arc<dyn ObjectStore>,
+    /// The storage URI, with a slash at its end.
+    url: Url,
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Storage").field("url", &self.url.as_str()).finish_non_exhaustive()
+    }
+}
+
+impl Storage {
+    /// Opens the storage that the settings name; a local folder is created. Credentials and endpoints
+    /// come from the store's usual environment variables (`AWS_*`, `GOOGLE_*`, `AZURE_*`). Sends no request.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Storage`] if the environment lacks something that the store needs, [`Error::Io`] if a
+    /// local folder can't be created.
+    pub fn open(settings: &ObjectStorageSettings) -> Result<Self> {
+        let uri = &settings.storage_uri;
+        let failed = || Error::storage(format!("opening {uri}"));
+        let bucket = settings.bucket().map_or("", |(bucket, _)| bucket);
+        let root: Arc<dyn ObjectStore> = match settings.storage_type {
+            StorageType::Aws => {
+                let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
+                if !settings.region.is_empty() {
+                    builder = builder.with_region(&settings.region);
+                }
+                Arc::new(builder.build().map_err(failed())?)
+            }
+            StorageType::Google => Arc::new(
+                GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket).build().map_err(failed())?,
+            ),
+            StorageType::Azure => Arc::new(
+                MicrosoftAzureBuilder::from_env().with_container_name(bucket).build().map_err(failed())?,
+            ),
+            StorageType::Local => return Self::open_folder(FilePath::new(settings.storage_root())),
+        };
+        Self::from_store(root, &format!("{uri}/"))
+    }
+
+    fn open_folder(folder: &FilePath) -> Result<Self> {
+        let context = || format!("creating the folder {}", folder.display());
+        let absolute: PathBuf = std::path::absolute(folder).map_err(Error::io(context()))?;
+        create_folder(&absolute).map_err(Error::io(context()))?;
+        // Links and dots are resolved once, so that one folder has one URL.
+        let absolute = absolute.canonicalize().map_err(Error::io(context()))?;
+        let url = Url::from_directory_path(&absolute)
+            .map_err(|()| Error::Internal(format!("{} is not absolute", absolute.display())))?;
+        Ok(Self { root: Arc::new(SyncedLocal::new()), url })
+    }
+
+    /// Storage under a URL of a store that is already open; the store's root is the bucket's.
+    pub(crate) fn from_store(root: Arc<dyn ObjectStore>, url: &str) -> Result<Self> {
+        let url = Url::parse(url).map_err(|error| Error::Setting {
+            setting: "storage URI".to_owned(),
+            value: url.to_owned(),
+            accepted: format!("a URL ({error})"),
+        })?;
+        Ok(Self { root, url })
+    }
+
+    /// The URL of a kind's Delta table, with a slash at its end.
+    #[must_use]
+    pub fn table_url(&self, kind: Kind) -> Url {
+        let mut url = self.url.clone();
+        url.set_path(&format!("{}/{}/", self.url.path().trim_end_matches('/'), kind.name()));
+        url
+    }
+
+    /// The objects of a kind's table; paths are relative to the table.
+    #[must_use]
+    pub fn table_store(&self, kind: Kind) -> Arc<dyn ObjectStore> {
+        let prefix = Path::from_url_path(self.table_url(kind).path()).unwrap_or_default();
+        Arc::new(PrefixStore::new(Arc::clone(&self.root), prefix))
+    }
+
+    /// The objects under the storage URI; paths are relative to it.
+    #[must_use]
+    pub fn store(&self) -> Arc<dyn ObjectStore> {
+        let prefix = Path::from_url_path(self.url.path()).unwrap_or_default();
+        Arc::new(PrefixStore::new(Arc::clone(&self.root), prefix))
+    }
+
+    /// The whole bucket, as Delta Lake libraries want it beside [`Storage::table_url`].
+    #[must_use]
+    pub fn root_store(&self) -> Arc<dyn ObjectStore> {
+        Arc::clone(&self.root)
+    }
+
+    /// Writes, reads and deletes a small object, and makes sure that the store refuses to create an
+    /// object that exists: without that two writers could commit the same version of a table.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Storage`] with the step that failed.
+    pub async fn probe(&self) -> Result<()> {
+        let store = self.store();
+        let path = Path::from(format!("highwater-probe-{:016x}", rand::random::<u64>()));
+        let failed = |step: &str| Error::storage(format!("{step} the test object {}{path}", self.url));
+        let bytes = Bytes::from_static(b"highwater");
+        let put = || store.put_opts(&path, bytes.clone().into(), PutMode::Create.into());
+        put().await.map_err(failed("creating"))?;
+        let checked = async {
+            match put().await {
+                Err(object_store::Error::AlreadyExists { .. }) => {}
+                Err(error) => return Err(failed("creating again")(error)),
+                Ok(_) => {
+                    let error = object_store::Error::NotSupported {
+                        source: "the store overwrote an object that it was told to create".into(),
+                    };
+                    return Err(failed("creating again")(error));
+                }
+            }
+            let read = async { store.get(&path).await?.bytes().await };
+            match read.await.map_err(failed("reading"))? {
+                read if read == bytes => Ok(()),
+                _ => Err(Error::Internal(format!("{path} reads other than it was written"))),
+            }
+        };
+        let checked = checked.await;
+        let deleted = store.delete(&path).await.map_err(failed("deleting"));
+        checked.and(deleted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_local_folder_is_created_and_probed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a b/ä#1/%20");
+        let settings = ObjectStorageSettings::new(path.to_str().unwrap(), "").unwrap();
+        let storage = Storage::open(&settings).unwrap();
+        storage.probe().await.unwrap();
+        let path = Path::from("2026/11/22-x.parquet");
+        storage.table_store(Kind::Psi).put(&path, "x".into()).await.unwrap();
+        let on_disk = storage.table_url(Kind::Psi).to_file_path().unwrap().join(path.as_ref());
+        assert_eq!(std::fs::read(on_disk).unwrap(), b"x");
+        assert_eq!(std::fs::read_dir(settings.storage_root()).unwrap().count(), 1, "the probe is gone");
+    }
+}

@@ -1,0 +1,509 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use chrono::Utc;
+use deltalake_core::logstore::{LogStoreRef, StorageConfig, default_logstore};
+use deltalake_core::{DeltaTable, DeltaTableError};
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use serde_json::{Map, Value, json};
+
+use super::log::{self, CommitId, Entry, TableFile, entry_path, schema_text};
+use super::merge::Merged;
+use super::{DataFile, Storage};
+use crate::record::Kind;
+use crate::{Error, Lsn, Result, failpoint};
+
+/// How often a claim, or a commit, starts again because another writer was faster. Writers other than us
+/// are people; they don't write hundreds of entries a second.
+const ATTEMPTS_MAX: usize = 32;
+
+/// After this long without a look at the log, an entry that landed is checked against the end of the log. Must
+/// be well below the log's retention: what a successor trimmed could be created once more, far behind its end.
+const TRUST_WINDOW: Duration = Duration::from_mins(10);
+
+/// What a table holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Rows.
+    pub row_count: u64,
+    /// Files.
+    pub file_count: u64,
+    /// Bytes of the files.
+    pub byte_count: u64,
+    /// Upper bound of `created_at` (`quarantined_at`), microseconds since the epoch: exact for rows of this
+    /// session, else up to a millisecond above. `None` for an empty table.
+    pub max_created_at: Option<i64>,
+}
+
+/// What a commit says of itself to people who read the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommitNote {
+    /// Where the checkpoint begins.
+    pub first_lsn: Lsn,
+    /// Where it ends.
+    pub last_lsn: Lsn,
+    /// Time of its first commit in the source, microseconds since the epoch.
+    pub first_committed_at: Option<i64>,
+    /// Time of its last commit in the source, microseconds since the epoch.
+    pub last_committed_at: Option<i64>,
+    /// Rows that it adds to this table.
+    pub row_count: u64,
+}
+
+/// One Delta table, claimed by this session.
+///
+/// The handle knows the state of the log at the version that it last wrote or read. Every entry is put at
+/// exactly the next version, by a request that fails if the version is taken; then the entries since are read,
+/// and one of the same application id means that another session has taken over ([`Error::Fenced`]).
+pub struct Table {
+    storage: Storage,
+    store: Arc<dyn ObjectStore>,
+    kind: Kind,
+    app_id: String,
+    session_id: String,
+    version: u64,
+    commit_number: u64,
+    lsn: Lsn,
+    files: BTreeMap<String, TableFile>,
+    totals: Totals,
+    pub(super) checkpoint_version: u64,
+    looked_at: SystemTime,
+}
+
+impl fmt::Debug for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table")
+            .field("kind", &self.kind)
+            .field("version", &self.version)
+            .field("lsn", &self.lsn)
+            .field("totals", &self.totals)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A change of a table that is one log entry.
+#[derive(Debug)]
+struct Change {
+    operation: &'static str,
+    adds: Vec<TableFile>,
+    /// Paths that the change replaces; it is void if one of them is no longer active.
+    removes: Vec<String>,
+    lsn: Lsn,
+    note: Map<String, Value>,
+}
+
+/// What the entries after our version were.
+#[derive(Debug, PartialEq, Eq)]
+enum Since {
+    /// There are none.
+    Nothing,
+    /// Entries of others, or late ones of ours; they are taken over.
+    Moved,
+    /// The change itself is among them.
+    Landed,
+}
+
+impl Table {
+    /// Opens the kind's table, creating it if there is none, and claims it for this session: from here on
+    /// no older session of the same application id can commit. `session_id` must never be used twice.
+    ///
+    /// `start` becomes the table's position if it has none for this application id.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Storage`] and [`Error::Delta`]; claiming may be repeated. [`Error::Delta`] also if the table has
+    /// other columns than its kind, or needs a newer protocol.
+    pub async fn claim(
+        storage: &Storage,
+        kind: Kind,
+        app_id: &str,
+        session_id: &str,
+        start: Lsn,
+    ) -> Result<Self> {
+        create_if_absent(storage, kind).await?;
+        for _ in 0..ATTEMPTS_MAX {
+            let mut table = Self::load(storage, kind, app_id, session_id, start).await?;
+            let claim = table.change("HIGHWATER CLAIM", table.lsn);
+            match table.put_entry(table.entry_bytes(&claim)?).await {
+                Ok(()) => {
+                    table.take_over(claim);
+                    return Ok(table);
+                }
+                Err(object_store::Error::AlreadyExists { .. }) => {}
+                Err(error) => {
+                    return Err(Error::storage(format!("claiming {}", storage.table_url(kind)))(error));
+                }
+            }
+        }
+        Err(unusable(kind, "claiming", "other writers were faster every time"))
+    }
+
+    async fn load(storage: &Storage, kind: Kind, app_id: &str, session_id: &str, start: Lsn) -> Result<Self> {
+        let delta = open_delta(storage, kind).await?;
+        let failed = || Error::delta(kind, "reading the log");
+        let state = delta.snapshot().map_err(failed())?;
+        check_protocol(kind, state.protocol().min_reader_version(), state.protocol().min_writer_version())?;
+        let schema = serde_json::to_value(state.schema().as_ref()).map_err(|source| {
+            failed()(DeltaTableError::InvalidJsonLog {
+                json_err: source,
+                line: String::new(),
+                version: state.version(),
+            })
+        })?;
+        check_columns(kind, &schema_text(&schema))?;
+        let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
+        let mut table = Self {
+            storage: storage.clone(),
+            store: storage.table_store(kind),
+            kind,
+            app_id: app_id.to_owned(),
+            session_id: session_id.to_owned(),
+            version: state.version(),
+            commit_number: 0,
+            lsn: txn.map_or(Ok(start), |version| to_lsn(kind, version))?,
+            files: BTreeMap::new(),
+            totals: Totals::default(),
+            checkpoint_version: 0,
+            looked_at: SystemTime::now(),
+        };
+        for file in state.log_data().iter() {
+            let size = u64::try_from(file.size()).unwrap_or_default();
+            let path = file.object_store_path().to_string();
+            table.add(TableFile::new(kind, path, size, file.modification_time(), file.stats()));
+        }
+        table.checkpoint_version = table.read_checkpoint_version().await?;
+        Ok(table)
+    }
+
+    /// Position up to which the table is complete.
+    #[must_use]
+    pub const fn lsn(&self) -> Lsn {
+        self.lsn
+    }
+
+    /// The kind of the table's rows.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The version of the log that this handle is at.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// What the table holds.
+    #[must_use]
+    pub const fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The active files, by path.
+    pub fn files(&self) -> impl Iterator<Item = &TableFile> {
+        self.files.values()
+    }
+
+    pub(super) const fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    pub(super) fn store(&self) -> Arc<dyn ObjectStore> {
+        Arc::clone(&self.store)
+    }
+
+    /// Adds files and moves the position, in one log entry. On return the rows are archived. No files at
+    /// all is a mark that there is nothing before `lsn`.
+    ///
+    /// After an error other than [`Error::Fenced`] the outcome may be unknown: call again with the same
+    /// files and position, which recognises an entry that has landed, or drop the handle.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Fenced`] if another session has claimed the table, [`Error::Storage`] if the log can't be
+    /// written or read, [`Error::Delta`] if a foreign entry made the table unusable.
+    pub async fn commit(&mut self, files: &[DataFile], lsn: Lsn, note: &CommitNote) -> Result<()> {
+        if lsn < self.lsn {
+            let detail = format!("{}: commit at {lsn}, behind {}", self.kind.name(), self.lsn);
+            return Err(Error::Internal(detail));
+        }
+        let mut change = self.change("WRITE", lsn);
+        change.adds = files.iter().map(|file| file.to_table_file(self.kind)).collect();
+        change.note = note.to_json();
+        match self.land(change).await? {
+            true => Ok(()),
+            false => Err(Error::Internal("a commit that removes nothing was abandoned".to_owned())),
+        }
+    }
+
+    /// Replaces a merge's inputs by its outputs in one log entry that changes no row. `Ok(false)`: an
+    /// input is no longer active, nothing was done, the outputs are orphans.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`]; after one the merge may be dropped.
+    pub async fn commit_merge(&mut self, merged: &Merged) -> Result<bool> {
+        let mut change = self.change("OPTIMIZE", self.lsn);
+        change.adds = merged.outputs.iter().map(|file| file.to_table_file(self.kind)).collect();
+        change.removes.clone_from(&merged.inputs);
+        change.note.insert("window".to_owned(), json!(merged.window));
+        self.land(change).await
+    }
+
+    fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
+        Change { operation, adds: Vec::new(), removes: Vec::new(), lsn, note: Map::new() }
+    }
+
+    async fn land(&mut self, change: Change) -> Result<bool> {
+        for _ in 0..ATTEMPTS_MAX {
+            if !change.removes.iter().all(|path| self.files.contains_key(path)) {
+                return Ok(false);
+            }
+            let Err(error) = self.put_entry(self.entry_bytes(&change)?).await else {
+                failpoint::hit("after-delta-commit");
+                self.take_over(change);
+                return Ok(true);
+            };
+            let failed =
+                Error::storage(format!("committing version {} of {}", self.version + 1, self.kind.name()));
+            match self.catch_up(Some(&change)).await {
+                Ok(Since::Landed) => return Ok(true),
+                Ok(Since::Moved) => {}
+                Err(fatal @ (Error::Fenced { .. } | Error::Delta { .. })) => return Err(fatal),
+                Ok(Since::Nothing) | Err(_) => return Err(failed(error)),
+            }
+        }
+        Err(unusable(self.kind, "committing", "other writers were faster every time"))
+    }
+
+    /// Reads the entries after our version and takes them over.
+    async fn catch_up(&mut self, mine: Option<&Change>) -> Result<Since> {
+        let mut since = Since::Nothing;
+        while let Some(bytes) = self.read_entry(self.version + 1).await? {
+            let version = self.version + 1;
+            let entry = Entry::parse(self.kind, &self.app_id, &bytes).map_err(|detail| {
+                unusable(self.kind, "reading a log entry", &format!("version {version}: {detail}"))
+            })?;
+            let ours = entry.commit.as_ref().filter(|commit| commit.session == self.session_id);
+            if ours.is_none() && entry.txn_version.is_some() {
+                let detail = format!("version {version} of its log is by another session of {}", self.app_id);
+                return Err(Error::Fenced { table: self.kind.name().to_owned(), detail });
+            }
+            if let Some((reader, writer)) = entry.protocol {
+                check_protocol(self.kind, number(reader), number(writer))?;
+            }
+            if let Some(columns) = &entry.columns {
+                check_columns(self.kind, columns)?;
+            }
+            if entry.has_unknown_rows {
+                return Err(unusable(
+                    self.kind,
+                    "reading a log entry",
+                    "a foreign writer added deletion vectors",
+                ));
+            }
+            let number = ours.map(|commit| commit.number);
+            let paths = |files: &[TableFile]| files.iter().map(|file| file.path.clone()).collect::<Vec<_>>();
+            let landed = mine.is_some_and(|mine| {
+                number == Some(self.commit_number + 1)
+                    && to_txn(mine.lsn).ok() == entry.txn_version
+                    && paths(&mine.adds) == paths(&entry.adds)
+            });
+            // A late entry of ours: a merge that was given up after an error, say. It counts.
+            self.lsn =
+                self.lsn.max(entry.txn_version.map_or(Ok(self.lsn), |version| to_lsn(self.kind, version))?);
+            self.commit_number = self.commit_number.max(number.unwrap_or_default());
+            self.version = version;
+            self.replace(&entry.removes, entry.adds);
+            if landed {
+                return Ok(Since::Landed);
+            }
+            since = Since::Moved;
+        }
+        self.looked_at = SystemTime::now();
+        Ok(since)
+    }
+
+    /// Makes sure that no other session has claimed the table, as far as the log says now.
+    pub(super) async fn check_claim(&mut self) -> Result<()> {
+        self.catch_up(None).await.map(drop)
+    }
+
+    async fn read_entry(&self, version: u64) -> Result<Option<Bytes>> {
+        let path = entry_path(version);
+        match async { self.store.get(&path).await?.bytes().await }.await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(Error::storage(format!("reading {path} of {}", self.kind.name()))(error)),
+        }
+    }
+
+    fn entry_bytes(&self, change: &Change) -> Result<Bytes> {
+        let now = Utc::now().timestamp_millis();
+        let id = CommitId { session: self.session_id.clone(), number: self.commit_number + 1 };
+        let mut actions = vec![log::commit_info(&id, change.operation, now, change.note.clone())];
+        actions.push(log::txn(&self.app_id, to_txn(change.lsn)?, now));
+        let removed = change.removes.iter().filter_map(|path| self.files.get(path));
+        actions.extend(removed.map(|file| file.remove(now)));
+        actions.extend(change.adds.iter().map(|file| file.add(change.removes.is_empty())));
+        Ok(log::to_bytes(&actions))
+    }
+
+    /// Puts an entry at the next version, if that is not taken.
+    async fn put_entry(&self, bytes: Bytes) -> object_store::Result<()> {
+        let target = entry_path(self.version + 1);
+        self.store.put_opts(&target, bytes.into(), PutMode::Create.into()).await?;
+        // Also if the clock was set back: better one request too many.
+        if self.looked_at.elapsed().is_ok_and(|age| age < TRUST_WINDOW) {
+            return Ok(());
+        }
+        let folder = Path::from("_delta_log");
+        let mut later = self.store.list_with_offset(Some(&folder), &target);
+        while let Some(object) = later.try_next().await? {
+            // `_last_checkpoint` sorts after every version.
+            if object
+                .location
+                .filename()
+                .is_some_and(|name| name.starts_with(|first: char| first.is_ascii_digit()))
+            {
+                let source = format!("the log has gone on without it: {}", object.location).into();
+                return Err(object_store::Error::Precondition { path: target.to_string(), source });
+            }
+        }
+        Ok(())
+    }
+
+    fn take_over(&mut self, change: Change) {
+        self.version += 1;
+        self.commit_number += 1;
+        self.lsn = change.lsn;
+        self.looked_at = SystemTime::now();
+        self.replace(&change.removes, change.adds);
+    }
+
+    fn replace(&mut self, removes: &[String], adds: Vec<TableFile>) {
+        for path in removes {
+            if let Some(file) = self.files.remove(path) {
+                self.discount(&file);
+            }
+        }
+        for file in adds {
+            self.add(file);
+        }
+    }
+
+    fn add(&mut self, file: TableFile) {
+        self.totals.file_count += 1;
+        self.totals.byte_count += file.size;
+        self.totals.row_count += file.row_count.unwrap_or_default();
+        self.totals.max_created_at = self.totals.max_created_at.max(file.max_time);
+        // An action for a known path replaces it (Delta protocol, "Add File and Remove File").
+        if let Some(old) = self.files.insert(file.path.clone(), file) {
+            self.discount(&old);
+        }
+    }
+
+    fn discount(&mut self, file: &TableFile) {
+        self.totals.file_count = self.totals.file_count.saturating_sub(1);
+        self.totals.byte_count = self.totals.byte_count.saturating_sub(file.size);
+        self.totals.row_count = self.totals.row_count.saturating_sub(file.row_count.unwrap_or_default());
+    }
+
+    async fn read_checkpoint_version(&self) -> Result<u64> {
+        let path = Path::from("_delta_log/_last_checkpoint");
+        match async { self.store.get(&path).await?.bytes().await }.await {
+            Ok(bytes) => {
+                let hint: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+                Ok(hint.get("version").and_then(Value::as_u64).unwrap_or_default())
+            }
+            Err(object_store::Error::NotFound { .. }) => Ok(0),
+            Err(error) => Err(Error::storage(format!("reading {path} of {}", self.kind.name()))(error)),
+        }
+    }
+}
+
+impl CommitNote {
+    fn to_json(self) -> Map<String, Value> {
+        let time = |micros: Option<i64>| micros.and_then(chrono::DateTime::<Utc>::from_timestamp_micros);
+        let mut note = Map::new();
+        note.insert("firstLsn".to_owned(), json!(self.first_lsn.to_string()));
+        note.insert("lastLsn".to_owned(), json!(self.last_lsn.to_string()));
+        note.insert("firstCommittedAt".to_owned(), json!(time(self.first_committed_at)));
+        note.insert("lastCommittedAt".to_owned(), json!(time(self.last_committed_at)));
+        note.insert("rowCount".to_owned(), json!(self.row_count));
+        note
+    }
+}
+
+/// The library's handle of a table, loaded at the end of its log. It is not used to commit.
+pub(super) async fn open_delta(storage: &Storage, kind: Kind) -> Result<DeltaTable> {
+    let url = storage.table_url(kind);
+    let log_store: LogStoreRef =
+        default_logstore(storage.table_store(kind), storage.root_store(), &url, &StorageConfig::default());
+    let mut delta = DeltaTable::new(log_store);
+    delta.load().await.map_err(Error::delta(kind, format!("opening {url}")))?;
+    Ok(delta)
+}
+
+async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()> {
+    let store = storage.table_store(kind);
+    let failed = || Error::storage(format!("creating the table {}", storage.table_url(kind)));
+    // Version 0 may have been trimmed away: only an empty log means that there is no table.
+    let mut log = store.list(Some(&Path::from("_delta_log")));
+    if log.try_next().await.map_err(failed())?.is_some() {
+        return Ok(());
+    }
+    let entry = log::to_bytes(&log::creation(kind, Utc::now().timestamp_millis()));
+    match store.put_opts(&entry_path(0), entry.into(), PutMode::Create.into()).await {
+        Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+        Err(error) => Err(failed()(error)),
+    }
+}
+
+fn check_protocol(kind: Kind, reader: i32, writer: i32) -> Result<()> {
+    if reader <= 1 && writer <= 2 {
+        return Ok(());
+    }
+    let detail =
+        format!("it asks for reader {reader} and writer {writer}; reader 1 and writer 2 are supported");
+    Err(unusable(kind, "checking its protocol", &detail))
+}
+
+fn check_columns(kind: Kind, found: &str) -> Result<()> {
+    let wanted = schema_text(&log::schema(kind));
+    if found == wanted {
+        return Ok(());
+    }
+    Err(unusable(kind, "checking its columns", &format!("it has ({found}), but must have ({wanted})")))
+}
+
+fn number(version: u64) -> i32 {
+    i32::try_from(version).unwrap_or(i32::MAX)
+}
+
+fn unusable(kind: Kind, context: &str, detail: &str) -> Error {
+    Error::delta(kind, context)(DeltaTableError::Generic(detail.to_owned()))
+}
+
+fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
+    u64::try_from(version)
+        .map(Lsn)
+        .map_err(|_| unusable(kind, "reading its position", &format!("txn version {version} is negative")))
+}
+
+fn to_txn(lsn: Lsn) -> Result<i64> {
+    i64::try_from(lsn.0).map_err(|_| Error::Internal(format!("position {lsn} is past what a log holds")))
+}
+
+impl Error {
+    /// Wraps a failure of the Delta library.
+    pub(super) fn delta(kind: Kind, context: impl Into<String>) -> impl FnOnce(DeltaTableError) -> Self {
+        let context = context.into();
+        move |source| Self::Delta { table: kind.name().to_owned(), context, source: Box::new(source) }
+    }
+}

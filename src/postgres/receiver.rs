@@ -1,0 +1,364 @@
+//! [`Receiver`]: the task that owns the socket of the replication stream.
+//!
+//! It does two things that must not wait for each other. It reads frames and hands them on, and it tells the server
+//! how far everything is durable. A full queue stops the reading: the socket fills up, then the server waits. The
+//! reports go on, or the server would take us for dead after `wal_sender_timeout`, just when storage hangs and every
+//! row counts. So the task never waits for the queue and for nothing else.
+//!
+//! ```text
+//!   socket --read--> inbox --cut--> waiting chunk --queue--> builder
+//!     ^                                                         |
+//!     +------ standby status <------ durable LSN <---- committer+
+//! ```
+
+use std::future::{Future as _, pending, poll_fn};
+use std::io;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::{Duration, SystemTime};
+
+use bytes::{BufMut as _, BytesMut};
+use postgres_protocol::message::backend::{ERROR_RESPONSE_TAG, READY_FOR_QUERY_TAG};
+use postgres_protocol::message::frontend;
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::warn;
+
+use super::frame::{self, Chunk, Cut, FRAME_BYTES_MAX, STREAM};
+use super::replication::ReplicationStream;
+use super::socket::Socket;
+use super::wire::{HEADER_BYTES, Wire, header, server_error};
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+
+/// Longest time between two reports, so that the server's monitoring views are never old.
+const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
+/// Shortest time between two reports that say the same. A server that shuts down asks again as soon as it has an
+/// answer, and would keep two cores busy with it.
+const REPLY_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// A report is a few bytes; a socket that doesn't take them for so long is dead.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the server may take to end the stream.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Space that is made before a read, and so the usual size of a chunk while behind.
+const READ_BYTES: usize = 512 << 10;
+/// A read is not worth while with less space than this.
+const READ_BYTES_MIN: usize = 64 << 10;
+/// After a read of this much we are behind, and wait a little so that the next one brings more. A walsender tries a
+/// `send` per row, and if we always wait in `recv` then each of them wakes us: that halves its speed.
+const BEHIND_BYTES: usize = 16 << 10;
+const BEHIND_PAUSE: Duration = Duration::from_millis(1);
+
+/// 2000-01-01 in seconds of Unix time: the protocol's clock starts there.
+const EPOCH_2000: Duration = Duration::from_secs(946_684_800);
+
+/// How often to report to a server that gives up after `wal_sender_timeout` (zero: never): two reports may be
+/// late.
+pub(super) fn status_interval(wal_sender_timeout: Duration) -> Duration {
+    match wal_sender_timeout / 3 {
+        Duration::ZERO => STATUS_INTERVAL_MAX,
+        third => third.min(STATUS_INTERVAL_MAX),
+    }
+}
+
+impl ReplicationStream {
+    /// Starts the task that reads the stream. It sends whole frames, in order and without a gap, into `chunks`,
+    /// and reports `durable` as written, flushed and applied: at once when it changes, when the server asks (at most
+    /// every 100 ms), and else at the pace that `wal_sender_timeout` needs. A value below an earlier one is
+    /// ignored.
+    ///
+    /// A full queue stops the reading only; at most one chunk waits beside it. A chunk is 0.5 MiB or one
+    /// frame, whichever is larger. When the other end of `chunks` is gone nothing more is read, but the reports go on
+    /// until [`Receiver::finish`]: the last checkpoint may still be on its way.
+    pub fn spawn(self, chunks: mpsc::Sender<Chunk>, durable: watch::Receiver<Lsn>) -> Receiver {
+        let (finish, finished) = oneshot::channel();
+        let pump = Pump {
+            wire: self.wire,
+            status_interval: self.status_interval,
+            durable,
+            reported: Lsn::ZERO,
+            reported_at: Instant::now(),
+            reply_owed: false,
+        };
+        Receiver { task: Some(tokio::spawn(pump.run(chunks, finished))), finish: Some(finish) }
+    }
+}
+
+/// The handle of the receiving task. Dropping it ends the task and the connection at once.
+#[derive(Debug)]
+pub struct Receiver {
+    /// `None` once its result has been taken.
+    task: Option<JoinHandle<Result<()>>>,
+    finish: Option<oneshot::Sender<()>>,
+}
+
+impl Receiver {
+    /// Waits until the stream ends by itself. May be dropped and called again; once it has returned it
+    /// waits for ever.
+    ///
+    /// # Errors
+    ///
+    /// Always an error, since only [`finish`](Self::finish) ends a stream as it should: [`Error::Server`] or
+    /// [`Error::Io`] as the server or the network ended it, [`Error::Protocol`] for bytes that make no sense.
+    pub async fn ended(&mut self) -> Result<()> {
+        let Some(task) = &mut self.task else { return pending().await };
+        let result = task.await;
+        self.task = None;
+        flatten(result)
+    }
+
+    /// Reports the durable position once more, ends the stream and logs out. What was not acknowledged comes again
+    /// in the next session. Takes at most about 5 s; a server that is too slow is left without a farewell.
+    ///
+    /// # Errors
+    ///
+    /// If the stream had failed before, or fails while it is being ended.
+    pub async fn finish(mut self) -> Result<()> {
+        if let Some(finish) = self.finish.take() {
+            // If the task is gone, its result says why.
+            let _ = finish.send(());
+        }
+        match &mut self.task {
+            Some(task) => flatten(task.await),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+fn flatten(result: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
+    result.unwrap_or_else(|error| Err(Error::Internal(format!("the receiver failed: {error}"))))
+}
+
+#[derive(Debug)]
+struct Pump {
+    wire: Wire,
+    status_interval: Duration,
+    durable: watch::Receiver<Lsn>,
+    /// What the last report said, and when.
+    reported: Lsn,
+    reported_at: Instant,
+    /// The server has asked since.
+    reply_owed: bool,
+}
+
+impl Pump {
+    /// The loop. Its priorities:
+    ///
+    /// 1. the order to finish: nothing that comes after it matters;
+    /// 2. a new durable position: it frees WAL on the server, and a server that shuts down waits for it;
+    /// 3. a report that is due: without it the server gives up;
+    /// 4. the waiting chunk goes into the queue;
+    /// 5. only with no chunk waiting: more bytes.
+    ///
+    /// The first three are rare, so they can't starve the last two; and these exclude each other.
+    async fn run(mut self, chunks: mpsc::Sender<Chunk>, mut finished: oneshot::Receiver<()>) -> Result<()> {
+        let mut waiting = None;
+        let mut resume_at = Instant::now();
+        let mut is_published = true;
+        // Tells the server at once that somebody is there.
+        self.report().await?;
+        loop {
+            if waiting.is_none() && !chunks.is_closed() {
+                let Cut { chunk, reply_requested } = frame::cut(&mut self.wire.inbox)?;
+                self.reply_owed |= reply_requested;
+                waiting = chunk;
+            }
+            let report_at = self.report_at();
+            tokio::select! {
+                biased;
+                // 1. An error means that the handle is gone, and then this task is, too.
+                _ = &mut finished => return self.finish().await,
+                // 2.
+                changed = self.durable.changed(), if is_published => {
+                    // Without a publisher the last value stands.
+                    is_published = changed.is_ok();
+                    if self.durable_position() > self.reported {
+                        self.report().await?;
+                    }
+                }
+                // 3.
+                () = sleep_until(report_at) => self.report().await?,
+                // 4.
+                permit = chunks.reserve(), if waiting.is_some() => match (permit, waiting.take()) {
+                    (Ok(permit), Some(chunk)) => permit.send(chunk),
+                    // Nobody takes chunks any more.
+                    _ => {}
+                },
+                // 5.
+                count = read(&mut self.wire, resume_at), if waiting.is_none() && !chunks.is_closed() => {
+                    if count? >= BEHIND_BYTES {
+                        resume_at = Instant::now() + BEHIND_PAUSE;
+                    }
+                }
+            }
+        }
+    }
+
+    fn durable_position(&self) -> Lsn {
+        self.reported.max(*self.durable.borrow())
+    }
+
+    /// When the next report is due if nothing changes.
+    fn report_at(&self) -> Instant {
+        self.reported_at + if self.reply_owed { REPLY_INTERVAL_MIN } else { self.status_interval }
+    }
+
+    async fn report(&mut self) -> Result<()> {
+        let position = self.durable.borrow_and_update().max(self.reported);
+        let message = standby_status(position, SystemTime::now());
+        self.write(&message).await?;
+        self.reported = position;
+        self.reported_at = Instant::now();
+        self.reply_owed = false;
+        Ok(())
+    }
+
+    async fn write(&mut self, message: &[u8]) -> Result<()> {
+        let context = "reporting on the replication stream";
+        match timeout(WRITE_TIMEOUT, self.wire.send(message, context)).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::io(context)(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    async fn finish(mut self) -> Result<()> {
+        self.report().await?;
+        let mut message = BytesMut::new();
+        frontend::copy_done(&mut message);
+        self.write(&message).await?;
+        match timeout(FINISH_TIMEOUT, self.drain()).await {
+            Ok(result) => result?,
+            Err(_) => {
+                // It is in the middle of a large transaction, and sees the end of the connection later.
+                warn!("the server did not end the replication stream in time; the connection is closed");
+                return Ok(());
+            }
+        }
+        message.clear();
+        frontend::terminate(&mut message);
+        // The server closes as soon as it has read this, or before.
+        let _ = self.write(&message).await;
+        Ok(())
+    }
+
+    /// Reads, and drops, what is still on its way, up to the server's readiness for a next command.
+    async fn drain(&mut self) -> Result<()> {
+        loop {
+            while let Some((tag, whole)) = header(&self.wire.inbox, FRAME_BYTES_MAX, STREAM)? {
+                if self.wire.inbox.len() < whole {
+                    break;
+                }
+                let message = self.wire.inbox.split_to(whole);
+                match tag {
+                    READY_FOR_QUERY_TAG => return Ok(()),
+                    ERROR_RESPONSE_TAG => {
+                        return Err(server_error(message.get(HEADER_BYTES..).unwrap_or_default(), STREAM));
+                    }
+                    _ => {}
+                }
+            }
+            match read(&mut self.wire, Instant::now()).await {
+                Ok(_) => {}
+                // A server that shuts down leaves without a farewell.
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// Reads what there is, once `resume_at` has come. Cancelling it loses nothing.
+async fn read(wire: &mut Wire, resume_at: Instant) -> Result<usize> {
+    if resume_at > Instant::now() {
+        sleep_until(resume_at).await;
+    }
+    let Wire { socket, inbox } = wire;
+    if inbox.capacity() - inbox.len() < READ_BYTES_MIN {
+        // A fixed step, whatever length the frame at the end of the inbox claims.
+        inbox.reserve(READ_BYTES);
+    }
+    match poll_fn(|cx| poll_fill(socket, inbox, cx)).await {
+        Ok(0) => Err(frame::closed()),
+        Ok(count) => Ok(count),
+        Err(source) => Err(Error::io(STREAM)(source)),
+    }
+}
+
+/// Reads until the socket is empty or the space is full, because a single read of a TLS stream gives one record of at
+/// most 16 KiB. Ready with 0 only at the end of the stream.
+fn poll_fill(
+    socket: &mut Socket,
+    inbox: &mut BytesMut,
+    cx: &mut std::task::Context<'_>,
+) -> Poll<io::Result<usize>> {
+    let before = inbox.len();
+    while inbox.len() < inbox.capacity() {
+        match pin!(socket.read_buf(inbox)).poll(cx) {
+            Poll::Pending if inbox.len() > before => break,
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Err(error)) if inbox.len() == before => return Poll::Ready(Err(error)),
+            // What came before the error or the end is delivered; the next read meets it again.
+            Poll::Ready(Err(_) | Ok(0)) => break,
+            Poll::Ready(Ok(_)) => {}
+        }
+    }
+    Poll::Ready(Ok(inbox.len() - before))
+}
+
+/// A standby status update in its `CopyData` (manual 55.4): everything before `position` is written, flushed and
+/// applied.
+fn standby_status(position: Lsn, now: SystemTime) -> [u8; 39] {
+    let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let clock = u64::try_from(since_1970.saturating_sub(EPOCH_2000).as_micros()).unwrap_or_default();
+    let mut message = [0; 39];
+    let mut out = &mut message[..];
+    out.put_u8(b'd');
+    out.put_u32(38);
+    out.put_u8(b'r');
+    for _ in ["written", "flushed", "applied"] {
+        out.put_u64(position.0);
+    }
+    out.put_u64(clock);
+    // The last byte stays zero: no answer is wanted.
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_update_has_the_layout_of_the_manual() {
+        let message = standby_status(
+            Lsn(0x1_0000_0002),
+            SystemTime::UNIX_EPOCH + EPOCH_2000 + Duration::from_micros(5),
+        );
+        let mut expected = b"d\0\0\0\x26r".to_vec();
+        for number in [0x1_0000_0002_u64, 0x1_0000_0002, 0x1_0000_0002, 5] {
+            expected.extend_from_slice(&number.to_be_bytes());
+        }
+        expected.push(0);
+        assert_eq!(&message[..], expected);
+    }
+
+    #[test]
+    fn reports_are_three_times_as_frequent_as_the_server_demands() {
+        for (timeout, interval) in [(0, 10_000), (2_000, 666), (60_000, 10_000), (15_000, 5_000)] {
+            let found = status_interval(Duration::from_millis(timeout));
+            assert_eq!(found.as_millis(), interval, "{timeout}");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! [`ReplicationConnection`]: a walsender connection, from the login to the start of the stream.
+//!
+//! The section numbers in `postgres/` are those of the manual of PostgreSQL 15.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{Buf as _, BytesMut};
+use postgres_protocol::message::backend::{
+    COMMAND_COMPLETE_TAG, DATA_ROW_TAG, EMPTY_QUERY_RESPONSE_TAG, ERROR_RESPONSE_TAG, READY_FOR_QUERY_TAG,
+    ROW_DESCRIPTION_TAG,
+};
+use postgres_protocol::message::frontend;
+use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
+use tracing::info;
+
+use super::startup::log_in;
+use super::wire::{Message, Wire, server_error, unexpected};
+use super::{receiver, socket};
+use crate::config::SourceConfig;
+use crate::error::{Error, Result};
+
+/// The one message of this connection that `postgres-protocol` doesn't know.
+const COPY_BOTH_RESPONSE_TAG: u8 = b'W';
+
+/// How long to wait for another process to let go of the slot. A predecessor that was killed is noticed by its
+/// server within moments; one that lives is worth a message.
+const SLOT_WAIT: Duration = Duration::from_secs(10);
+const SLOT_RETRY: Duration = Duration::from_millis(500);
+
+/// Bound of the rows of one answer.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// A walsender connection (`replication=database`) on which no stream has been started. It understands SQL,
+/// too, in the simple protocol.
+#[derive(Debug)]
+pub struct ReplicationConnection {
+    wire: Wire,
+    /// For messages: user, server and database.
+    place: String,
+}
+
+impl ReplicationConnection {
+    /// Connects and logs in.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Socket::connect`](super::Socket::connect); [`Error::Server`] if the login is refused,
+    /// [`Error::Protocol`] if the server asks for an authentication that is not supported.
+    pub async fn connect(config: &SourceConfig) -> Result<Self> {
+        let (socket, endpoint) = socket::connect(config).await?;
+        let context = format!("logging in to {config} for replication");
+        let mut wire = Wire::new(socket);
+        let login = log_in(&mut wire, config, endpoint.password.as_ref(), &context);
+        match tokio::time::timeout(config.connect_timeout, login).await {
+            Ok(result) => result?,
+            Err(_) => return Err(Error::io(context)(io::ErrorKind::TimedOut.into())),
+        }
+        Ok(Self { wire, place: config.to_string() })
+    }
+
+    /// Runs a statement or replication command; the rows of all its results, as text.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Server`] if the server refuses it (the connection stays usable), [`Error::Io`] or
+    /// [`Error::Protocol`] if the connection is lost. Answers above 64 MiB are refused.
+    pub async fn query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>> {
+        let context = format!("{} at {}", abridged(sql), self.place);
+        self.send_query(sql, &context).await?;
+        let mut rows = Vec::new();
+        let mut byte_count = 0_usize;
+        let mut refusal = None;
+        loop {
+            let message = self.wire.receive(&context).await?;
+            byte_count = byte_count.saturating_add(message.body.len());
+            if byte_count > ANSWER_BYTES_MAX {
+                let detail = format!("an answer of more than {ANSWER_BYTES_MAX} bytes");
+                return Err(Error::Protocol { context, detail });
+            }
+            match message.tag {
+                DATA_ROW_TAG => rows.push(parse_row(&message, &context)?),
+                ROW_DESCRIPTION_TAG | COMMAND_COMPLETE_TAG | EMPTY_QUERY_RESPONSE_TAG => {}
+                ERROR_RESPONSE_TAG => refusal = Some(server_error(&message.body, &context)),
+                READY_FOR_QUERY_TAG => return refusal.map_or(Ok(rows), Err),
+                _ => return Err(unexpected(&message, &context)),
+            }
+        }
+    }
+
+    /// Starts streaming from the slot's confirmed position, with the binary form of `pgoutput`. A slot that
+    /// another process holds is waited for, at most 10 s.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Slot`] if the slot is held (transient; names the holder) or missing, [`Error::Server`] for any
+    /// other refusal.
+    pub async fn start(mut self, slot: &str, publication: &str) -> Result<ReplicationStream> {
+        if slot.is_empty() || !slot.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_')) {
+            return Err(Error::Slot {
+                slot: slot.to_owned(),
+                detail: "a name has lower-case letters, digits and underscores only; correct HIGHWATER_SLOT"
+                    .to_owned(),
+                transient: false,
+            });
+        }
+        let status_interval = self.status_interval().await?;
+        let command = format!(
+            "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0 (proto_version '1', publication_names {}, binary 'true')",
+            literal(&quote_identifier(publication)),
+        );
+        let deadline = Instant::now() + SLOT_WAIT;
+        loop {
+            let refusal = match self.try_start(&command, slot).await {
+                Ok(()) => return Ok(ReplicationStream { wire: self.wire, status_interval }),
+                Err(refusal) => refusal,
+            };
+            let Error::Server { code, message, .. } = &refusal else { return Err(refusal) };
+            if code == SqlState::OBJECT_IN_USE.code() {
+                if Instant::now() >= deadline {
+                    return Err(self.held(slot, message).await);
+                }
+                info!(slot, reason = message, "waiting for the replication slot");
+                tokio::time::sleep(SLOT_RETRY).await;
+            } else if code == SqlState::UNDEFINED_OBJECT.code() {
+                let detail = format!("{message}; run `highwater setup`");
+                return Err(Error::Slot { slot: slot.to_owned(), detail, transient: false });
+            } else {
+                return Err(refusal);
+            }
+        }
+    }
+
+    async fn try_start(&mut self, command: &str, slot: &str) -> Result<()> {
+        let context = format!("starting replication from slot {slot:?} at {}", self.place);
+        self.send_query(command, &context).await?;
+        let mut refusal = None;
+        loop {
+            let message = self.wire.receive(&context).await?;
+            match (message.tag, refusal) {
+                (COPY_BOTH_RESPONSE_TAG, _) => return Ok(()),
+                (ERROR_RESPONSE_TAG, _) => refusal = Some(server_error(&message.body, &context)),
+                (READY_FOR_QUERY_TAG, Some(refusal)) => return Err(refusal),
+                _ => return Err(unexpected(&message, &context)),
+            }
+        }
+    }
+
+    /// Who holds the slot. Its user and address may be hidden from us; then the number alone is told.
+    async fn held(&mut self, slot: &str, message: &str) -> Error {
+        let sql = format!(
+            "select s.active_pid, a.application_name, coalesce(host(a.client_addr), 'a local socket'), a.usename \
+             from pg_catalog.pg_replication_slots s \
+             left join pg_catalog.pg_stat_activity a on a.pid = s.active_pid \
+             where s.slot_name = {} and s.active_pid is not null",
+            literal(slot)
+        );
+        let rows = self.query(&sql).await.unwrap_or_default();
+        let detail = match rows.first().map(Vec::as_slice) {
+            Some([Some(pid), Some(application), address, user]) if !application.is_empty() => format!(
+                "active for PID {pid} (application {application:?} of user {:?} from {}); stop it, or give \
+                 this one a slot of its own",
+                user.as_deref().unwrap_or("?"),
+                address.as_deref().unwrap_or("?"),
+            ),
+            // The server's own words end with "is active for PID <n>".
+            _ => format!("{message}; stop that process, or give this one a slot of its own"),
+        };
+        Error::Slot { slot: slot.to_owned(), detail, transient: true }
+    }
+
+    /// How often to report: three times as often as the server demands, so that two reports may be late.
+    async fn status_interval(&mut self) -> Result<Duration> {
+        let rows = self
+            .query("select setting from pg_catalog.pg_settings where name = 'wal_sender_timeout'")
+            .await?;
+        let milliseconds = rows.first().and_then(|row| row.first()?.as_deref()?.parse::<u64>().ok());
+        Ok(receiver::status_interval(Duration::from_millis(milliseconds.unwrap_or_default())))
+    }
+
+    async fn send_query(&mut self, sql: &str, context: &str) -> Result<()> {
+        let mut message = BytesMut::new();
+        frontend::query(sql, &mut message).map_err(Error::io(context))?;
+        self.wire.send(&message, context).await
+    }
+}
+
+/// A stream that has been started and that nobody reads yet; [`spawn`](Self::spawn) sees to that.
+#[derive(Debug)]
+pub struct ReplicationStream {
+    pub(super) wire: Wire,
+    pub(super) status_interval: Duration,
+}
+
+fn parse_row(message: &Message, context: &str) -> Result<Vec<Option<String>>> {
+    let mut body = &message.body[..];
+    let short = |_| Error::Protocol { context: context.to_owned(), detail: "a row is cut short".to_owned() };
+    let count = body.try_get_u16().map_err(short)?;
+    let mut row = Vec::new();
+    for _ in 0..count {
+        let length = body.try_get_i32().map_err(short)?;
+        let Ok(length) = usize::try_from(length) else {
+            row.push(None);
+            continue;
+        };
+        let Some((value, rest)) = body.split_at_checked(length) else {
+            return Err(Error::Protocol {
+                context: context.to_owned(),
+                detail: "a value is cut short".to_owned(),
+            });
+        };
+        row.push(Some(String::from_utf8_lossy(value).into_owned()));
+        body = rest;
+    }
+    Ok(row)
+}
+
+/// A name as SQL wants it in double quotes (manual section 4.1.1).
+pub(crate) fn quote_identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// Enough of a statement to know it by.
+fn abridged(sql: &str) -> String {
+    let short: String = sql.chars().take(60).collect();
+    if short.len() < sql.len() { format!("{short:?}...") } else { format!("{sql:?}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    fn row(body: &'static [u8]) -> Result<Vec<Option<String>>> {
+        parse_row(&Message { tag: DATA_ROW_TAG, body: Bytes::from_static(body) }, "test")
+    }
+
+    #[test]
+    fn rows_are_read_and_short_ones_refused() {
+        assert_eq!(
+            row(b"\0\x03\0\0\0\x02ab\xff\xff\xff\xff\0\0\0\0").unwrap(),
+            [Some("ab".to_owned()), None, Some(String::new())]
+        );
+        assert_eq!(row(b"\0\x01\0\0\0\x01\xff").unwrap(), [Some("\u{fffd}".to_owned())]);
+        for body in [&b""[..], b"\0", b"\0\x01", b"\0\x01\0\0\0\x02a", b"\xff\xff\x7f\xff\xff\xff"] {
+            assert!(matches!(row(body), Err(Error::Protocol { .. })), "{body:?}");
+        }
+    }
+
+    #[test]
+    fn names_can_not_end_their_quotes() {
+        assert_eq!(literal(&quote_identifier("it's \"x\"")), "'\"it''s \"\"x\"\"\"'");
+    }
+}

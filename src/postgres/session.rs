@@ -1,0 +1,48 @@
+use std::io;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+use super::sql::connect;
+use crate::config::SourceConfig;
+use crate::error::{Error, Result};
+
+/// Our statements touch a few rows. One that takes longer waits for a network that is gone.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A lock that somebody holds on our tables must not stop the archive for longer.
+const SESSION_SETTINGS: &str = "set lock_timeout = '10s'; set idle_in_transaction_session_timeout = '60s'";
+
+/// An SQL session that connects when it is first used, and again after it was lost.
+#[derive(Debug)]
+pub(crate) struct Session {
+    source: SourceConfig,
+    client: Option<Client>,
+}
+
+impl Session {
+    pub(crate) const fn new(source: SourceConfig) -> Self {
+        Self { source, client: None }
+    }
+
+    /// Runs one exchange.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`] and the work itself; and [`Error::Io`] if it takes longer than 30 s, after which the connection is given up.
+    pub(crate) async fn run<T>(&mut self, work: impl AsyncFnOnce(&Client) -> Result<T>) -> Result<T> {
+        let client = match self.client.take() {
+            Some(client) if !client.is_closed() => client,
+            _ => {
+                let client = connect(&self.source).await?;
+                client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("starting an SQL session"))?;
+                client
+            }
+        };
+        let Ok(result) = tokio::time::timeout(STATEMENT_TIMEOUT, work(&client)).await else {
+            return Err(Error::io(format!("waiting for an answer of {}", self.source))(io::ErrorKind::TimedOut.into()));
+        };
+        self.client = Some(client);
+        result
+    }
+}

@@ -1,0 +1,176 @@
+//! [`Socket`]: a byte stream to a server, plain or TLS.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::TcpStream;
+#[cfg(unix)]
+use tokio::net::UnixStream;
+use tokio_rustls::client::TlsStream;
+use tracing::warn;
+
+use super::tls;
+use crate::config::SourceConfig;
+use crate::config::{Address, Endpoint, SslMode};
+use crate::error::{Error, Result};
+
+/// Notices a silent peer within about a minute and a half. The kernel's default is two hours.
+const KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+    .with_time(Duration::from_secs(60))
+    .with_interval(Duration::from_secs(10))
+    .with_retries(3);
+
+/// How long sent bytes may stay unconfirmed. Keepalives are not sent while there are such bytes, and the
+/// status updates of a replication connection are never far apart, so a cut cable would go unnoticed for the 15
+/// minutes of the kernel's retransmissions.
+#[cfg(target_os = "linux")]
+const UNCONFIRMED_MAX: Duration = Duration::from_secs(60);
+
+/// A connected stream to a PostgreSQL server, before or after the login.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Socket {
+    /// Plain TCP.
+    Tcp(TcpStream),
+    /// A Unix socket. Never encrypted, as in libpq.
+    #[cfg(unix)]
+    Unix(UnixStream),
+    /// TLS over TCP.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Socket {
+    /// Connects to the first server that answers, with as much TLS as `ssl_mode` asks for. Each server has
+    /// `connect_timeout`. Nobody is logged in yet.
+    ///
+    /// # Errors
+    ///
+    /// The last server's failure: [`Error::Io`] (of kind `InvalidData` if its certificate is refused),
+    /// [`Error::Protocol`] if it has no TLS though it is required, [`Error::Setting`] if a certificate file
+    /// can't be used.
+    pub async fn connect(config: &SourceConfig) -> Result<Self> {
+        connect(config).await.map(|(socket, _)| socket)
+    }
+}
+
+/// Also says which server it was: its password may be its own.
+pub(super) async fn connect(config: &SourceConfig) -> Result<(Socket, &Endpoint)> {
+    let mut failure = None;
+    for endpoint in &config.endpoints {
+        let attempt = tokio::time::timeout(config.connect_timeout, open(config, &endpoint.address));
+        let context = || format!("connecting to {}", endpoint.address);
+        let result = match attempt.await {
+            Ok(result) => result,
+            Err(_) => Err(Error::io(context())(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no answer within {} s", config.connect_timeout.as_secs()),
+            ))),
+        };
+        match result {
+            Ok(socket) => return Ok((socket, endpoint)),
+            Err(error) => {
+                if config.endpoints.len() > 1 {
+                    warn!(error = error.chain(), "server can't be reached");
+                }
+                failure = Some(error);
+            }
+        }
+    }
+    Err(failure.unwrap_or_else(|| Error::Internal("a source without servers".to_owned())))
+}
+
+async fn open(config: &SourceConfig, address: &Address) -> Result<Socket> {
+    match address {
+        #[cfg(unix)]
+        Address::Unix { directory, port } => {
+            let path = directory.join(format!(".s.PGSQL.{port}"));
+            let stream = UnixStream::connect(&path).await;
+            stream.map(Socket::Unix).map_err(Error::io(format!("connecting to {}", path.display())))
+        }
+        #[cfg(not(unix))]
+        Address::Unix { directory, .. } => Err(Error::Setting {
+            setting: "host".to_owned(),
+            value: directory.display().to_string(),
+            accepted: "a host's name: this system has no Unix sockets".to_owned(),
+        }),
+        Address::Tcp { host, port } => {
+            let context = format!("connecting to {address}");
+            // Tries each address of the name.
+            let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(Error::io(&context))?;
+            tune(&stream).map_err(Error::io(&context))?;
+            encrypt(config, stream, host, context).await
+        }
+    }
+}
+
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(stream);
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNCONFIRMED_MAX))?;
+    Ok(())
+}
+
+/// Asks for TLS (manual 55.2.10, `SSLRequest`), unless it is not wanted.
+async fn encrypt(
+    config: &SourceConfig,
+    mut stream: TcpStream,
+    host: &str,
+    context: String,
+) -> Result<Socket> {
+    if config.ssl_mode == SslMode::Disable {
+        return Ok(Socket::Tcp(stream));
+    }
+    let mut request = bytes::BytesMut::new();
+    postgres_protocol::message::frontend::ssl_request(&mut request);
+    stream.write_all(&request).await.map_err(Error::io(&context))?;
+    // Exactly one byte: whatever follows it belongs to TLS. What somebody in between has put there in plain text
+    // must not be taken for the server's words.
+    let answer = stream.read_u8().await.map_err(Error::io(&context))?;
+    match answer {
+        b'S' => {
+            tls::handshake(config, stream, host, context).await.map(|stream| Socket::Tls(Box::new(stream)))
+        }
+        b'N' if config.ssl_mode == SslMode::Prefer => Ok(Socket::Tcp(stream)),
+        b'N' => Err(Error::Protocol {
+            context,
+            detail: "the server has no TLS, but sslmode asks for it".to_owned(),
+        }),
+        _ => Err(Error::Protocol { context, detail: format!("the answer to SSLRequest is {answer:#04x}") }),
+    }
+}
+
+macro_rules! delegate {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            Socket::Tcp($stream) => $call,
+            #[cfg(unix)]
+            Socket::Unix($stream) => $call,
+            Socket::Tls($stream) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        delegate!(self, stream => Pin::new(stream).poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
