@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use highwater::check::Severity::{Error, Warning};
 use highwater::check::{Report, Severity, check};
 use highwater::config::{Config, ObjectStorageSettings, SourceConfig};
 
@@ -105,6 +106,7 @@ fn seen(report: &Report) -> Vec<(&'static str, Severity)> {
     bad.map(|finding| (finding.id, finding.severity)).collect()
 }
 
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     let cluster = Cluster::start(
@@ -116,7 +118,6 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     let report = check(&config).await;
     assert_eq!(seen(&report), [], "{report:#?}");
 
-    use Severity::{Error, Warning};
     for (break_it, expected, mend_it) in [
         ("alter role archiver noreplication", vec![("role", Error)], "alter role archiver replication"),
         (
