@@ -10,5 +10,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod big;
+mod crash;
+mod idle;
+mod partition;
+mod reader;
 mod self_check;
+mod shutdown;
+mod storage;
 mod tidy;
+mod values;
+mod writers;
