@@ -1,0 +1,27 @@
+# Every target does its own set-up; see scripts/setup for what that may install.
+.PHONY: demo test lint bench
+
+# One build serves the demo, the tests and the lints: fail points are compiled in, and do nothing
+# unless the environment names them.
+FEATURES := --features failpoints
+
+# Clusters, mounts and whole machines' worth of load: more tests at once only slow each other down.
+TEST_THREADS ?= 2
+
+demo:
+	scripts/setup
+	cargo build $(FEATURES) --bin highwater --example demo
+	target/debug/examples/demo
+
+test:
+	scripts/setup reader
+	cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
+
+lint:
+	cargo fmt --check
+	cargo clippy --all-targets $(FEATURES) -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps $(FEATURES)
+
+bench:
+	scripts/setup
+	cargo bench

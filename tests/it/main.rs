@@ -1,0 +1,23 @@
+//! Integration tests: one binary, one module per behaviour, against real servers.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test panics when something is not as it must be"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod big;
+mod crash;
+mod idle;
+mod partition;
+mod reader;
+mod self_check;
+mod shutdown;
+mod storage;
+mod tidy;
+mod values;
+mod writers;

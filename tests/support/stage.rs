@@ -1,0 +1,191 @@
+//! What one test works on: a database with drift tables, a folder for the archive, a slot.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
+
+use super::archive::{assert_same, compare};
+use super::cluster::Cluster;
+use super::schema::{self, KINDS, Partitions, Shape};
+use super::sidecar::{Launch, Sidecar};
+use super::wait::{until, within};
+
+/// The server that a test works with: the shared one or its own.
+#[derive(Debug)]
+enum Server {
+    Shared(&'static Cluster),
+    Own(Box<Cluster>),
+}
+
+/// A database with drift tables, a folder for the archive, and a slot's name; removed when dropped.
+#[derive(Debug)]
+pub struct Stage {
+    server: Server,
+    /// Name of the database, the slot and the publication.
+    pub name: String,
+    /// The shape of its drift tables.
+    pub shape: Shape,
+    folder: TempDir,
+}
+
+impl Stage {
+    /// On the shared server.
+    pub async fn shared(shape: Shape) -> Self {
+        Self::on(Server::Shared(Cluster::shared()), shape, Partitions::DefaultOnly).await
+    }
+
+    /// On the shared server, partitioned by pg_partman.
+    pub async fn partitioned(shape: Shape) -> Self {
+        Self::on(Server::Shared(Cluster::shared()), shape, Partitions::Partman).await
+    }
+
+    /// On a server of its own.
+    pub async fn private(shape: Shape, settings: &[(&str, &str)]) -> Self {
+        let cluster = Box::new(Cluster::start_new(settings));
+        Self::on(Server::Own(cluster), shape, Partitions::DefaultOnly).await
+    }
+
+    async fn on(server: Server, shape: Shape, partitions: Partitions) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("hw_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let folder = tempfile::Builder::new().prefix("highwater-").tempdir().expect("temporary folder");
+        let stage = Self { server, name, shape, folder };
+        let admin = stage.cluster().connect("postgres").await;
+        admin.batch_execute(&format!("create database {}", stage.name)).await.expect("database");
+        schema::create(&stage.connect().await, shape, partitions).await;
+        stage
+    }
+
+    /// The server.
+    pub fn cluster(&self) -> &Cluster {
+        match &self.server {
+            Server::Shared(cluster) => cluster,
+            Server::Own(cluster) => cluster,
+        }
+    }
+
+    /// A session in the stage's database.
+    pub async fn connect(&self) -> Client {
+        self.cluster().connect(&self.name).await
+    }
+
+    /// The folder of the archive.
+    pub fn storage(&self) -> PathBuf {
+        self.folder.path().join("storage")
+    }
+
+    /// A folder beside the archive, removed with it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// How to start the sidecar on this stage, with checkpoints every second.
+    pub fn launch(&self) -> Launch {
+        let log = self.folder.path().join("sidecar.log");
+        Launch::new(&self.cluster().uri_unix(&self.name), &self.storage(), &self.name, &log)
+            .with("HIGHWATER_MAX_LAG", "1s")
+    }
+
+    /// `highwater setup`, then the running sidecar.
+    pub async fn start(&self) -> Sidecar {
+        self.launch().must(&["setup"]);
+        let sidecar = self.launch().start();
+        self.streaming().await;
+        sidecar
+    }
+
+    /// Waits until a sidecar holds the slot.
+    pub async fn streaming(&self) {
+        let client = self.connect().await;
+        until("a sidecar holds the slot", Duration::from_secs(30), async || self.holder(&client).await).await;
+    }
+
+    /// The server process that holds the slot for a sidecar.
+    pub async fn holder(&self, client: &Client) -> Option<i32> {
+        let sql = "select active_pid from pg_replication_slots where slot_name = $1";
+        client.query_opt(sql, &[&self.name]).await.expect("slot").and_then(|row| row.get(0))
+    }
+
+    /// Cuts the connection of whoever holds the slot.
+    pub async fn cut(&self) {
+        let sql = "select pg_terminate_backend(active_pid) from pg_replication_slots
+                   where slot_name = $1 and active_pid is not null";
+        self.connect().await.execute(sql, &[&self.name]).await.expect("pg_terminate_backend");
+    }
+
+    /// The acknowledged position.
+    pub async fn confirmed(&self, client: &Client) -> PgLsn {
+        let sql = "select confirmed_flush_lsn from pg_replication_slots where slot_name = $1";
+        client.query_one(sql, &[&self.name]).await.expect("slot").get(0)
+    }
+
+    /// Inserts one custom metric, through the shape that the table has; the LSN that its commit is beyond.
+    pub async fn insert_one(&self, client: &Client, metric: &str, value: Option<f64>) -> PgLsn {
+        let sql = match self.shape {
+            Shape::Named => {
+                "insert into scouter.custom_drift (created_at, space, name, version, metric, value)
+                 values (clock_timestamp(), 'tests', 'model', '1.0.0', $1, $2)"
+            }
+            Shape::Entity => {
+                schema::entity_id(client, "tests", "model", "1.0.0").await;
+                "insert into scouter.custom_drift (created_at, entity_id, metric, value)
+                 select clock_timestamp(), id, $1, $2 from scouter.drift_entities
+                  where (space, name, version) = ('tests', 'model', '1.0.0')"
+            }
+        };
+        let before = client.query_one("select pg_current_wal_insert_lsn()", &[]).await.expect("lsn").get(0);
+        client.execute(sql, &[&metric, &value]).await.expect("insert");
+        before
+    }
+
+    /// Inserts a last row, waits until a sidecar has archived and acknowledged everything up to it, and
+    /// compares all rows.
+    ///
+    /// # Panics
+    ///
+    /// When that takes longer than the deadline, or source and archive differ.
+    pub async fn assert_archived(&self, deadline: Duration) {
+        let client = self.connect().await;
+        // The position before the row: whatever else writes WAL, the row's own commit lies beyond it.
+        let target = self.insert_one(&client, "last", None).await;
+        until("everything is acknowledged", deadline, async || {
+            (self.confirmed(&client).await > target).then_some(())
+        })
+        .await;
+        // Should a keepalive have been acknowledged just before the row's commit, it follows at once.
+        within(Duration::from_secs(5), async || {
+            let difference = compare(&client, &self.storage(), self.shape, KINDS[0]).await;
+            (difference.missing == 0 || difference.extra > 0).then_some(())
+        })
+        .await;
+        assert_same(&client, &self.storage(), self.shape).await;
+    }
+
+    /// Compares all rows, now.
+    pub async fn assert_same(&self) {
+        assert_same(&self.connect().await, &self.storage(), self.shape).await;
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // A server of one's own goes with everything on it.
+        if let Server::Shared(cluster) = &self.server {
+            let name = &self.name;
+            // The sidecars of the test are gone or about to be; one that lingers must not keep the slot.
+            let sql = format!(
+                "select pg_terminate_backend(active_pid) from pg_replication_slots
+                  where slot_name like '{name}%' and active_pid is not null"
+            );
+            cluster.psql_quietly("postgres", &sql);
+            let slots =
+                "select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name like";
+            cluster.psql_quietly("postgres", &format!("{slots} '{name}%'"));
+            cluster.psql_quietly("postgres", &format!("drop database if exists {name} with (force)"));
+        }
+    }
+}
