@@ -189,14 +189,22 @@ impl Committer {
         Ok(())
     }
 
-    async fn upload(&self, kind: Kind, window: Window, lsn: Lsn, file: EncodedFile) -> Result<(Kind, DataFile)> {
+    async fn upload(
+        &self,
+        kind: Kind,
+        window: Window,
+        lsn: Lsn,
+        file: EncodedFile,
+    ) -> Result<(Kind, DataFile)> {
         failpoint::hit("after-encode");
         // A new name for each attempt: one that failed may still arrive.
         let attempt = || {
             let path = self.parts.namer.name(window, lsn);
             archive::upload(&self.parts.storage, kind, path, file.clone())
         };
-        let uploaded = until_stored(&format!("uploading {} rows of {}", file.stats.row_count, kind.name()), attempt).await?;
+        let uploaded =
+            until_stored(&format!("uploading {} rows of {}", file.stats.row_count, kind.name()), attempt)
+                .await?;
         Ok((kind, uploaded))
     }
 
@@ -228,7 +236,13 @@ impl Committer {
         Ok(())
     }
 
-    async fn commit_table(&mut self, kind: Kind, files: &[DataFile], lsn: Lsn, note: &CommitNote) -> Result<()> {
+    async fn commit_table(
+        &mut self,
+        kind: Kind,
+        files: &[DataFile],
+        lsn: Lsn,
+        note: &CommitNote,
+    ) -> Result<()> {
         let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else {
             return Err(Error::Internal(format!("no archive table for {}", kind.name())));
         };
@@ -251,7 +265,10 @@ impl Committer {
             Ok(()) => failpoint::hit("after-watermark"),
             Err(error) if error.is_transient() => {
                 // Most likely the server shuts down, and waits for us: record the position where we can.
-                tracing::warn!(error = error.chain(), "no watermark row; recording {lsn} in the archive's logs");
+                tracing::warn!(
+                    error = error.chain(),
+                    "no watermark row; recording {lsn} in the archive's logs"
+                );
                 self.mark(lsn).await?;
             }
             Err(error) => return Err(error),
@@ -290,7 +307,9 @@ impl Committer {
     fn totals(&self) -> Vec<(String, TableTotals)> {
         let tables = self.parts.tables.iter();
         tables
-            .filter_map(|table| Some((watermark::source_table(&self.parts.schema, table.kind())?, totals(table))))
+            .filter_map(|table| {
+                Some((watermark::source_table(&self.parts.schema, table.kind())?, totals(table)))
+            })
             .collect()
     }
 
@@ -299,7 +318,8 @@ impl Committer {
         for kind in COMMIT_ORDER {
             let at = self.parts.tables.iter().find(|table| table.kind() == kind).map(Table::lsn);
             if at.is_some_and(|at| at < lsn) {
-                self.commit_table(kind, &[], lsn, &CommitNote { last_lsn: lsn, ..CommitNote::default() }).await?;
+                self.commit_table(kind, &[], lsn, &CommitNote { last_lsn: lsn, ..CommitNote::default() })
+                    .await?;
             }
         }
         Ok(())
@@ -324,9 +344,11 @@ impl Committer {
         let now = chrono::Utc::now().timestamp_micros();
         // Late rows come for about as long as checkpoints take.
         let quiet = self.parts.max_lag * 2;
-        let plan = self.parts.tables.iter().find_map(|table| {
-            table.merge_candidates(now, quiet, self.parts.window).into_iter().next()
-        });
+        let plan = self
+            .parts
+            .tables
+            .iter()
+            .find_map(|table| table.merge_candidates(now, quiet, self.parts.window).into_iter().next());
         if let Some(plan) = plan {
             let (storage, namer) = (self.parts.storage.clone(), Arc::clone(&self.parts.namer));
             let kind = plan.kind;
@@ -339,11 +361,17 @@ impl Committer {
         let merged = match merged {
             Ok(merged) => merged,
             Err(error) => {
-                tracing::warn!(kind = kind.name(), error = error.chain(), "a window was not merged, it will be tried again");
+                tracing::warn!(
+                    kind = kind.name(),
+                    error = error.chain(),
+                    "a window was not merged, it will be tried again"
+                );
                 return Ok(());
             }
         };
-        let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else { return Ok(()) };
+        let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else {
+            return Ok(());
+        };
         match table.commit_merge(&merged).await {
             Ok(true) => {}
             Ok(false) => return Ok(()),
@@ -362,7 +390,8 @@ impl Committer {
         );
         if let Some(name) = watermark::source_table(&self.parts.schema, kind) {
             let totals = totals(table);
-            let written = self.parts.sql.run(async |client| watermark::update_files(client, &name, totals).await).await;
+            let written =
+                self.parts.sql.run(async |client| watermark::update_files(client, &name, totals).await).await;
             if let Err(error) = written {
                 tracing::debug!(error = error.chain(), "the file count follows with the next checkpoint");
             }
@@ -382,7 +411,11 @@ impl Committer {
                 Ok(0) => {}
                 Ok(removed) => tracing::info!(kind = table.kind().name(), removed, "removed unused objects"),
                 Err(error @ Error::Fenced { .. }) => return Err(error),
-                Err(error) => tracing::warn!(kind = table.kind().name(), error = error.chain(), "vacuum failed, it will be tried again"),
+                Err(error) => tracing::warn!(
+                    kind = table.kind().name(),
+                    error = error.chain(),
+                    "vacuum failed, it will be tried again"
+                ),
             }
         }
         Ok(())
@@ -397,7 +430,8 @@ fn encode_files(batches: &Batches, sender: &mpsc::Sender<(Kind, Window, EncodedF
     for rows in batches.files() {
         let mut failure = None;
         // Built one by one as the encoder wants them, so that only one sorted copy exists at a time.
-        let record_batches = rows.record_batches().map_while(|batch| batch.map_err(|error| failure = Some(error)).ok());
+        let record_batches =
+            rows.record_batches().map_while(|batch| batch.map_err(|error| failure = Some(error)).ok());
         let file = archive::encode(rows.kind(), record_batches)?;
         if let Some(error) = failure {
             let context = format!("building the columns of {}", rows.kind().name());
@@ -405,7 +439,12 @@ fn encode_files(batches: &Batches, sender: &mpsc::Sender<(Kind, Window, EncodedF
         }
         let Some(file) = file else { continue };
         if file.stats.row_count != rows.row_count() {
-            let detail = format!("{} rows of {} became {}", rows.row_count(), rows.kind().name(), file.stats.row_count);
+            let detail = format!(
+                "{} rows of {} became {}",
+                rows.row_count(),
+                rows.kind().name(),
+                file.stats.row_count
+            );
             return Err(Error::Internal(detail));
         }
         // Nobody receives any more: the checkpoint has failed and said why.
@@ -429,7 +468,9 @@ async fn until_stored<T, F: Future<Output = Result<T>>>(what: &str, attempt: imp
     let mut pause = RETRY_PAUSE.0;
     loop {
         match attempt().await {
-            Err(error @ (Error::Storage { .. } | Error::Io { .. })) => storage_failed(what, &error, &mut pause).await,
+            Err(error @ (Error::Storage { .. } | Error::Io { .. })) => {
+                storage_failed(what, &error, &mut pause).await
+            }
             result => return result,
         }
     }
@@ -472,11 +513,13 @@ pub(crate) async fn recover(
         if row.flushed_lsn >= table.lsn() {
             continue;
         }
-        let since = table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
+        let since =
+            table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
         let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
         tracing::info!(table = name, files = paths.len(), from = %row.flushed_lsn, to = %table.lsn(), "bringing the watermark up to the archive");
         let entities = archive::entity_stats(storage, table.kind(), &paths).await?;
-        let spans: Vec<_> = entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
+        let spans: Vec<_> =
+            entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
         let tables = [(name, totals(table))];
         let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
         sql.run(async |client| watermark::advance(client, &advance).await).await?;

@@ -11,6 +11,17 @@ pub(crate) fn hit(name: &str) {
     });
 }
 
+/// Reads `FAILPOINTS`. To be called once, at the start of the process.
+#[cfg(feature = "failpoints")]
+pub(crate) fn setup() {
+    // Dropping it would switch the points off.
+    std::mem::forget(fail::FailScenario::setup());
+}
+
+/// Does nothing: the feature `failpoints` is off.
+#[cfg(not(feature = "failpoints"))]
+pub(crate) const fn setup() {}
+
 /// Does nothing: the feature `failpoints` is off.
 #[cfg(not(feature = "failpoints"))]
 pub(crate) const fn hit(_name: &str) {}

@@ -77,7 +77,8 @@ pub async fn setup(config: &Config) -> Result<Report> {
             }
             // Nobody knows any more what the tables held when the slot was made.
             let all = tables.iter().map(|table| (table, State::Snapshot)).collect();
-            make_watermarks(&client, config, &system_identifier, found.confirmed_flush_lsn, all, &mut report).await?;
+            make_watermarks(&client, config, &system_identifier, found.confirmed_flush_lsn, all, &mut report)
+                .await?;
         }
         None => {
             if has_publication {
@@ -124,7 +125,10 @@ async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
         .map_err(Error::sql("looking for schema highwater"))?;
     // `if not exists` would ask for the right to create even where the schema is there.
     if !exists {
-        client.batch_execute("create schema highwater").await.map_err(Error::sql("creating schema highwater"))?;
+        client
+            .batch_execute("create schema highwater")
+            .await
+            .map_err(Error::sql("creating schema highwater"))?;
     }
     let mut runner = migrations::migrations::runner();
     runner.set_migration_table_name("highwater.migration");
@@ -134,7 +138,9 @@ async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
     })?;
     match outcome.applied_migrations().as_slice() {
         [] => report.left.push("schema highwater is up to date".to_owned()),
-        applied => report.done.extend(applied.iter().map(|step| format!("migrated schema highwater: {step}"))),
+        applied => {
+            report.done.extend(applied.iter().map(|step| format!("migrated schema highwater: {step}")))
+        }
     }
     Ok(())
 }
@@ -203,7 +209,10 @@ async fn create_publication(
         quote_identifier(&config.publication),
         names.join(", ")
     );
-    client.batch_execute(&statement).await.map_err(Error::sql(format!("creating publication {}", config.publication)))?;
+    client
+        .batch_execute(&statement)
+        .await
+        .map_err(Error::sql(format!("creating publication {}", config.publication)))?;
     report.done.push(format!("made publication {} for {}", config.publication, names.join(", ")));
     Ok(())
 }
@@ -227,9 +236,12 @@ async fn alter_publication(
         .await
         .map_err(Error::sql("reading the publication"))?;
     if is_right.is_none() {
-        let statement = format!("alter publication {name} set (publish = 'insert', publish_via_partition_root = true)");
+        let statement =
+            format!("alter publication {name} set (publish = 'insert', publish_via_partition_root = true)");
         client.batch_execute(&statement).await.map_err(Error::sql("altering the publication"))?;
-        report.done.push(format!("set publication {} to inserts only, through partition roots", config.publication));
+        report
+            .done
+            .push(format!("set publication {} to inserts only, through partition roots", config.publication));
     }
     let tables = find_tables(client, config).await?;
     for table in tables.iter().filter(|table| !table.published) {
@@ -246,7 +258,8 @@ async fn alter_publication(
             let holds_rows: bool = row.and_then(|row| row.try_get(0)).map_err(Error::sql(&context))?;
             let state = if holds_rows { State::Snapshot } else { State::Streaming };
             let source = format!("{}.{}", config.schema, table.name);
-            watermark::create(&transaction, &source, kind, &config.slot, system_identifier, state, start).await?;
+            watermark::create(&transaction, &source, kind, &config.slot, system_identifier, state, start)
+                .await?;
         }
         transaction.commit().await.map_err(Error::sql(&context))?;
         report.done.push(format!("added {qualified} to publication {}", config.publication));
@@ -269,13 +282,15 @@ async fn create_slot<'a>(
         quote_identifier(&config.slot)
     );
     let rows = replication.query(&command).await?;
-    let start = rows.first().and_then(|row| row.get(1)?.as_deref()?.parse().ok()).ok_or_else(|| Error::Protocol {
-        context: "CREATE_REPLICATION_SLOT".to_owned(),
-        detail: "the answer has no consistent point".to_owned(),
-    })?;
+    let start =
+        rows.first().and_then(|row| row.get(1)?.as_deref()?.parse().ok()).ok_or_else(|| Error::Protocol {
+            context: "CREATE_REPLICATION_SLOT".to_owned(),
+            detail: "the answer has no consistent point".to_owned(),
+        })?;
     let mut states = Vec::new();
     for table in tables {
-        let rows = replication.query(&format!("select exists (select from {})", qualified(config, table))).await?;
+        let rows =
+            replication.query(&format!("select exists (select from {})", qualified(config, table))).await?;
         let empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("f");
         states.push((table, if empty { State::Streaming } else { State::Snapshot }));
     }
@@ -294,7 +309,8 @@ async fn make_watermarks(
     for (table, state) in states {
         let Some(kind) = table.kind else { continue };
         let name = format!("{}.{}", config.schema, table.name);
-        let made = watermark::create(client, &name, kind, &config.slot, system_identifier, state, start).await?;
+        let made =
+            watermark::create(client, &name, kind, &config.slot, system_identifier, state, start).await?;
         match (made, state) {
             (false, _) => report.left.push(format!("watermark of {name}")),
             (true, State::Snapshot) => report.done.push(format!(

@@ -20,7 +20,7 @@ use crate::stream::Builder;
 use crate::watermark;
 
 /// First and longest pause between sessions.
-const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 
 /// A session that held for so long was healthy: the next failure starts with the first pause again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
@@ -140,10 +140,12 @@ async fn session(config: &Config, shutdown: &mut watch::Receiver<()>) -> Result<
     let Ok(drained) = drained else {
         committer.abort();
         outcome?;
-        let detail = format!("the last checkpoint was not archived within {wait:?}; its rows are still in Postgres");
+        let detail =
+            format!("the last checkpoint was not archived within {wait:?}; its rows are still in Postgres");
         return Err(Error::Internal(detail));
     };
-    let drained = drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))));
+    let drained =
+        drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))));
     if let Err(error @ Error::Fenced { .. }) = drained {
         return Err(error);
     }
@@ -214,7 +216,12 @@ async fn open(config: &Config) -> Result<Tasks> {
 }
 
 /// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.
-async fn check_slot(config: &Config, sql: &mut Session, slot: Option<Slot>, system_identifier: &str) -> Result<Slot> {
+async fn check_slot(
+    config: &Config,
+    sql: &mut Session,
+    slot: Option<Slot>,
+    system_identifier: &str,
+) -> Result<Slot> {
     let watermarks = sql.run(watermark::read).await?;
     if watermarks.is_empty() {
         let detail = "no table is archived through it yet; run `highwater setup`".to_owned();
@@ -241,7 +248,9 @@ async fn check_slot(config: &Config, sql: &mut Session, slot: Option<Slot>, syst
     }
     let detail = match slot {
         None => "it does not exist; run `highwater setup` to make a new one",
-        Some(_) => "the server has removed WAL that it still needed (wal_status is lost); drop it and run `highwater setup`",
+        Some(_) => {
+            "the server has removed WAL that it still needed (wal_status is lost); drop it and run `highwater setup`"
+        }
     };
     Err(Error::Slot { slot: config.slot.clone(), detail: detail.to_owned(), transient: false })
 }

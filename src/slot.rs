@@ -75,7 +75,8 @@ pub(crate) async fn system_identifier(connection: &mut ReplicationConnection) ->
 ///
 /// The query failed.
 pub(crate) async fn wal_end(client: &tokio_postgres::Client) -> Result<Lsn> {
-    let query = "select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end";
+    let query =
+        "select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end";
     let row = client.query_one(query, &[]).await.map_err(Error::sql("reading the end of the log"))?;
     let lsn: PgLsn = row.try_get(0).map_err(Error::sql("reading the end of the log"))?;
     Ok(Lsn(lsn.into()))

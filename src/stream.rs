@@ -15,6 +15,7 @@
 //! handed on to the committer or was not ours, and since the committer works in order, the position may be
 //! recorded after whatever is queued there.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -67,6 +68,9 @@ pub(crate) struct Builder {
     /// Whether rows were handed on since: their horizon waits to be published.
     horizon_waits: bool,
     quarantined: u64,
+    publication: String,
+    /// Tables that were warned of.
+    told_not_archived: HashSet<u32>,
 }
 
 impl Builder {
@@ -99,6 +103,8 @@ impl Builder {
             recorded: (start, Instant::now()),
             horizon_waits: false,
             quarantined: 0,
+            publication: config.publication.clone(),
+            told_not_archived: HashSet::new(),
         }
     }
 
@@ -112,7 +118,11 @@ impl Builder {
     ///
     /// The stream is not what it should be, or an entity could not be looked up. Rows since the last checkpoint are then
     /// given up; they come again.
-    pub(crate) async fn run(mut self, mut chunks: mpsc::Receiver<Chunk>, stop: &mut watch::Receiver<()>) -> Result<()> {
+    pub(crate) async fn run(
+        mut self,
+        mut chunks: mpsc::Receiver<Chunk>,
+        stop: &mut watch::Receiver<()>,
+    ) -> Result<()> {
         loop {
             let due = self.due();
             tokio::select! {
@@ -127,6 +137,10 @@ impl Builder {
                     None => return Ok(()),
                 },
             }
+        }
+        // What has been received belongs to the last checkpoint.
+        while let Ok(chunk) = chunks.try_recv() {
+            self.take(&chunk).await?;
         }
         let deadline = Instant::now() + TRANSACTION_END_WAIT;
         while self.open.is_some() {
@@ -148,7 +162,8 @@ impl Builder {
             return self.deadline;
         }
         let moved = self.idle?.bytes_since(self.recorded.0);
-        (moved >= IDLE_ADVANCE_BYTES || (moved > 0 && self.horizon_waits)).then(|| self.recorded.1 + IDLE_INTERVAL)
+        (moved >= IDLE_ADVANCE_BYTES || (moved > 0 && self.horizon_waits))
+            .then(|| self.recorded.1 + IDLE_INTERVAL)
     }
 
     async fn fall_due(&mut self) -> Result<()> {
@@ -163,7 +178,9 @@ impl Builder {
         for frame in chunk.frames() {
             match frame? {
                 Frame::XLogData { message, .. } => self.message(message).await?,
-                Frame::Keepalive { wal_end, reply_requested } => self.keepalive(wal_end, reply_requested).await?,
+                Frame::Keepalive { wal_end, reply_requested } => {
+                    self.keepalive(wal_end, reply_requested).await?
+                }
             }
         }
         Ok(())
@@ -200,6 +217,10 @@ impl Builder {
                     self.quarantined += 1;
                     break;
                 }
+                Inserted::NotArchived => {
+                    self.tell_not_archived(insert.relation);
+                    break;
+                }
                 Inserted::UnknownEntity(id) => self.look_up(id).await?,
             }
         }
@@ -210,10 +231,13 @@ impl Builder {
         let query = self.entity_query.as_str();
         let row = self
             .sql
-            .run(async |client| client.query_opt(query, &[&id]).await.map_err(Error::sql(format!("looking up entity {id}"))))
+            .run(async |client| {
+                client.query_opt(query, &[&id]).await.map_err(Error::sql(format!("looking up entity {id}")))
+            })
             .await?;
         let entity = row.map(|row| {
-            let column = |index| row.try_get::<_, String>(index).map_err(Error::sql(format!("reading entity {id}")));
+            let column =
+                |index| row.try_get::<_, String>(index).map_err(Error::sql(format!("reading entity {id}")));
             Ok::<_, Error>(Entity { space: column(0)?, name: column(1)?, version: column(2)? })
         });
         self.decoder.resolve(id, entity.transpose()?);
@@ -226,7 +250,9 @@ impl Builder {
             // Nothing of it was for us, or all of it is archived.
             return Ok(());
         }
-        let first = self.range.map_or((commit.commit_lsn, commit.commit_micros), |range| (range.first_lsn, range.first_commit));
+        let first = self
+            .range
+            .map_or((commit.commit_lsn, commit.commit_micros), |range| (range.first_lsn, range.first_commit));
         self.range = Some(Range {
             first_lsn: first.0,
             last_lsn: commit.end_lsn,
@@ -295,10 +321,25 @@ impl Builder {
         Box::new(std::mem::replace(&mut self.batches, Batches::new(self.window, now())))
     }
 
+    #[cold]
+    fn tell_not_archived(&mut self, relation: u32) {
+        let publication = &self.publication;
+        if let Some(table) = self.decoder.table_name(relation)
+            && self.told_not_archived.insert(relation)
+        {
+            tracing::warn!(
+                "table {table} is in publication {publication}, but is not archived: it only costs WAL there"
+            );
+        }
+    }
+
     fn tell_quarantined(&mut self) {
         match std::mem::take(&mut self.quarantined) {
             0 => {}
-            rows => tracing::warn!(rows, "rows that the archive can't hold went to its quarantine table, with the reason"),
+            rows => tracing::warn!(
+                rows,
+                "rows that the archive can't hold went to its quarantine table, with the reason"
+            ),
         }
     }
 

@@ -11,7 +11,7 @@ use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
 
 use super::object_reader::ObjectReader;
 use super::stats::{ENTITY_COLUMNS, time_column, times};
-use super::{Storage, encode_error};
+use super::{Storage, parquet_error};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
 
@@ -127,11 +127,11 @@ pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Re
             let context = || format!("reading the entities of {}{path}", storage.table_url(kind));
             let reader = ObjectReader::new(store.clone(), path.as_str(), None);
             let builder =
-                ParquetRecordBatchStreamBuilder::new(reader).await.map_err(encode_error(context()))?;
+                ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context()))?;
             let names = ENTITY_COLUMNS.into_iter().chain([time_column(kind)]);
             let mask = ProjectionMask::columns(builder.parquet_schema(), names);
-            let mut rows = builder.with_projection(mask).build().map_err(encode_error(context()))?;
-            while let Some(batch) = rows.try_next().await.map_err(encode_error(context()))? {
+            let mut rows = builder.with_projection(mask).build().map_err(parquet_error(context()))?;
+            while let Some(batch) = rows.try_next().await.map_err(parquet_error(context()))? {
                 add_rows(kind, &batch, &mut found)?;
             }
         }

@@ -20,7 +20,7 @@ use super::encode::{Packer, Step, writer_options};
 use super::log::TableFile;
 use super::object_reader::ObjectReader;
 use super::stats::StatsBuilder;
-use super::{DataFile, Namer, Storage, Table, encode_error};
+use super::{DataFile, Namer, Storage, Table, encode_error, parquet_error};
 use crate::record::{Kind, MICROS_PER_DAY, WindowWidth};
 use crate::{Error, Lsn, Result, failpoint};
 
@@ -171,9 +171,9 @@ impl Sources {
         for (source, file) in plan.inputs.iter().enumerate() {
             let reader = ObjectReader::new(Arc::clone(&store), &file.path, Some(file.size));
             let builder = ParquetRecordBatchStreamBuilder::new(reader).await;
-            let builder = builder.map_err(encode_error(format!("reading {}", file.path)))?;
+            let builder = builder.map_err(parquet_error(format!("reading {}", file.path)))?;
             let stream = builder.with_batch_size(sources.batch_rows()).build();
-            sources.streams.push(stream.map_err(encode_error(format!("reading {}", file.path)))?);
+            sources.streams.push(stream.map_err(parquet_error(format!("reading {}", file.path)))?);
             sources.advance(source).await?;
         }
         Ok(sources)
@@ -190,7 +190,7 @@ impl Sources {
     /// Reads the source's next batch, if it has one.
     async fn advance(&mut self, source: usize) -> Result<()> {
         let Some(stream) = self.streams.get_mut(source) else { return Ok(()) };
-        while let Some(batch) = stream.try_next().await.map_err(encode_error(self.context.clone()))? {
+        while let Some(batch) = stream.try_next().await.map_err(parquet_error(self.context.clone()))? {
             if batch.num_rows() == 0 {
                 continue;
             }
@@ -283,7 +283,7 @@ impl<'a> Output<'a> {
     }
 
     async fn write(&mut self, steps: Vec<Step>) -> Result<()> {
-        let failed = |path: &str| encode_error(format!("writing {path}"));
+        let failed = |path: &str| parquet_error(format!("writing {path}"));
         for step in steps {
             match step {
                 Step::Write(rows) => {
@@ -313,7 +313,7 @@ impl<'a> Output<'a> {
     async fn close_file(&mut self) -> Result<()> {
         let Some(file) = self.open.take() else { return Ok(()) };
         let path = file.path;
-        file.writer.close().await.map_err(encode_error(format!("writing {path}")))?;
+        file.writer.close().await.map_err(parquet_error(format!("writing {path}")))?;
         let store = self.storage.table_store(self.plan.kind);
         let meta = store.head(&Path::from(path.as_str())).await;
         let size = meta.map_err(Error::storage(format!("looking up {path}")))?.size;
@@ -332,7 +332,7 @@ impl OpenFile {
         let sink = BufWriter::new(store, Path::from(path.as_str()));
         let writer =
             AsyncArrowWriter::try_new_with_options(sink, plan.kind.schema(), writer_options(plan.kind));
-        let writer = writer.map_err(encode_error(format!("writing {path}")))?;
+        let writer = writer.map_err(parquet_error(format!("writing {path}")))?;
         Ok(Self { path, writer, stats: StatsBuilder::new(plan.kind) })
     }
 }

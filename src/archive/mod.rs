@@ -22,6 +22,8 @@ mod tests;
 
 use std::error::Error as StdError;
 
+use parquet::errors::ParquetError;
+
 pub use encode::{EncodedFile, encode};
 pub use entities::{EntityStats, entity_stats};
 pub use log::TableFile;
@@ -37,4 +39,19 @@ use crate::Error;
 fn encode_error<E: StdError + Send + Sync + 'static>(context: impl Into<String>) -> impl FnOnce(E) -> Error {
     let context = context.into();
     move |source| Error::Encode { context, source: Box::new(source) }
+}
+
+/// Wraps a failure of reading or writing Parquet; what storage caused is a storage failure, worth a retry.
+fn parquet_error(context: impl Into<String>) -> impl FnOnce(ParquetError) -> Error {
+    let context = context.into();
+    move |error| match error {
+        ParquetError::External(source) => match source.downcast::<object_store::Error>() {
+            Ok(source) => Error::Storage { context, source: *source },
+            Err(source) => match source.downcast::<std::io::Error>() {
+                Ok(source) => Error::Io { context, source: *source },
+                Err(source) => Error::Encode { context, source },
+            },
+        },
+        error => Error::Encode { context, source: Box::new(error) },
+    }
 }

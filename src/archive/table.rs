@@ -72,7 +72,8 @@ pub struct Table {
     files: BTreeMap<String, TableFile>,
     totals: Totals,
     pub(super) checkpoint_version: u64,
-    looked_at: SystemTime,
+    /// When the version was last known to be at the end of the log.
+    pub(super) looked_at: SystemTime,
 }
 
 impl fmt::Debug for Table {
@@ -248,11 +249,20 @@ impl Table {
     ///
     /// As [`Table::commit`]; after one the merge may be dropped.
     pub async fn commit_merge(&mut self, merged: &Merged) -> Result<bool> {
+        self.land(self.merge_change(merged)).await
+    }
+
+    fn merge_change(&self, merged: &Merged) -> Change {
         let mut change = self.change("OPTIMIZE", self.lsn);
         change.adds = merged.outputs.iter().map(|file| file.to_table_file(self.kind)).collect();
         change.removes.clone_from(&merged.inputs);
         change.note.insert("window".to_owned(), json!(merged.window));
-        self.land(change).await
+        change
+    }
+
+    #[cfg(test)]
+    pub(super) fn entry_of_merge(&self, merged: &Merged) -> Result<Bytes> {
+        self.entry_bytes(&self.merge_change(merged))
     }
 
     fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
@@ -266,13 +276,18 @@ impl Table {
             }
             let Err(error) = self.put_entry(self.entry_bytes(&change)?).await else {
                 failpoint::hit("after-delta-commit");
+                self.check_end(self.version + 1).await?;
                 self.take_over(change);
                 return Ok(true);
             };
             let failed =
                 Error::storage(format!("committing version {} of {}", self.version + 1, self.kind.name()));
             match self.catch_up(Some(&change)).await {
-                Ok(Since::Landed) => return Ok(true),
+                Ok(Since::Landed) => {
+                    self.check_end(self.version).await?;
+                    self.looked_at = SystemTime::now();
+                    return Ok(true);
+                }
                 Ok(Since::Moved) => {}
                 Err(fatal @ (Error::Fenced { .. } | Error::Delta { .. })) => return Err(fatal),
                 Ok(Since::Nothing) | Err(_) => return Err(failed(error)),
@@ -325,13 +340,13 @@ impl Table {
             }
             since = Since::Moved;
         }
-        self.looked_at = SystemTime::now();
         Ok(since)
     }
 
     /// Makes sure that no other session has claimed the table, as far as the log says now.
     pub(super) async fn check_claim(&mut self) -> Result<()> {
-        self.catch_up(None).await.map(drop)
+        self.catch_up(None).await?;
+        self.check_end(self.version).await
     }
 
     async fn read_entry(&self, version: u64) -> Result<Option<Bytes>> {
@@ -358,21 +373,26 @@ impl Table {
     async fn put_entry(&self, bytes: Bytes) -> object_store::Result<()> {
         let target = entry_path(self.version + 1);
         self.store.put_opts(&target, bytes.into(), PutMode::Create.into()).await?;
+        Ok(())
+    }
+
+    /// Makes sure that an entry at `version` is at the end of the log, if it is long since we looked there. A
+    /// session that slept may create anew a version that its successor has trimmed: the put succeeds, but
+    /// no reader starts before the successor's checkpoint.
+    async fn check_end(&self, version: u64) -> Result<()> {
         // Also if the clock was set back: better one request too many.
         if self.looked_at.elapsed().is_ok_and(|age| age < TRUST_WINDOW) {
             return Ok(());
         }
+        let failed = || Error::storage(format!("listing the log of {}", self.kind.name()));
         let folder = Path::from("_delta_log");
-        let mut later = self.store.list_with_offset(Some(&folder), &target);
-        while let Some(object) = later.try_next().await? {
+        let mut later = self.store.list_with_offset(Some(&folder), &entry_path(version));
+        while let Some(object) = later.try_next().await.map_err(failed())? {
+            let name = object.location.filename().unwrap_or_default();
             // `_last_checkpoint` sorts after every version.
-            if object
-                .location
-                .filename()
-                .is_some_and(|name| name.starts_with(|first: char| first.is_ascii_digit()))
-            {
-                let source = format!("the log has gone on without it: {}", object.location).into();
-                return Err(object_store::Error::Precondition { path: target.to_string(), source });
+            if name.contains(".checkpoint.") {
+                let detail = format!("its log was trimmed past version {version}, up to {name}");
+                return Err(Error::Fenced { table: self.kind.name().to_owned(), detail });
             }
         }
         Ok(())

@@ -39,7 +39,7 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "DURATION")]
     window: Option<String>,
 
-    /// How far the archive may be behind, 1s to 1d [env: HIGHWATER_MAX_LAG] [default: 60s]
+    /// How far the archive may be behind, 100ms to 1d [env: HIGHWATER_MAX_LAG] [default: 60s]
     #[arg(long, global = true, value_name = "DURATION")]
     max_lag: Option<String>,
 

@@ -15,6 +15,7 @@ use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config::{Config, Layers, environment_variable};
 use crate::error::{Error, Policy, Result};
+use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
 use flags::SettingFlags;
 
@@ -86,6 +87,7 @@ enum Format {
 
 /// Runs the command line; the whole of `main`. Prints errors, with what to do about them, to stderr.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    failpoint::setup();
     let cli = match Cli::try_parse_from(arguments).and_then(reject_two_commands) {
         Ok(cli) => cli,
         Err(error) => {

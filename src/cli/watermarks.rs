@@ -67,7 +67,11 @@ pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
         Format::Json => {
             let document = document(&watermarks, &entities, slot.as_ref(), end);
             let text = serde_json::to_string_pretty(&document);
-            print(&text.map_err(|error| Error::Internal(format!("the watermarks have no JSON form ({error})")))?)
+            print(
+                &text.map_err(|error| {
+                    Error::Internal(format!("the watermarks have no JSON form ({error})"))
+                })?,
+            )
         }
     }
 }
@@ -154,7 +158,8 @@ fn table(
             seconds(row.updated_at),
         ]
     });
-    let heads = ["TABLE", "STATE", "ROWS", "FILES", "SIZE", "NEWEST", "BEFORE XID", "FLUSHED", "LAG", "UPDATED"];
+    let heads =
+        ["TABLE", "STATE", "ROWS", "FILES", "SIZE", "NEWEST", "BEFORE XID", "FLUSHED", "LAG", "UPDATED"];
     align(&mut text, heads, tables.collect());
     text.push('\n');
     let entities = entities.iter().map(|row| {
@@ -175,10 +180,12 @@ fn table(
 /// Appends rows under heads, in columns as wide as their widest cell.
 fn align<const N: usize>(text: &mut String, heads: [&str; N], rows: Vec<[String; N]>) {
     let rows: Vec<[String; N]> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
-    let widths: Vec<usize> =
-        (0..N).map(|column| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..N)
+        .map(|column| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0))
+        .collect();
     for row in &rows {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         // Writing to a String can't fail.
         let _ = writeln!(text, "{}", cells.join("  ").trim_end());
     }

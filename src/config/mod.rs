@@ -33,9 +33,9 @@ use crate::error::{Error, Result};
 use crate::record::WindowWidth;
 use raw::setting_error;
 
-/// What [`Config::max_lag`] may be. Below a second the archive is mostly small files; above a day the
+/// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a day the
 /// slot holds WAL that nobody planned for.
-pub const MAX_LAG_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(86_400);
+pub const MAX_LAG_RANGE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
 
 /// The least [`Config::memory_bytes`]: three checkpoints of 5 MiB, less than which no file pays.
 pub const MEMORY_BYTES_MIN: usize = 16 << 20;
@@ -166,7 +166,7 @@ impl Config {
     }
 }
 
-const MAX_LAG_ACCEPTED: &str = "a duration from 1s to 1d, such as 60s or 5m";
+const MAX_LAG_ACCEPTED: &str = "a duration from 100ms to 1d, such as 60s or 5m";
 const MEMORY_ACCEPTED: &str = "16MiB or more: a number of bytes, or one with KiB, MiB, GiB, kB, MB or GB";
 const SLOT_ACCEPTED: &str = "1 to 63 of a-z, 0-9 and _";
 

@@ -139,7 +139,8 @@ mod tests {
 
     #[test]
     fn unusable_uris_are_refused_without_their_secrets() {
-        for uri in ["", "  ", "s3://", "s3:///x", "ftp://host/x", "file://host/x", "s3://a//b", "s3://a/../b"] {
+        for uri in ["", "  ", "s3://", "s3:///x", "ftp://host/x", "file://host/x", "s3://a//b", "s3://a/../b"]
+        {
             assert!(ObjectStorageSettings::new(uri, "x").is_err(), "{uri}");
         }
         let error = ObjectStorageSettings::new("s3://key:secret@bucket/x?token=secret", "x").unwrap_err();

@@ -52,6 +52,8 @@ pub enum Inserted {
     Done,
     /// It is in the batches as a quarantined row.
     Quarantined,
+    /// Its table is not archived.
+    NotArchived,
     /// Nothing happened: call [`Decoder::resolve`] for this `entity_id`, then hand the row in again.
     UnknownEntity(i64),
 }
@@ -120,6 +122,12 @@ impl Decoder {
         };
     }
 
+    /// The name, with its schema, of a table that the stream has described.
+    #[must_use]
+    pub fn table_name(&self, relation: u32) -> Option<&str> {
+        self.tables.get(&relation).map(|table| table.name.as_str())
+    }
+
     /// Answers [`Inserted::UnknownEntity`]: `None` if there is no such entity.
     pub fn resolve(&mut self, id: i64, entity: Option<Entity>) {
         self.entities.insert(id, entity);
@@ -139,7 +147,7 @@ impl Decoder {
     pub fn insert(&mut self, insert: &Insert<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
         let table = self.tables.get(&insert.relation).ok_or(InsertError::UnknownRelation(insert.relation))?;
         let kind = match table.target {
-            Target::Nothing => return Ok(Inserted::Done),
+            Target::Nothing => return Ok(Inserted::NotArchived),
             Target::Drift(kind, _) if self.transaction.has(kind) => return Ok(Inserted::Done),
             Target::Drift(kind, _) => Some(kind),
             Target::Entities => None,

@@ -111,6 +111,7 @@ impl ReplicationConnection {
             literal(&quote_identifier(publication)),
         );
         let deadline = Instant::now() + SLOT_WAIT;
+        let mut told = false;
         loop {
             let refusal = match self.try_start(&command, slot).await {
                 Ok(()) => return Ok(ReplicationStream { wire: self.wire, status_interval }),
@@ -121,7 +122,10 @@ impl ReplicationConnection {
                 if Instant::now() >= deadline {
                     return Err(self.held(slot, message).await);
                 }
-                info!(slot, reason = message, "waiting for the replication slot");
+                if !told {
+                    info!(slot, reason = message, "waiting for the replication slot");
+                    told = true;
+                }
                 tokio::time::sleep(SLOT_RETRY).await;
             } else if code == SqlState::UNDEFINED_OBJECT.code() {
                 let detail = format!("{message}; run `highwater setup`");

@@ -35,12 +35,17 @@ impl Session {
             Some(client) if !client.is_closed() => client,
             _ => {
                 let client = connect(&self.source).await?;
-                client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("starting an SQL session"))?;
+                client
+                    .batch_execute(SESSION_SETTINGS)
+                    .await
+                    .map_err(Error::sql("starting an SQL session"))?;
                 client
             }
         };
         let Ok(result) = tokio::time::timeout(STATEMENT_TIMEOUT, work(&client)).await else {
-            return Err(Error::io(format!("waiting for an answer of {}", self.source))(io::ErrorKind::TimedOut.into()));
+            return Err(Error::io(format!("waiting for an answer of {}", self.source))(
+                io::ErrorKind::TimedOut.into(),
+            ));
         };
         self.client = Some(client);
         result

@@ -7,8 +7,8 @@ use postgres_protocol::message::backend::{AUTHENTICATION_TAG, BACKEND_KEY_DATA_T
 use postgres_protocol::message::frontend;
 
 use super::wire::{Message, Wire, unexpected};
-use crate::config::SourceConfig;
 use crate::config::Password;
+use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
 // The kinds of authentication request (manual 55.7).

@@ -33,7 +33,10 @@ async fn a_fast_stop_of_the_server_ends_within_seconds_with_rows_pending() {
     stage.cluster().start();
     stage.streaming().await;
     let client = stage.connect().await;
-    stage.insert_one(&client, "after the restart", None).await;
+    let begun = async || (sidecar.log().matches("archiving slot").count() == 2).then_some(());
+    until("the sidecar has come back", DEADLINE, begun).await;
+    let target = stage.insert_one(&client, "after the restart", None).await;
+    stage.sent(&client, target).await;
     assert!(sidecar.terminate(DEADLINE).await.success());
     stage.assert_same().await;
 }
@@ -51,13 +54,7 @@ async fn sigterm_archives_and_acknowledges_what_has_arrived() {
         for number in 0..100 {
             target = stage.insert_one(&client, &format!("{signal} {number}"), Some(1.0)).await;
         }
-        // Whether the walsender has sent the row can be seen only from its side.
-        let sent = async || {
-            let sql = "select sent_lsn > $1 from pg_stat_replication r join pg_replication_slots s
-                           on s.active_pid = r.pid where slot_name = $2";
-            client.query_opt(sql, &[&target, &stage.name]).await.unwrap()?.get::<_, bool>(0).then_some(())
-        };
-        until("the rows are sent", DEADLINE, sent).await;
+        stage.sent(&client, target).await;
         sidecar.signal(signal);
         assert_eq!(sidecar.wait(DEADLINE).await.code(), Some(0), "{}", sidecar.log());
         assert!(stage.confirmed(&client).await > target, "acknowledged");

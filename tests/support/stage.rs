@@ -117,6 +117,17 @@ impl Stage {
         self.connect().await.execute(sql, &[&self.name]).await.expect("pg_terminate_backend");
     }
 
+    /// Waits until the server has sent everything before a position to the sidecar. Whether it has can be seen
+    /// only from its side.
+    pub async fn sent(&self, client: &Client, target: PgLsn) {
+        let sql = "select sent_lsn > $1 from pg_stat_replication r join pg_replication_slots s
+                       on s.active_pid = r.pid where slot_name = $2";
+        let sent = async || {
+            client.query_opt(sql, &[&target, &self.name]).await.unwrap()?.get::<_, bool>(0).then_some(())
+        };
+        until("the rows are sent", Duration::from_secs(30), sent).await;
+    }
+
     /// The acknowledged position.
     pub async fn confirmed(&self, client: &Client) -> PgLsn {
         let sql = "select confirmed_flush_lsn from pg_replication_slots where slot_name = $1";
