@@ -4,16 +4,16 @@
 //! chunk of frames -> message -> row -> batches -- cut --> Work -> committer
 //! ```
 //!
-//! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its rows fill a
-//! third of the memory (one is built, one waits, one is being written), when a window of time ends, and when
-//! somebody asks: a shutdown of ours, or a server that shuts down and waits for us.
+//! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its
+//! rows fill a third of the memory (one is built, one waits, one is being written), when a window of time
+//! ends, and when somebody asks: a shutdown of ours, or a server that shuts down and waits for us.
 //!
 //! # Why a keepalive may move our position
 //!
-//! The server sends transactions in the order of their commit records, each whole, and a keepalive carries the position that
-//! it has decoded up to. So when no transaction is open and no row is pending, everything committed before that position has been
-//! handed on to the committer or was not ours, and since the committer works in order, the position may be
-//! recorded after whatever is queued there.
+//! The server sends transactions in the order of their commit records, each whole, and a keepalive carries
+//! the position that it has decoded up to. So when no transaction is open and no row is pending, everything
+//! committed before that position has been handed on to the committer or was not ours, and since the
+//! committer works in order, the position may be recorded after whatever is queued there.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -31,9 +31,9 @@ use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Frame, Session, quote_identifier};
 use crate::record::{Entity, Kind, Window, WindowWidth};
 
-/// A position that only keepalives moved is recorded when it is this much further, the size of the smallest part of the
-/// log that the server can remove being 16 MiB: far more than our own recording writes, so that an idle server and an
-/// idle sidecar don't keep each other awake.
+/// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
+/// part of the log that the server can remove being 16 MiB: far more than our own recording writes, so that
+/// an idle server and an idle sidecar don't keep each other awake.
 const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 
 /// ... and at most so often: each costs a write in the source database.
@@ -74,7 +74,8 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at `start`.
+    /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at
+    /// `start`.
     pub(crate) fn new(
         config: &Config,
         sql: Session,
@@ -116,8 +117,8 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// The stream is not what it should be, or an entity could not be looked up. Rows since the last checkpoint are then
-    /// given up; they come again.
+    /// The stream is not what it should be, or an entity could not be looked up. Rows since the last
+    /// checkpoint are then given up; they come again.
     pub(crate) async fn run(
         mut self,
         mut chunks: mpsc::Receiver<Chunk>,
@@ -349,8 +350,8 @@ impl Builder {
     }
 }
 
-/// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter for encoding, upload and
-/// commit; or until the current window ends, so that its files can be merged soon.
+/// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter
+/// for encoding, upload and commit; or until the current window ends, so that its files can be merged soon.
 fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Duration {
     let rest = Window::of(now_micros, window).end() - now_micros;
     (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))

@@ -33,8 +33,8 @@ use crate::error::{Error, Result};
 use crate::record::WindowWidth;
 use raw::setting_error;
 
-/// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a day the
-/// slot holds WAL that nobody planned for.
+/// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a
+/// day the slot holds WAL that nobody planned for.
 pub const MAX_LAG_RANGE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
 
 /// The least [`Config::memory_bytes`]: three checkpoints of 5 MiB, less than which no file pays.

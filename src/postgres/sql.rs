@@ -10,8 +10,8 @@ use super::socket;
 use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
-/// Opens an SQL session. Its connection is driven by a task of its own, which ends when the client is dropped or
-/// the connection fails; the client's next call then says so.
+/// Opens an SQL session. Its connection is driven by a task of its own, which ends when the client is dropped
+/// or the connection fails; the client's next call then says so.
 ///
 /// # Errors
 ///
