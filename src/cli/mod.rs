@@ -69,7 +69,7 @@ Exit code of check: 0 all is well, 1 warnings, 2 errors.";
 enum Command {
     /// Archive until told to stop; what `highwater` does without a subcommand
     Run,
-    /// Make the schema, the publication and the purge procedures in the database
+    /// Make the publication, the replication slot and the watermark tables in the database
     Setup,
     /// Look for everything that archiving needs, and name what mends it; changes nothing
     Check,
