@@ -91,7 +91,7 @@ impl Cluster {
     fn config_with(&self, password: &str, host: &str, parameters: &str) -> SourceConfig {
         let parameters = parameters.replace("$DIR", self.dir.path().to_str().unwrap());
         let uri = format!("postgresql://postgres:{password}@{host}:{}/postgres?{parameters}", self.port);
-        SourceConfig::load(Some(&uri), &|_| None).unwrap()
+        SourceConfig::new(Some(&uri), &|_| None).unwrap()
     }
 }
 

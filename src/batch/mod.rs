@@ -1,6 +1,6 @@
 //! Rows become columns: what one checkpoint holds in memory, per kind, window and entity.
 //!
-//! A row is appended to the columns of its [`EntityBatch`]; strings are interned, so that a row costs
+//! A row is appended to the columns of its `EntityBatch`; strings are interned, so that a row costs
 //! a few numbers and no allocation. When the checkpoint is cut, each (kind, window) becomes one sorted
 //! run of Arrow record batches ([`Batches::files`]): entities in order, each sorted by time and series.
 //!

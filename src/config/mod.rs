@@ -26,7 +26,7 @@ use std::time::Duration;
 
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
-pub use source::{Address, Endpoint, Password, SourceConfig, SslMode};
+pub use source::{Address, DEFAULT_URI, Endpoint, Password, SourceConfig, SslMode};
 pub use storage::{ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};

@@ -191,11 +191,12 @@ impl Pump {
                 // 3.
                 () = sleep_until(report_at) => self.report().await?,
                 // 4.
-                permit = chunks.reserve(), if waiting.is_some() => match (permit, waiting.take()) {
-                    (Ok(permit), Some(chunk)) => permit.send(chunk),
-                    // Nobody takes chunks any more.
-                    _ => {}
-                },
+                permit = chunks.reserve(), if waiting.is_some() => {
+                    // Otherwise nobody takes chunks any more.
+                    if let (Ok(permit), Some(chunk)) = (permit, waiting.take()) {
+                        permit.send(chunk);
+                    }
+                }
                 // 5.
                 count = read(&mut self.wire, resume_at), if waiting.is_none() && !chunks.is_closed() => {
                     if count? >= BEHIND_BYTES {
