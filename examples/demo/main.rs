@@ -72,7 +72,7 @@ fn step(number: u32, text: &str) {
 /// What a program printed, moved in under its headline.
 fn quote(text: &str) {
     for line in text.trim_end().lines() {
-        println!("    {line}");
+        println!("{}", format!("    {line}").trim_end());
     }
 }
 
