@@ -225,7 +225,7 @@ mod tests {
             (Setting::Window, "2d"),
             (Setting::Window, "soon"),
             (Setting::MaxLag, "60"),
-            (Setting::MaxLag, "999ms"),
+            (Setting::MaxLag, "99ms"),
             (Setting::MaxLag, "25h"),
             (Setting::Memory, "15MiB"),
             (Setting::Memory, "1XB"),
