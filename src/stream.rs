@@ -16,9 +16,10 @@
 //! recorded after whatever is queued there.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use crate::batch::Batches;
@@ -121,14 +122,15 @@ impl Builder {
     pub(crate) async fn run(
         mut self,
         mut chunks: mpsc::Receiver<Chunk>,
-        stop: &mut watch::Receiver<()>,
+        stop: impl Future<Output = ()>,
     ) -> Result<()> {
+        let mut stop = pin!(stop);
         loop {
             let due = self.due();
             tokio::select! {
                 biased;
-                // 1. A dropped sender is a stop, too.
-                _ = stop.changed() => break,
+                // 1.
+                () = &mut stop => break,
                 // 2.
                 () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => self.fall_due().await?,
                 // 3.
