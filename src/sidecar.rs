@@ -1,5 +1,6 @@
 //! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server calls.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,9 +9,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::archive::{Namer, Storage, Table};
+use crate::archive::{self, Namer, Storage, Table};
 use crate::commit::{self, Committer, Parts, Work};
 use crate::config::Config;
+use crate::decode::{self, Decoder, Unresolved};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session};
@@ -31,8 +33,9 @@ const CHUNKS_MAX: usize = 8;
 /// Checkpoints between the builder and the committer; with the one that is being written, two are in flight.
 const CHECKPOINTS_WAITING_MAX: usize = 1;
 
-/// How long a stop waits for the last checkpoint. What is not archived by then stays in Postgres.
-const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a stop waits for the last checkpoint: less than the half minute after which Kubernetes kills. What is not
+/// archived by then stays in Postgres.
+const STOP_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// How long whole checkpoints that are queued may still take after the connection is lost.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -204,6 +207,8 @@ async fn open(config: &Config) -> Result<Tasks> {
     check_timeline(config, &mut sql, &tables, wal_end).await?;
 
     let start = slot.confirmed_flush_lsn;
+    let mut decoder = Decoder::new(&config.schema);
+    decoder.settle(settled(&storage, &tables, start).await?);
     let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
     for (place, table) in table_lsn.iter_mut().zip(&tables) {
         *place = table.lsn();
@@ -232,8 +237,20 @@ async fn open(config: &Config) -> Result<Tasks> {
         receiver: stream.spawn(chunk_sender, durable),
         chunks,
         committer: tokio::spawn(Committer::new(parts).run(work)),
-        builder: Builder::new(config, sql, table_lsn, start, work_sender),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender, decoder),
     })
+}
+
+/// The rows that an earlier session put into the quarantine because nobody knew their entity, in transactions that
+/// the slot, which stands at `start`, will send again.
+async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<HashSet<Unresolved>> {
+    let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
+    let Some(quarantine) = quarantine else { return Ok(HashSet::new()) };
+    // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
+    let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));
+    let paths: Vec<String> = files.map(|file| file.path.clone()).collect();
+    let rows = archive::quarantined(storage, &paths).await?;
+    Ok(rows.iter().filter_map(|row| decode::unresolved(&row.reason, &row.row, &row.lsn)).collect())
 }
 
 /// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.

@@ -82,6 +82,7 @@ impl Builder {
         table_lsn: [Lsn; Kind::ALL.len()],
         start: Lsn,
         work: mpsc::Sender<Work>,
+        decoder: Decoder,
     ) -> Self {
         Self {
             sql,
@@ -89,7 +90,7 @@ impl Builder {
                 "select space, name, version from {}.{ENTITY_TABLE} where id = $1::bigint",
                 quote_identifier(&config.schema)
             ),
-            decoder: Decoder::new(&config.schema),
+            decoder,
             batches: Batches::new(config.window, now()),
             window: config.window,
             max_lag: config.max_lag,
@@ -141,8 +142,10 @@ impl Builder {
             }
         }
         // What has been received belongs to the last checkpoint.
-        while let Ok(chunk) = chunks.try_recv() {
-            self.take(&chunk).await?;
+        for _ in 0..chunks.len() {
+            if let Ok(chunk) = chunks.try_recv() {
+                self.take(&chunk).await?;
+            }
         }
         let deadline = Instant::now() + TRANSACTION_END_WAIT;
         while self.open.is_some() {
