@@ -14,12 +14,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 use crate::archive::{self, CommitNote, DataFile, EncodedFile, Merged, Namer, Storage, Table};
 use crate::batch::{Batches, EntitySpan};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::{Kind, Window, WindowWidth};
-use crate::watermark::{self, Advance, Horizon, TableTotals};
+use crate::watermark::{self, Advance, Horizon, TableTotals, Watermark};
 
 /// Uploads of one checkpoint under way at once: enough to hide a round trip, few enough for any store.
 const UPLOADS_MAX: usize = 4;
@@ -505,12 +506,13 @@ pub(crate) async fn recover(
     storage: &Storage,
     tables: &[Table],
     sql: &mut Session,
-    schema: &str,
+    config: &Config,
 ) -> Result<()> {
     let watermarks = sql.run(watermark::read).await?;
     for table in tables {
-        let Some(name) = watermark::source_table(schema, table.kind()) else { continue };
+        let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
         let Some(row) = watermarks.iter().find(|row| row.source_table == name) else { continue };
+        check_archive_is_whole(table, row, config)?;
         if row.flushed_lsn >= table.lsn() {
             continue;
         }
@@ -526,6 +528,28 @@ pub(crate) async fn recover(
         sql.run(async |client| watermark::advance(client, &advance).await).await?;
     }
     Ok(())
+}
+
+/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one, or a
+/// part of it was deleted; to go on would let a purge delete rows that nobody has any more.
+fn check_archive_is_whole(table: &Table, row: &Watermark, config: &Config) -> Result<()> {
+    let held = table.totals().row_count;
+    // A foreign writer that merged our files need not have said how many rows its own hold.
+    if table.files().any(|file| file.row_count.is_none()) {
+        return Ok(());
+    }
+    if u64::try_from(row.row_count).is_ok_and(|expected| expected <= held) {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        setting: "storage".to_owned(),
+        value: config.storage.storage_uri.clone(),
+        accepted: format!(
+            "the archive that the watermark of {} speaks of: it has {} rows there, and {held} here (if rows were \
+             deleted from the archive on purpose, lower row_count in highwater.watermark to that)",
+            row.source_table, row.row_count
+        ),
+    })
 }
 
 fn span(kind: Kind, stats: archive::EntityStats) -> EntitySpan {

@@ -1,6 +1,7 @@
 //! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server
 //! calls.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::archive::{Namer, Storage, Table};
+use crate::archive::{self, Namer, Storage, Table};
 use crate::commit::{self, Committer, Parts, Work};
 use crate::config::Config;
-use crate::error::{Error, Policy, Result};
+use crate::decode::{self, Decoder, Unresolved};
+use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session};
 use crate::record::Kind;
@@ -32,8 +34,9 @@ const CHUNKS_MAX: usize = 8;
 /// Checkpoints between the builder and the committer; with the one that is being written, two are in flight.
 const CHECKPOINTS_WAITING_MAX: usize = 1;
 
-/// How long a stop waits for the last checkpoint. What is not archived by then stays in Postgres.
-const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a stop waits for the last checkpoint: less than the half minute after which Kubernetes kills. What is not
+/// archived by then stays in Postgres.
+const STOP_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// How long whole checkpoints that are queued may still take after the connection is lost.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -87,15 +90,16 @@ impl Drop for Archiver {
     }
 }
 
-async fn run(config: Config, mut shutdown: watch::Receiver<()>) -> Result<()> {
+async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
     let mut pause = RETRY_PAUSE.0;
     loop {
         let started = Instant::now();
-        let error = match session(&config, &mut shutdown).await {
+        // The session sees the change in its own copy, so that this one still shows it afterwards.
+        let error = match session(&config, &shutdown).await {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };
-        if error.policy() != Policy::Retry {
+        if !error.is_transient() || is_stopping(&shutdown) {
             return Err(error);
         }
         if started.elapsed() > HEALTHY_AFTER {
@@ -105,11 +109,22 @@ async fn run(config: Config, mut shutdown: watch::Receiver<()>) -> Result<()> {
         tracing::warn!(error = error.chain(), retry_in = ?jittered, "not archiving; rows wait in Postgres");
         tokio::select! {
             biased;
-            _ = shutdown.changed() => return Ok(()),
+            () = stop(&shutdown) => return Ok(()),
             () = sleep(jittered) => {}
         }
         pause = (pause * 2).min(RETRY_PAUSE.1);
     }
+}
+
+/// Whether somebody has asked for a stop; a dropped sender has.
+fn is_stopping(shutdown: &watch::Receiver<()>) -> bool {
+    shutdown.has_changed().unwrap_or(true)
+}
+
+/// Waits for a stop. Leaves the caller's receiver as it is.
+async fn stop(shutdown: &watch::Receiver<()>) {
+    // An error is a dropped sender.
+    let _ = shutdown.clone().changed().await;
 }
 
 /// The tasks of a session.
@@ -121,10 +136,10 @@ struct Tasks {
 }
 
 /// One hold of the slot.
-async fn session(config: &Config, shutdown: &mut watch::Receiver<()>) -> Result<()> {
+async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> {
     let opened = tokio::select! {
         biased;
-        _ = shutdown.changed() => return Ok(()),
+        () = stop(shutdown) => return Ok(()),
         opened = open(config) => opened?,
     };
     let Tasks { mut receiver, chunks, mut committer, builder } = opened;
@@ -132,26 +147,33 @@ async fn session(config: &Config, shutdown: &mut watch::Receiver<()>) -> Result<
         biased;
         // The committer's own error says more than that its queue is closed.
         result = &mut committer => return Err(early_end(result)),
-        result = builder.run(chunks, shutdown) => result,
+        result = builder.run(chunks, stop(shutdown)) => result,
         result = receiver.ended() => Err(result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))),
+        // The queue to the committer is full, and storage takes nothing.
+        () = async { stop(shutdown).await; sleep(STOP_TIMEOUT).await } => Err(late_stop()),
     };
     // The builder is gone, and with it the sender of work: the committer ends after what is queued.
     let wait = if outcome.is_ok() { STOP_TIMEOUT } else { DRAIN_TIMEOUT };
-    let drained = timeout(wait, &mut committer).await;
-    let Ok(drained) = drained else {
-        committer.abort();
-        outcome?;
-        let detail =
-            format!("the last checkpoint was not archived within {wait:?}; its rows are still in Postgres");
-        return Err(Error::Internal(detail));
-    };
-    let drained =
-        drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))));
-    if let Err(error @ Error::Fenced { .. }) = drained {
-        return Err(error);
+    match timeout(wait, &mut committer).await {
+        // Its error comes first: it may be the reason for the builder's.
+        Ok(drained) => {
+            drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))))?
+        }
+        Err(_) => {
+            committer.abort();
+            outcome?;
+            return Err(late_stop());
+        }
     }
-    outcome.and(drained)?;
+    outcome?;
     receiver.finish().await
+}
+
+fn late_stop() -> Error {
+    let context = format!(
+        "the last checkpoint was not archived within {STOP_TIMEOUT:?}; its rows are still in Postgres"
+    );
+    Error::io(context)(std::io::ErrorKind::TimedOut.into())
 }
 
 fn early_end(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
@@ -171,6 +193,7 @@ async fn open(config: &Config) -> Result<Tasks> {
     let system_identifier = slot::system_identifier(&mut connection).await?;
     let slot = slot::find(&mut sql, &config.slot).await?;
     let slot = check_slot(config, &mut sql, slot, &system_identifier).await?;
+    let wal_end = sql.run(slot::wal_end).await?;
     let stream = connection.start(&config.slot, &config.publication).await?;
 
     let app_id = format!("highwater/{system_identifier}/{}", config.slot);
@@ -180,10 +203,13 @@ async fn open(config: &Config) -> Result<Tasks> {
     for kind in Kind::ALL {
         tables.push(Table::claim(&storage, kind, &app_id, &session_id, slot.confirmed_flush_lsn).await?);
     }
-    commit::recover(&storage, &tables, &mut sql, &config.schema).await?;
+    commit::recover(&storage, &tables, &mut sql, config).await?;
     check_gap(config, &mut sql, &slot).await?;
+    check_timeline(config, &mut sql, &tables, wal_end).await?;
 
     let start = slot.confirmed_flush_lsn;
+    let mut decoder = Decoder::new(&config.schema);
+    decoder.settle(settled(&storage, &tables, start).await?);
     let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
     for (place, table) in table_lsn.iter_mut().zip(&tables) {
         *place = table.lsn();
@@ -212,8 +238,20 @@ async fn open(config: &Config) -> Result<Tasks> {
         receiver: stream.spawn(chunk_sender, durable),
         chunks,
         committer: tokio::spawn(Committer::new(parts).run(work)),
-        builder: Builder::new(config, sql, table_lsn, start, work_sender),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender, decoder),
     })
+}
+
+/// The rows that an earlier session put into the quarantine because nobody knew their entity, in transactions that
+/// the slot, which stands at `start`, will send again.
+async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<HashSet<Unresolved>> {
+    let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
+    let Some(quarantine) = quarantine else { return Ok(HashSet::new()) };
+    // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
+    let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));
+    let paths: Vec<String> = files.map(|file| file.path.clone()).collect();
+    let rows = archive::quarantined(storage, &paths).await?;
+    Ok(rows.iter().filter_map(|row| decode::unresolved(&row.reason, &row.row, &row.lsn)).collect())
 }
 
 /// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.
@@ -271,4 +309,18 @@ async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()
         );
     }
     Ok(())
+}
+
+/// A server whose log ends before the archive has lost transactions that are archived, and will use their positions
+/// again: what it writes there would be taken for archived. (A standby was promoted that had not received everything.)
+async fn check_timeline(config: &Config, sql: &mut Session, tables: &[Table], wal_end: Lsn) -> Result<()> {
+    let Some(ahead) = tables.iter().find(|table| table.lsn() > wal_end) else { return Ok(()) };
+    sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
+    let detail = format!(
+        "the server's log ends at {wal_end}, but the archive of {} reaches {}: the server has lost what was archived (a \
+         promoted standby?), and new rows can't be told from archived ones by their position",
+        ahead.kind().name(),
+        ahead.lsn()
+    );
+    Err(Error::Slot { slot: config.slot.clone(), detail, transient: false })
 }

@@ -16,9 +16,10 @@
 //! committer works in order, the position may be recorded after whatever is queued there.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use crate::batch::Batches;
@@ -38,6 +39,10 @@ const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row that passes
+/// the bound may have 1 GiB.
+const BATCH_BYTES_MAX: usize = 512 << 20;
 
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
 const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
@@ -82,6 +87,7 @@ impl Builder {
         table_lsn: [Lsn; Kind::ALL.len()],
         start: Lsn,
         work: mpsc::Sender<Work>,
+        decoder: Decoder,
     ) -> Self {
         Self {
             sql,
@@ -89,11 +95,11 @@ impl Builder {
                 "select space, name, version from {}.{ENTITY_TABLE} where id = $1::bigint",
                 quote_identifier(&config.schema)
             ),
-            decoder: Decoder::new(&config.schema),
+            decoder,
             batches: Batches::new(config.window, now()),
             window: config.window,
             max_lag: config.max_lag,
-            batch_bytes_max: config.memory_bytes / 3,
+            batch_bytes_max: (config.memory_bytes / 3).min(BATCH_BYTES_MAX),
             table_lsn,
             work,
             open: None,
@@ -122,14 +128,15 @@ impl Builder {
     pub(crate) async fn run(
         mut self,
         mut chunks: mpsc::Receiver<Chunk>,
-        stop: &mut watch::Receiver<()>,
+        stop: impl Future<Output = ()>,
     ) -> Result<()> {
+        let mut stop = pin!(stop);
         loop {
             let due = self.due();
             tokio::select! {
                 biased;
-                // 1. A dropped sender is a stop, too.
-                _ = stop.changed() => break,
+                // 1.
+                () = &mut stop => break,
                 // 2.
                 () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => self.fall_due().await?,
                 // 3.
@@ -140,8 +147,10 @@ impl Builder {
             }
         }
         // What has been received belongs to the last checkpoint.
-        while let Ok(chunk) = chunks.try_recv() {
-            self.take(&chunk).await?;
+        for _ in 0..chunks.len() {
+            if let Ok(chunk) = chunks.try_recv() {
+                self.take(&chunk).await?;
+            }
         }
         let deadline = Instant::now() + TRANSACTION_END_WAIT;
         while self.open.is_some() {

@@ -113,6 +113,46 @@ pub struct EntityStats {
     pub row_count: u64,
 }
 
+/// A row of the quarantine table, as far as it says why it is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuarantinedText {
+    /// Its `reason`.
+    pub reason: String,
+    /// Its `row`.
+    pub row: String,
+    /// Its `lsn`.
+    pub lsn: String,
+}
+
+/// Reads quarantine files (paths relative to the table).
+///
+/// # Errors
+///
+/// [`Error::Encode`] if a file can't be read.
+pub async fn quarantined(storage: &Storage, paths: &[String]) -> Result<Vec<QuarantinedText>> {
+    let store = storage.table_store(Kind::Quarantine);
+    let mut found = Vec::new();
+    for path in paths {
+        let context = || format!("reading the quarantine file {path}");
+        let reader = ObjectReader::new(store.clone(), path.as_str(), None);
+        let builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context()))?;
+        let mut rows = builder.build().map_err(parquet_error(context()))?;
+        while let Some(batch) = rows.try_next().await.map_err(parquet_error(context()))? {
+            let column =
+                |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
+            let (Some(reasons), Some(texts), Some(lsns)) = (column("reason"), column("row"), column("lsn"))
+            else {
+                return Err(Error::Internal(format!("{path} is not a quarantine file")));
+            };
+            for ((reason, row), lsn) in reasons.iter().zip(texts).zip(lsns) {
+                let owned = |text: Option<&str>| text.unwrap_or_default().to_owned();
+                found.push(QuarantinedText { reason: owned(reason), row: owned(row), lsn: owned(lsn) });
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// Reads the entity and time columns of files (paths relative to the table) and says what they hold of
 /// each entity, sorted by entity. The quarantine has no entities.
 ///

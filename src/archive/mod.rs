@@ -25,7 +25,7 @@ use std::error::Error as StdError;
 use parquet::errors::ParquetError;
 
 pub use encode::{EncodedFile, encode};
-pub use entities::{EntityStats, entity_stats};
+pub use entities::{EntityStats, QuarantinedText, entity_stats, quarantined};
 pub use log::TableFile;
 pub use merge::{MergePlan, Merged, merge};
 pub use name::{Namer, ObjectName};

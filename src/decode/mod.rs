@@ -14,7 +14,7 @@ mod entity;
 mod relation;
 mod value;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value as Json;
 
@@ -23,6 +23,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
 use crate::record::{Entity, Kind};
 use entity::EntityCache;
+pub(crate) use entity::Unresolved;
 pub use relation::{ENTITY_TABLE, Notice, Shape};
 use relation::{ROLE_COUNT, Role, Table, Target};
 use value::{SourceType, Unfit};
@@ -115,11 +116,19 @@ impl Decoder {
 
     /// Begins a transaction. `table_lsn` is each table's LSN, by [`Kind::index`].
     pub fn begin(&mut self, begin: Begin, table_lsn: [Lsn; Kind::ALL.len()]) {
+        self.entities.begin(begin.final_lsn);
         self.transaction = Transaction {
             final_lsn: begin.final_lsn,
             commit_micros: begin.commit_micros,
             archived: table_lsn.map(|lsn| begin.final_lsn < lsn),
         };
+    }
+
+    /// Takes over what an earlier session has decided: in these transactions, rows with these ids are in the
+    /// quarantine. Whether an id names an entity is the one decision that does not follow from the stream alone; were it
+    /// made anew, a row could end up in the quarantine and in its table.
+    pub(crate) fn settle(&mut self, unresolved: HashSet<Unresolved>) {
+        self.entities.settle(unresolved);
     }
 
     /// The name, with its schema, of a table that the stream has described.
@@ -194,6 +203,15 @@ impl Transaction {
             lsn: self.final_lsn,
         })
     }
+}
+
+/// Reads a quarantined row back: the transaction and the id, if that is why it is there.
+pub(crate) fn unresolved(reason: &str, row: &str, lsn: &str) -> Option<Unresolved> {
+    if reason != format!("entity_id {}", Unfit::UnknownEntity) {
+        return None;
+    }
+    let row: Json = serde_json::from_str(row).ok()?;
+    Some((lsn.parse().ok()?, row.get("entity_id")?.as_str()?.parse().ok()?))
 }
 
 /// Sorts a row's values by role.

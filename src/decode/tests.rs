@@ -161,6 +161,35 @@ fn entities_come_from_the_stream_or_a_look_up() {
 }
 
 #[test]
+fn what_an_earlier_session_quarantined_stays_there() {
+    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];
+    learn(&mut decoder, &relation(1, "custom_drift", &columns));
+    let row = insert(1, &[TIME, Some("8"), Some("m"), None]);
+    begin(&mut decoder, 100, [0; 4]);
+    decoder.resolve(8, None);
+    put(&mut decoder, &mut batches, &row).unwrap();
+    let quarantined = batches.files()[0].record_batches().next().unwrap().unwrap();
+    let text = |column: usize| {
+        arrow::array::AsArray::as_string::<i32>(quarantined.column(column)).value(0).to_owned()
+    };
+    let settled = unresolved(&text(2), &text(3), &text(4));
+    assert_eq!(settled, Some((Lsn(100), 8)));
+
+    // The quarantine was committed, custom was not; by now the entity exists.
+    let mut decoder = Decoder::new("scouter");
+    decoder.settle(settled.into_iter().collect());
+    learn(&mut decoder, &relation(1, "custom_drift", &columns));
+    decoder.resolve(8, Some(Entity { space: "s".into(), name: "n".into(), version: "1".into() }));
+    for (final_lsn, rows) in [(100, 0), (200, 1)] {
+        begin(&mut decoder, final_lsn, [0, 0, 0, 101]);
+        let mut batches = self::batches();
+        put(&mut decoder, &mut batches, &row).unwrap();
+        assert_eq!(batches.row_count(), rows, "{final_lsn}");
+    }
+}
+
+#[test]
 fn a_surprise_is_told_once_by_name() {
     let mut decoder = Decoder::new("scouter");
     let mut columns = PSI.to_vec();
