@@ -1,4 +1,4 @@
-//! pg_partman, which may drop partitions that are not archived, and pg_cron, which runs the purge.
+//! pg_partman, which may drop partitions that are not archived, and pg_cron, which can run a purge.
 
 use tokio_postgres::{Client, Row};
 
@@ -85,13 +85,13 @@ pub(super) async fn check_cron(client: &Client, report: &mut Report) -> Result<(
     match client.query_opt(CRON, &[]).await.map_err(Error::sql(context))? {
         Some(row) => {
             let version: String = row.try_get(0).map_err(Error::sql(context))?;
-            report.ok("pg-cron", "pg_cron", format!("{version} is installed and can run the purge"));
+            report.ok("pg-cron", "pg_cron", format!("{version} is installed"));
         }
         None => report.warning(
             "pg-cron",
             "pg_cron",
-            "is not installed in this database: nothing here runs the purge by itself",
-            "create extension pg_cron; -- or call highwater.purge_all() from another scheduler",
+            "is not installed in this database: nothing here can run a purge by itself",
+            "create extension pg_cron; -- in the database that cron.database_name names",
         ),
     }
     Ok(())
