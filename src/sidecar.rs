@@ -1,7 +1,6 @@
 //! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server
 //! calls.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::archive::{self, Namer, Storage, Table};
 use crate::commit::{self, Committer, Parts, Work};
 use crate::config::Config;
-use crate::decode::{self, Decoder, Unresolved};
+use crate::decode::{Decoder, Settled};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session};
@@ -252,14 +251,18 @@ async fn open(config: &Config) -> Result<Tasks> {
 
 /// The rows that an earlier session put into the quarantine because nobody knew their entity, in transactions that
 /// the slot, which stands at `start`, will send again.
-async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<HashSet<Unresolved>> {
+async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Settled> {
+    let mut settled = Settled::default();
     let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
-    let Some(quarantine) = quarantine else { return Ok(HashSet::new()) };
+    let Some(quarantine) = quarantine else { return Ok(settled) };
     // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
     let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));
     let paths: Vec<String> = files.map(|file| file.path.clone()).collect();
     let rows = archive::quarantined(storage, &paths).await?;
-    Ok(rows.iter().filter_map(|row| decode::unresolved(&row.reason, &row.row, &row.lsn)).collect())
+    for row in &rows {
+        settled.add(&row.source_table, &row.row, &row.lsn);
+    }
+    Ok(settled)
 }
 
 /// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.

@@ -116,8 +116,8 @@ pub struct EntityStats {
 /// A row of the quarantine table, as far as it says why it is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuarantinedText {
-    /// Its `reason`.
-    pub reason: String,
+    /// Its `source_table`.
+    pub source_table: String,
     /// Its `row`.
     pub row: String,
     /// Its `lsn`.
@@ -140,13 +140,14 @@ pub async fn quarantined(storage: &Storage, paths: &[String]) -> Result<Vec<Quar
         while let Some(batch) = rows.try_next().await.map_err(parquet_error(context()))? {
             let column =
                 |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
-            let (Some(reasons), Some(texts), Some(lsns)) = (column("reason"), column("row"), column("lsn"))
+            let (Some(tables), Some(texts), Some(lsns)) =
+                (column("source_table"), column("row"), column("lsn"))
             else {
                 return Err(Error::Internal(format!("{path} is not a quarantine file")));
             };
-            for ((reason, row), lsn) in reasons.iter().zip(texts).zip(lsns) {
+            for ((table, row), lsn) in tables.iter().zip(texts).zip(lsns) {
                 let owned = |text: Option<&str>| text.unwrap_or_default().to_owned();
-                found.push(QuarantinedText { reason: owned(reason), row: owned(row), lsn: owned(lsn) });
+                found.push(QuarantinedText { source_table: owned(table), row: owned(row), lsn: owned(lsn) });
             }
         }
     }

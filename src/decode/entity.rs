@@ -1,26 +1,19 @@
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
 use super::relation::Role;
 use super::{Fields, value};
 use crate::batch::{Batches, EntityId};
-use crate::lsn::Lsn;
 use crate::record::Entity;
 
 /// Entities kept before the cache starts over. What was forgotten is looked up again.
 const ENTITIES_MAX: usize = 1_000_000;
 
-/// Where a transaction's commit record begins, and an `entity_id` in it that no entity had.
-pub(crate) type Unresolved = (Lsn, i64);
-
 /// Which entity an `entity_id` means.
 #[derive(Debug, Default)]
 pub(super) struct EntityCache {
     entities: HashMap<i64, Cached, RandomState>,
-    /// See [`Decoder::settle`](super::Decoder::settle).
-    settled: HashSet<Unresolved>,
-    transaction: Lsn,
     last: Option<(u64, i64, EntityId)>,
 }
 
@@ -43,9 +36,6 @@ pub(super) enum Lookup {
 impl EntityCache {
     #[inline]
     pub(super) fn get(&mut self, id: i64, batches: &mut Batches) -> Lookup {
-        if !self.settled.is_empty() && self.settled.contains(&(self.transaction, id)) {
-            return Lookup::None;
-        }
         let generation = batches.generation();
         // Rows mostly come in runs of one entity.
         if let Some((last_generation, last_id, entity)) = self.last
@@ -65,14 +55,6 @@ impl EntityCache {
         cached.number = Some((generation, number));
         self.last = Some((generation, id, number));
         Lookup::Known(number)
-    }
-
-    pub(super) fn begin(&mut self, transaction: Lsn) {
-        self.transaction = transaction;
-    }
-
-    pub(super) fn settle(&mut self, settled: HashSet<Unresolved>) {
-        self.settled = settled;
     }
 
     pub(super) fn insert(&mut self, id: i64, entity: Option<Entity>) {

@@ -14,7 +14,7 @@ mod entity;
 mod relation;
 mod value;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde_json::Value as Json;
 
@@ -23,7 +23,6 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
 use crate::record::{Entity, Kind};
 use entity::EntityCache;
-pub(crate) use entity::Unresolved;
 pub use relation::{ENTITY_TABLE, Notice, Shape};
 use relation::{ROLE_COUNT, Role, Table, Target};
 use value::{SourceType, Unfit};
@@ -35,7 +34,12 @@ pub struct Decoder {
     tables: HashMap<u32, Table>,
     entities: EntityCache,
     transaction: Transaction,
+    settled: Settled,
+    adopted: HashMap<u32, (Kind, String)>,
 }
+
+/// The last microsecond of the archive's calendar.
+const COMMIT_MICROS_MAX: i64 = 253_402_300_799_999_999;
 
 /// The transaction whose rows are being decoded.
 #[derive(Clone, Copy, Debug, Default)]
@@ -103,12 +107,17 @@ impl Decoder {
             tables: HashMap::new(),
             entities: EntityCache::default(),
             transaction: Transaction::default(),
+            settled: Settled::default(),
+            adopted: HashMap::new(),
         }
     }
 
     /// Learns how a table's rows look. Returns what its operator should know, if this is new.
     pub fn relation(&mut self, relation: &Relation<'_>) -> Vec<Notice> {
-        let table = Table::new(&self.schema, relation);
+        let mut table = Table::new(&self.schema, relation);
+        if let Some((kind, name)) = self.adopted.get(&relation.oid) {
+            table.adopt(*kind, name);
+        }
         let notices = table.notices();
         let before = self.tables.insert(relation.oid, table).map(|table| table.notices()).unwrap_or_default();
         notices.into_iter().filter(|notice| !before.contains(notice)).collect()
@@ -116,19 +125,28 @@ impl Decoder {
 
     /// Begins a transaction. `table_lsn` is each table's LSN, by [`Kind::index`].
     pub fn begin(&mut self, begin: Begin, table_lsn: [Lsn; Kind::ALL.len()]) {
-        self.entities.begin(begin.final_lsn);
         self.transaction = Transaction {
             final_lsn: begin.final_lsn,
-            commit_micros: begin.commit_micros,
+            // The quarantine's files are named by it.
+            commit_micros: begin.commit_micros.clamp(0, COMMIT_MICROS_MAX),
             archived: table_lsn.map(|lsn| begin.final_lsn < lsn),
         };
     }
 
-    /// Takes over what an earlier session has decided: in these transactions, rows with these ids are in the
-    /// quarantine. Whether an id names an entity is the one decision that does not follow from the stream alone; were it
-    /// made anew, a row could end up in the quarantine and in its table.
-    pub(crate) fn settle(&mut self, unresolved: HashSet<Unresolved>) {
-        self.entities.settle(unresolved);
+    /// Takes over rows that an earlier session has put into the quarantine: their own tables may not have their
+    /// transactions yet. Whether a row fits does not follow from the stream alone (an entity may have come or gone,
+    /// this version may know more types), so those rows stay where they are, and all others are decided anew.
+    pub(crate) fn settle(&mut self, rows: Settled) {
+        self.settled = rows;
+    }
+
+    /// Makes a table that has another name than a drift table one of them: a partition that is published as itself,
+    /// or a drift table that was renamed. `name` is the drift table's.
+    pub(crate) fn adopt(&mut self, relation: u32, kind: Kind, name: &str) {
+        self.adopted.insert(relation, (kind, name.to_owned()));
+        if let Some(table) = self.tables.get_mut(&relation) {
+            table.adopt(kind, name);
+        }
     }
 
     /// The name, with its schema, of a table that the stream has described.
@@ -166,12 +184,18 @@ impl Decoder {
             self.entities.learn(&fields);
             return Ok(Inserted::Done);
         };
+        if self.transaction.has(Kind::Quarantine)
+            && self.settled.0.contains_key(&self.transaction.final_lsn)
+            && self.settled.take(self.transaction.quarantined(table, insert.tuple, String::new())?)
+        {
+            return Ok(Inserted::Done);
+        }
         match push(kind, &fields, &mut self.entities, batches) {
             Outcome::Pushed => Ok(Inserted::Done),
             Outcome::UnknownEntity(id) => Ok(Inserted::UnknownEntity(id)),
-            Outcome::Rejected(_) if self.transaction.has(Kind::Quarantine) => Ok(Inserted::Done),
             Outcome::Rejected(rejection) => {
-                batches.push_quarantine(self.transaction.quarantined(table, insert.tuple, rejection)?);
+                let reason = format!("{} {}", rejection.column, rejection.why);
+                batches.push_quarantine(self.transaction.quarantined(table, insert.tuple, reason)?);
                 Ok(Inserted::Quarantined)
             }
         }
@@ -188,7 +212,7 @@ impl Transaction {
         &self,
         table: &Table,
         tuple: Tuple<'_>,
-        rejection: Rejection,
+        reason: String,
     ) -> Result<QuarantinedRow, DecodeError> {
         let mut row = serde_json::Map::new();
         for (column, value) in table.columns.iter().zip(tuple.values()) {
@@ -198,20 +222,39 @@ impl Transaction {
         Ok(QuarantinedRow {
             quarantined_at: self.commit_micros,
             source_table: table.name.clone(),
-            reason: format!("{} {}", rejection.column, rejection.why),
+            reason,
             row: Json::Object(row).to_string(),
             lsn: self.final_lsn,
         })
     }
 }
 
-/// Reads a quarantined row back: the transaction and the id, if that is why it is there.
-pub(crate) fn unresolved(reason: &str, row: &str, lsn: &str) -> Option<Unresolved> {
-    if reason != format!("entity_id {}", Unfit::UnknownEntity) {
-        return None;
+/// Quarantined rows, by the position of their transaction's commit record, and how many of each there are.
+#[derive(Debug, Default)]
+pub(crate) struct Settled(HashMap<Lsn, HashMap<(String, String), u64>>);
+
+impl Settled {
+    /// Adds a row as the quarantine has it. A row of another origin, which has no position, is passed over: it
+    /// can't come again.
+    pub(crate) fn add(&mut self, source_table: &str, row: &str, lsn: &str) {
+        // Parsed, so that the text does not have to be what this version would write.
+        if let (Ok(lsn), Ok(row)) = (lsn.parse(), serde_json::from_str::<Json>(row)) {
+            let rows = self.0.entry(lsn).or_default();
+            *rows.entry((source_table.to_owned(), row.to_string())).or_default() += 1;
+        }
     }
-    let row: Json = serde_json::from_str(row).ok()?;
-    Some((lsn.parse().ok()?, row.get("entity_id")?.as_str()?.parse().ok()?))
+
+    /// Whether the row is one of them, which then is used up.
+    fn take(&mut self, row: QuarantinedRow) -> bool {
+        let place = self.0.get_mut(&row.lsn).and_then(|rows| rows.get_mut(&(row.source_table, row.row)));
+        match place {
+            Some(count) if *count > 0 => {
+                *count -= 1;
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Sorts a row's values by role.

@@ -87,11 +87,9 @@ pub enum Notice {
 impl Table {
     pub(super) fn new(schema: &str, relation: &Relation<'_>) -> Self {
         let has = |name: &str| relation.columns.iter().any(|column| column.name == name);
-        let named = has("space") && has("name") && has("version");
-        let shape = if !named && has("entity_id") { Shape::ById } else { Shape::Named };
         let target = match Kind::of_source_table(relation.name) {
             _ if relation.namespace != schema => Target::Nothing,
-            Some(kind) => Target::Drift(kind, shape),
+            Some(kind) => Target::Drift(kind, shape(has)),
             None if relation.name == ENTITY_TABLE => Target::Entities,
             None => Target::Nothing,
         };
@@ -101,6 +99,16 @@ impl Table {
             source_type: SourceType::of(column.type_oid),
         });
         Self { name: format!("{}.{}", relation.namespace, relation.name), target, columns: columns.collect() }
+    }
+
+    /// Takes the table for a drift table of that kind and name, whatever it is called.
+    pub(super) fn adopt(&mut self, kind: Kind, name: &str) {
+        let has = |name: &str| self.columns.iter().any(|column| column.name == name);
+        self.target = Target::Drift(kind, shape(has));
+        name.clone_into(&mut self.name);
+        for column in &mut self.columns {
+            column.role = role(self.target, &column.name);
+        }
     }
 
     pub(super) fn notices(&self) -> Vec<Notice> {
@@ -124,6 +132,12 @@ impl Table {
             missing.map(|name| Notice::ColumnMissing { table: self.name.clone(), column: name.to_owned() });
         extra.chain(missing).collect()
     }
+}
+
+/// By the columns alone, so that a table may change from one shape to the other.
+fn shape(has: impl Fn(&str) -> bool) -> Shape {
+    let named = has("space") && has("name") && has("version");
+    if !named && has("entity_id") { Shape::ById } else { Shape::Named }
 }
 
 fn role(target: Target, column: &str) -> Option<Role> {

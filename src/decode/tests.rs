@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::batch::FileRows;
 use crate::pgoutput::Message;
 use crate::record::{MICROS_PER_DAY, WindowWidth};
 
@@ -117,9 +118,11 @@ fn a_table_skips_what_it_already_has() {
     for (lsns, good_rows, bad_rows) in [
         ([0, 100, 0, 0], 1, 1),
         ([0, 101, 0, 101], 0, 0),
-        ([101, 0, 101, 101], 1, 0),
+        ([101, 0, 101, 0], 1, 1),
         // The quarantine is committed first, so a table that has the transaction speaks for both.
         ([0, 101, 0, 0], 0, 0),
+        // The quarantine has the transaction, but not this row of it: it was decided otherwise then.
+        ([0, 0, 0, 101], 1, 1),
     ] {
         let mut batches = batches();
         begin(&mut decoder, 100, lsns);
@@ -160,33 +163,70 @@ fn entities_come_from_the_stream_or_a_look_up() {
     assert_eq!(next.entity_spans()[0].entity.name, "other");
 }
 
-#[test]
-fn what_an_earlier_session_quarantined_stays_there() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
-    let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];
-    learn(&mut decoder, &relation(1, "custom_drift", &columns));
-    let row = insert(1, &[TIME, Some("8"), Some("m"), None]);
-    begin(&mut decoder, 100, [0; 4]);
-    decoder.resolve(8, None);
-    put(&mut decoder, &mut batches, &row).unwrap();
-    let quarantined = batches.files()[0].record_batches().next().unwrap().unwrap();
-    let text = |column: usize| {
-        arrow::array::AsArray::as_string::<i32>(quarantined.column(column)).value(0).to_owned()
-    };
-    let settled = unresolved(&text(2), &text(3), &text(4));
-    assert_eq!(settled, Some((Lsn(100), 8)));
-
-    // The quarantine was committed, custom was not; by now the entity exists.
-    let mut decoder = Decoder::new("scouter");
-    decoder.settle(settled.into_iter().collect());
-    learn(&mut decoder, &relation(1, "custom_drift", &columns));
-    decoder.resolve(8, Some(Entity { space: "s".into(), name: "n".into(), version: "1".into() }));
-    for (final_lsn, rows) in [(100, 0), (200, 1)] {
-        begin(&mut decoder, final_lsn, [0, 0, 0, 101]);
-        let mut batches = self::batches();
-        put(&mut decoder, &mut batches, &row).unwrap();
-        assert_eq!(batches.row_count(), rows, "{final_lsn}");
+/// The rows of a quarantine file, as a session that starts again reads them.
+fn settled(batches: &Batches) -> Settled {
+    let mut settled = Settled::default();
+    for file in batches.files().iter().filter(|file| file.kind() == Kind::Quarantine) {
+        for batch in file.record_batches() {
+            let batch = batch.unwrap();
+            let text = |column: usize| arrow::array::AsArray::as_string::<i32>(batch.column(column)).clone();
+            for row in 0..batch.num_rows() {
+                settled.add(text(1).value(row), text(3).value(row), text(4).value(row));
+            }
+        }
     }
+    settled
+}
+
+#[test]
+fn after_a_crash_behind_the_quarantine_its_rows_stay_and_all_others_are_decided_anew() {
+    let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];
+    let known = |name: &str| Some(Entity { space: "s".into(), name: name.into(), version: "1".into() });
+    let row = |id, time| insert(1, &[Some(time), Some(id), Some("m"), None]);
+    let time = "2024-10-04 12:00:00+00";
+    // 8 is unknown at first and known for its second row; 7 is known; one row has no time that can be kept.
+    let rows = [row("8", time), row("7", time), row("7", "infinity"), row("8", time)];
+    let (mut decoder, mut first) = (Decoder::new("scouter"), batches());
+    learn(&mut decoder, &relation(1, "custom_drift", &columns));
+    begin(&mut decoder, 100, [0; 4]);
+    decoder.resolve(7, known("seven"));
+    decoder.resolve(8, None);
+    for (position, row) in rows.iter().enumerate() {
+        if position == 3 {
+            decoder.resolve(8, known("eight"));
+        }
+        put(&mut decoder, &mut first, row).unwrap();
+    }
+    assert_eq!(first.files().iter().map(FileRows::row_count).collect::<Vec<_>>(), [2, 2]);
+
+    // The quarantine was committed, custom was not. By now 7 is gone and 8 is known.
+    let (mut decoder, mut second) = (Decoder::new("scouter"), batches());
+    decoder.settle(settled(&first));
+    learn(&mut decoder, &relation(1, "custom_drift", &columns));
+    begin(&mut decoder, 100, [0, 0, 0, 101]);
+    decoder.resolve(7, None);
+    decoder.resolve(8, known("eight"));
+    for row in &rows {
+        put(&mut decoder, &mut second, row).unwrap();
+    }
+    // One row of 8 is new for custom, one of 7 for the quarantine; with the two that are there that makes four.
+    let kinds: Vec<_> = second.files().iter().map(|file| (file.kind(), file.row_count())).collect();
+    assert_eq!(kinds, [(Kind::Quarantine, 1), (Kind::Custom, 1)]);
+}
+
+#[test]
+fn a_partition_that_is_published_as_itself_is_adopted() {
+    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    learn(&mut decoder, &relation(7, "psi_drift_p2024_10_04", PSI));
+    begin(&mut decoder, 100, [0; 4]);
+    let row = insert(7, &[TIME, Some("m"), Some("s"), Some("1"), Some("f"), Some("3"), Some("5"), Some("f")]);
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::NotArchived));
+    decoder.adopt(7, Kind::Psi, "scouter.psi_drift");
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Done));
+    // ... and stays it when it is described again.
+    learn(&mut decoder, &relation(7, "psi_drift_p2024_10_04", PSI));
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Done));
+    assert_eq!(batches.files()[0].kind(), Kind::Psi);
 }
 
 #[test]
