@@ -6,6 +6,8 @@ create table highwater.watermark (
     kind              text not null,
     slot_name         text not null,
     system_identifier text not null,
+    timeline_id       integer not null,
+    table_oid         oid not null,
     state             text not null check (state in ('snapshot', 'streaming', 'gap')),
     flushed_lsn       pg_lsn not null,
     archived_before   xid8,
@@ -20,6 +22,10 @@ comment on table highwater.watermark is
     'One row per archived table: how far its archive reaches. Written by the highwater sidecar only.';
 comment on column highwater.watermark.state is
     'snapshot: rows from before the slot are not archived yet; streaming: every row is archived or still to come; gap: rows may have been skipped. Only streaming allows a purge.';
+comment on column highwater.watermark.timeline_id is
+    'The timeline of the server that flushed_lsn belongs to: after a failover, positions past the switch are used again.';
+comment on column highwater.watermark.table_oid is
+    'Which table is archived, whatever it is called; another table of the same name is not it.';
 comment on column highwater.watermark.flushed_lsn is
     'Every transaction whose commit record begins before this position is in the archive, but for what state says.';
 comment on column highwater.watermark.archived_before is

@@ -1,7 +1,7 @@
 //! The committer: the task that makes checkpoints durable, in the order that ARCHITECTURE.md ("What is
 //! durable when") gives reasons for: files, log entries, watermark rows, acknowledgement.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +33,10 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration:
 
 /// How often merges and maintenance are looked at.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// When a session vacuums first. Not at its start: it lists the whole archive, and a session that begins has rows to
+/// catch up with.
+const FIRST_VACUUM_AFTER: Duration = Duration::from_mins(10);
 
 /// How often a table is vacuumed, and how old an object must be to be removed: running queries and uploads
 /// keep their files for that long.
@@ -83,6 +87,10 @@ pub(crate) struct Parts {
     pub(crate) tables: Vec<Table>,
     pub(crate) sql: Session,
     pub(crate) schema: String,
+    pub(crate) slot: String,
+    pub(crate) publication: String,
+    /// The server process that streams to us: who holds the slot.
+    pub(crate) holder: i32,
     pub(crate) window: WindowWidth,
     pub(crate) max_lag: Duration,
     /// Names this session's objects.
@@ -97,14 +105,15 @@ pub(crate) struct Committer {
     parts: Parts,
     /// Files that are uploaded and not yet named in a log, by kind.
     uploaded: BTreeMap<Kind, Vec<DataFile>>,
-    /// What the archive holds more than the watermark rows say.
-    unmirrored: Vec<(String, EntitySpan)>,
+    /// What the archive holds more than the watermark rows say: each checkpoint's position, and its entities. Each
+    /// is mirrored at its own position, so that one whose answer was lost is not counted twice.
+    unmirrored: VecDeque<(Lsn, Vec<(String, EntitySpan)>)>,
     /// What the archive will hold more once `uploaded` is named.
     spans: Vec<EntitySpan>,
     /// Waits to be passed by the durable position.
     horizon: Option<Horizon>,
     merge: Option<(Kind, JoinHandle<Result<Merged>>)>,
-    vacuumed_at: Option<Instant>,
+    vacuum_at: Instant,
 }
 
 impl Drop for Committer {
@@ -120,11 +129,11 @@ impl Committer {
         Self {
             parts,
             uploaded: BTreeMap::new(),
-            unmirrored: Vec::new(),
+            unmirrored: VecDeque::new(),
             spans: Vec::new(),
             horizon: None,
             merge: None,
-            vacuumed_at: None,
+            vacuum_at: Instant::now() + FIRST_VACUUM_AFTER,
         }
     }
 
@@ -224,16 +233,18 @@ impl Committer {
                 row_count: files.iter().map(|file| file.stats.row_count).sum(),
             };
             row_count += note.row_count;
-            self.commit_table(kind, files, range.last_lsn, &note).await?;
+            // After a crash the quarantine may be ahead, and still get rows that were decided otherwise then.
+            let at =
+                self.parts.tables.iter().find(|table| table.kind() == kind).map_or(Lsn::ZERO, Table::lsn);
+            self.commit_table(kind, files, range.last_lsn.max(at), &note).await?;
             failpoint::hit("between-tables");
         }
         let schema = &self.parts.schema;
-        for span in self.spans.drain(..) {
-            if let Some(table) = watermark::source_table(schema, span.kind) {
-                self.unmirrored.push((table, span));
-            }
-        }
-        let age_ms = (chrono::Utc::now().timestamp_micros() - range.first_commit) / 1000;
+        let spans = self.spans.drain(..);
+        let spans =
+            spans.filter_map(|span| Some((watermark::source_table(schema, span.kind)?, span))).collect();
+        self.unmirrored.push_back((range.last_lsn, spans));
+        let age_ms = chrono::Utc::now().timestamp_micros().saturating_sub(range.first_commit) / 1000;
         tracing::info!(rows = row_count, lsn = %range.last_lsn, age_ms, "archived a checkpoint");
         Ok(())
     }
@@ -285,23 +296,50 @@ impl Committer {
     }
 
     async fn mirror(&mut self, lsn: Lsn) -> Result<()> {
-        let passed = self.horizon.filter(|horizon| horizon.lsn <= lsn);
+        self.check_publication().await?;
         let tables: Vec<(String, TableTotals)> = self.totals();
-        let advance = Advance {
-            lsn,
-            archived_before: passed.map(|horizon| horizon.xmin),
-            tables: &tables,
-            spans: &self.unmirrored,
-        };
-        self.parts.sql.run(async |client| watermark::advance(client, &advance).await).await?;
-        self.unmirrored.clear();
+        let mut mirrored = Lsn::ZERO;
+        while let Some((at, spans)) = self.unmirrored.front() {
+            let advance = Advance { lsn: *at, archived_before: None, tables: &tables, spans };
+            self.parts.sql.run(async |client| watermark::advance(client, &advance).await).await?;
+            mirrored = *at;
+            self.unmirrored.pop_front();
+        }
+        let passed = self.horizon.filter(|horizon| horizon.lsn <= lsn);
+        let archived_before = passed.map(|horizon| horizon.xmin);
+        if mirrored < lsn || passed.is_some() {
+            let advance = Advance { lsn, archived_before, tables: &tables, spans: &[] };
+            self.parts.sql.run(async |client| watermark::advance(client, &advance).await).await?;
+        }
         if passed.is_some() {
             self.horizon = None;
         }
         if self.horizon.is_none() {
             // The next advance publishes it. Without it the purge waits a little longer, no more.
-            let horizon = self.parts.sql.run(watermark::horizon).await;
-            self.horizon = horizon.map_err(|error| tracing::debug!(error = error.chain(), "no horizon")).ok();
+            let (slot, holder) = (self.parts.slot.as_str(), self.parts.holder);
+            let horizon =
+                self.parts.sql.run(async |client| watermark::horizon(client, slot, holder).await).await;
+            self.horizon = horizon.unwrap_or_else(|error| {
+                tracing::debug!(error = error.chain(), "no horizon");
+                None
+            });
+        }
+        Ok(())
+    }
+
+    /// A table that the publication no longer sends has a gap from now on; that must be known before its
+    /// watermark moves.
+    async fn check_publication(&mut self) -> Result<()> {
+        let (slot, publication) = (self.parts.slot.as_str(), self.parts.publication.as_str());
+        let marked =
+            self.parts.sql.run(async |client| watermark::mark_unpublished(client, slot, publication).await);
+        for table in marked.await? {
+            tracing::error!(
+                table,
+                publication,
+                "gap: the publication does not send the table's inserts; its purge is blocked. `highwater setup` mends \
+                 the publication, the gap stays until it is healed"
+            );
         }
         Ok(())
     }
@@ -404,10 +442,10 @@ impl Committer {
     }
 
     async fn vacuum(&mut self) -> Result<()> {
-        if self.vacuumed_at.is_some_and(|at| at.elapsed() < VACUUM_INTERVAL) {
+        if self.vacuum_at > Instant::now() {
             return Ok(());
         }
-        self.vacuumed_at = Some(Instant::now());
+        self.vacuum_at = Instant::now() + VACUUM_INTERVAL;
         for table in &mut self.parts.tables {
             match table.vacuum(&self.parts.namer, VACUUM_INTERVAL).await {
                 Ok(0) => {}

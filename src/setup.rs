@@ -16,8 +16,8 @@ use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::record::Kind;
-use crate::slot;
-use crate::watermark::{self, State};
+use crate::slot::{self, Identity};
+use crate::watermark::{self, NewWatermark, State};
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -42,6 +42,7 @@ pub struct Report {
 struct SourceTable {
     /// Without the schema.
     name: String,
+    oid: u32,
     kind: Option<Kind>,
     published: bool,
 }
@@ -63,37 +64,67 @@ pub async fn setup(config: &Config) -> Result<Report> {
     migrate(&mut client, &mut report).await?;
     let has_publication = has_publication(&client, config).await?;
     let tables = find_tables(&client, config).await?;
-    if !has_publication {
-        create_publication(&client, config, &tables, &mut report).await?;
-    }
     let mut replication = ReplicationConnection::connect(&config.source).await?;
-    let system_identifier = slot::system_identifier(&mut replication).await?;
-    let mut session = Session::new(config.source.clone());
-    match slot::find(&mut session, &config.slot).await? {
-        Some(found) => {
+    let identity = slot::identify(&mut replication).await?;
+    let found = slot::find(&mut Session::new(config.source.clone()), &config.slot).await?;
+    match (found, has_publication) {
+        (Some(_), false) => return Err(unreadable_slot(config)),
+        (Some(found), true) => {
             report.left.push(format!("replication slot {} at {}", config.slot, found.confirmed_flush_lsn));
-            if has_publication {
-                let fed = Some((system_identifier.as_str(), found.confirmed_flush_lsn));
-                alter_publication(&mut client, config, fed, &mut report).await?;
-            }
+            let fed = Some((&identity, found.confirmed_flush_lsn));
+            alter_publication(&mut client, config, fed, &mut report).await?;
             // Nobody knows any more what the tables held when the slot was made.
             let all = tables.iter().map(|table| (table, State::Snapshot)).collect();
-            make_watermarks(&client, config, &system_identifier, found.confirmed_flush_lsn, all, &mut report)
-                .await?;
+            make_watermarks(&client, config, &identity, found.confirmed_flush_lsn, all, &mut report).await?;
         }
-        None => {
+        (None, _) => {
+            check_history(&client, config, &identity).await?;
             if has_publication {
                 alter_publication(&mut client, config, None, &mut report).await?;
+            } else {
+                create_publication(&client, config, &tables, &mut report).await?;
             }
             let (start, states) = create_slot(&mut replication, config, &tables).await?;
             report.done.push(format!("made replication slot {} at {start}", config.slot));
-            for table in watermark::mark_gap(&client, &config.slot).await? {
+            let system = identity.system_identifier.as_str();
+            let rebased =
+                watermark::rebase(&client, &config.slot, system, identity.timeline_id, start).await?;
+            for table in rebased {
                 report.done.push(format!("marked a gap in {table}: the slot that fed it is gone"));
             }
-            make_watermarks(&client, config, &system_identifier, start, states, &mut report).await?;
+            make_watermarks(&client, config, &identity, start, states, &mut report).await?;
         }
     }
     Ok(report)
+}
+
+/// A slot reads the log with the catalog of that time (manual section 49.2.1): where the publication did not exist, it
+/// can't go on, even if the publication exists today.
+fn unreadable_slot(config: &Config) -> Error {
+    let detail = format!(
+        "it exists, but publication {:?} does not, so the slot can't read the log of this time; drop it with `select \
+         pg_drop_replication_slot('{}');` and run `highwater setup` again, which makes both and marks the gap",
+        config.publication, config.slot
+    );
+    Error::Slot { slot: config.slot.clone(), detail, transient: false }
+}
+
+/// On another timeline, positions that the archive knows may be used again. The archive tells transactions apart by slot
+/// name and position, so a new slot there needs a new name.
+async fn check_history(client: &Client, config: &Config, identity: &Identity) -> Result<()> {
+    let watermarks = watermark::read(client).await?;
+    let other = watermarks.iter().find(|row| {
+        row.slot_name == config.slot
+            && row.system_identifier == identity.system_identifier
+            && row.timeline_id != identity.timeline_id
+    });
+    let Some(other) = other else { return Ok(()) };
+    let detail = format!(
+        "{} was archived through a slot of this name on timeline {}, and the server is on timeline {}; choose another \
+         name with HIGHWATER_SLOT, so that the positions of the two can't be confused",
+        other.source_table, other.timeline_id, identity.timeline_id
+    );
+    Err(Error::Slot { slot: config.slot.clone(), detail, transient: false })
 }
 
 async fn check_server(client: &Client) -> Result<()> {
@@ -158,7 +189,7 @@ async fn has_publication(client: &Client, config: &Config) -> Result<bool> {
 async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable>> {
     let rows = client
         .query(
-            "select c.relname::text,
+            "select c.relname::text, c.oid,
                     exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'entity_id' and not a.attisdropped),
                     exists (select from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
                             where r.prrelid = c.oid and p.pubname = $2)
@@ -173,12 +204,13 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
     for row in rows {
         let unreadable = "reading the list of tables";
         let name: String = row.try_get(0).map_err(Error::sql(unreadable))?;
-        let by_id: bool = row.try_get(1).map_err(Error::sql(unreadable))?;
-        let published = row.try_get(2).map_err(Error::sql(unreadable))?;
+        let oid = row.try_get(1).map_err(Error::sql(unreadable))?;
+        let by_id: bool = row.try_get(2).map_err(Error::sql(unreadable))?;
+        let published = row.try_get(3).map_err(Error::sql(unreadable))?;
         let kind = Kind::of_source_table(&name);
         needs_entities |= kind.is_some() && by_id;
         if kind.is_some() || name == ENTITY_TABLE {
-            tables.push(SourceTable { name, kind, published });
+            tables.push(SourceTable { name, oid, kind, published });
         }
     }
     tables.retain(|table| table.kind.is_some() || needs_entities);
@@ -224,7 +256,7 @@ async fn create_publication(
 async fn alter_publication(
     client: &mut Client,
     config: &Config,
-    fed: Option<(&str, Lsn)>,
+    fed: Option<(&Identity, Lsn)>,
     report: &mut Report,
 ) -> Result<()> {
     let name = quote_identifier(&config.publication);
@@ -237,6 +269,14 @@ async fn alter_publication(
         .await
         .map_err(Error::sql("reading the publication"))?;
     if is_right.is_none() {
+        // A publication that sent no inserts has let rows pass; the running sidecar sees that by itself.
+        if fed.is_some() {
+            for table in watermark::mark_unpublished(client, &config.slot, &config.publication).await? {
+                report
+                    .done
+                    .push(format!("marked a gap in {table}: the publication did not send its inserts"));
+            }
+        }
         let statement =
             format!("alter publication {name} set (publish = 'insert', publish_via_partition_root = true)");
         client.batch_execute(&statement).await.map_err(Error::sql("altering the publication"))?;
@@ -254,13 +294,17 @@ async fn alter_publication(
              alter publication {name} add table {qualified}"
         );
         transaction.batch_execute(&statement).await.map_err(Error::sql(&context))?;
-        if let (Some(kind), Some((system_identifier, start))) = (table.kind, fed) {
+        if let (Some(_), Some((identity, start))) = (table.kind, fed) {
             let row = transaction.query_one(&format!("select exists (select from {qualified})"), &[]).await;
             let holds_rows: bool = row.and_then(|row| row.try_get(0)).map_err(Error::sql(&context))?;
             let state = if holds_rows { State::Snapshot } else { State::Streaming };
+            // A table that was archived before has been out of the publication for a while.
             let source = format!("{}.{}", config.schema, table.name);
-            watermark::create(&transaction, &source, kind, &config.slot, system_identifier, state, start)
-                .await?;
+            if watermark::mark_table_gap(&transaction, &source, table.oid).await? {
+                report.done.push(format!("marked a gap in {source}: the publication lacked it"));
+            } else if let Some(new) = new_watermark(config, table, &source, identity, state, start) {
+                watermark::create(&transaction, &new).await?;
+            }
         }
         transaction.commit().await.map_err(Error::sql(&context))?;
         report.done.push(format!("added {qualified} to publication {}", config.publication));
@@ -302,16 +346,15 @@ async fn create_slot<'a>(
 async fn make_watermarks(
     client: &Client,
     config: &Config,
-    system_identifier: &str,
+    identity: &Identity,
     start: Lsn,
     states: Vec<(&SourceTable, State)>,
     report: &mut Report,
 ) -> Result<()> {
     for (table, state) in states {
-        let Some(kind) = table.kind else { continue };
         let name = format!("{}.{}", config.schema, table.name);
-        let made =
-            watermark::create(client, &name, kind, &config.slot, system_identifier, state, start).await?;
+        let Some(new) = new_watermark(config, table, &name, identity, state, start) else { continue };
+        let made = watermark::create(client, &new).await?;
         match (made, state) {
             (false, _) => report.left.push(format!("watermark of {name}")),
             (true, State::Snapshot) => report.done.push(format!(
@@ -321,4 +364,24 @@ async fn make_watermarks(
         }
     }
     Ok(())
+}
+
+fn new_watermark<'a>(
+    config: &'a Config,
+    table: &SourceTable,
+    source_table: &'a str,
+    identity: &'a Identity,
+    state: State,
+    lsn: Lsn,
+) -> Option<NewWatermark<'a>> {
+    Some(NewWatermark {
+        source_table,
+        table_oid: table.oid,
+        kind: table.kind?,
+        slot: &config.slot,
+        system_identifier: &identity.system_identifier,
+        timeline_id: identity.timeline_id,
+        state,
+        lsn,
+    })
 }

@@ -19,7 +19,7 @@ use crate::postgres::{Receiver, ReplicationConnection, Session};
 use crate::record::Kind;
 use crate::slot::{self, Slot};
 use crate::stream::Builder;
-use crate::watermark;
+use crate::watermark::{self, Watermark};
 
 /// First and longest pause between sessions.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
@@ -197,24 +197,28 @@ async fn open(config: &Config) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
     let mut connection = ReplicationConnection::connect(&config.source).await?;
-    let system_identifier = slot::system_identifier(&mut connection).await?;
-    let slot = slot::find(&mut sql, &config.slot).await?;
-    let slot = check_slot(config, &mut sql, slot, &system_identifier).await?;
-    let wal_end = sql.run(slot::wal_end).await?;
+    let identity = slot::identify(&mut connection).await?;
+    let found = slot::find(&mut sql, &config.slot).await?;
+    let watermarks = check_slot(config, &mut sql, found, &identity.system_identifier).await?;
+    let switches = switch_points(&mut connection, &watermarks, identity.timeline_id).await?;
     let stream = connection.start(&config.slot, &config.publication).await?;
 
-    let app_id = format!("highwater/{system_identifier}/{}", config.slot);
+    // Only now nobody else moves the slot or the archive.
+    let (slot, holder) = held_slot(config, &mut sql).await?;
+    let start = slot.confirmed_flush_lsn;
+    let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
     let namer = Arc::new(Namer::new());
     let session_id = format!("{:032x}", rand::rng().random::<u128>());
     let mut tables = Vec::new();
     for kind in Kind::ALL {
-        tables.push(Table::claim(&storage, kind, &app_id, &session_id, slot.confirmed_flush_lsn).await?);
+        tables.push(Table::claim(&storage, kind, &app_id, &session_id, start).await?);
     }
+    check_timeline(config, &mut sql, &tables, &switches).await?;
     commit::recover(&storage, &tables, &mut sql, config).await?;
     check_gap(config, &mut sql, &slot).await?;
-    check_timeline(config, &mut sql, &tables, wal_end).await?;
+    let timeline = identity.timeline_id;
+    sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline).await).await?;
 
-    let start = slot.confirmed_flush_lsn;
     let mut decoder = Decoder::new(&config.schema);
     decoder.settle(settled(&storage, &tables, start).await?);
     let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
@@ -236,6 +240,9 @@ async fn open(config: &Config) -> Result<Tasks> {
         tables,
         sql: Session::new(config.source.clone()),
         schema: config.schema.clone(),
+        slot: config.slot.clone(),
+        publication: config.publication.clone(),
+        holder,
         window: config.window,
         max_lag: config.max_lag,
         namer,
@@ -249,8 +256,20 @@ async fn open(config: &Config) -> Result<Tasks> {
     })
 }
 
-/// The rows that an earlier session put into the quarantine because nobody knew their entity, in transactions that
-/// the slot, which stands at `start`, will send again.
+/// The slot as it stands now that we hold it, and the server process that streams from it.
+async fn held_slot(config: &Config, sql: &mut Session) -> Result<(Slot, i32)> {
+    let slot = slot::find(sql, &config.slot).await?;
+    slot.and_then(|slot| slot.active_pid.map(|holder| (slot, holder))).ok_or_else(|| Error::Slot {
+        slot: config.slot.clone(),
+        detail:
+            "nobody holds it on the server that SQL reaches; do SQL and the stream reach different servers?"
+                .to_owned(),
+        transient: true,
+    })
+}
+
+/// The rows that an earlier session put into the quarantine, in transactions that the slot, which stands at `start`,
+/// will send again.
 async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Settled> {
     let mut settled = Settled::default();
     let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
@@ -271,7 +290,7 @@ async fn check_slot(
     sql: &mut Session,
     slot: Option<Slot>,
     system_identifier: &str,
-) -> Result<Slot> {
+) -> Result<Vec<Watermark>> {
     let watermarks = sql.run(watermark::read).await?;
     if watermarks.is_empty() {
         let detail = "no table is archived through it yet; run `highwater setup`".to_owned();
@@ -290,7 +309,7 @@ async fn check_slot(
         return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
     }
     let slot = match slot {
-        Some(slot) if slot.wal_status != "lost" => return Ok(slot),
+        Some(slot) if slot.wal_status != "lost" => return Ok(watermarks),
         slot => slot,
     };
     for table in sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await? {
@@ -322,16 +341,52 @@ async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()
     Ok(())
 }
 
-/// A server whose log ends before the archive has lost transactions that are archived, and will use their positions
-/// again: what it writes there would be taken for archived. (A standby was promoted that had not received everything.)
-async fn check_timeline(config: &Config, sql: &mut Session, tables: &[Table], wal_end: Lsn) -> Result<()> {
-    let Some(ahead) = tables.iter().find(|table| table.lsn() > wal_end) else { return Ok(()) };
-    sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
-    let detail = format!(
-        "the server's log ends at {wal_end}, but the archive of {} reaches {}: the server has lost what was archived (a \
-         promoted standby?), and new rows can't be told from archived ones by their position",
-        ahead.kind().name(),
-        ahead.lsn()
-    );
-    Err(Error::Slot { slot: config.slot.clone(), detail, transient: false })
+/// Where the timelines ended that the watermarks speak of, if they are not the server's: by watermark.
+async fn switch_points(
+    connection: &mut ReplicationConnection,
+    watermarks: &[Watermark],
+    timeline_id: i32,
+) -> Result<Vec<(String, Lsn)>> {
+    let mut switches = Vec::new();
+    for row in watermarks.iter().filter(|row| row.timeline_id != timeline_id) {
+        let switch = slot::switch_point(connection, row.timeline_id, timeline_id).await?;
+        // No ancestor: nothing that was archived is certain to be in this server's log.
+        switches.push((row.source_table.clone(), switch.unwrap_or(Lsn::ZERO)));
+    }
+    Ok(switches)
+}
+
+/// A server that was promoted before it had received everything has lost transactions that are archived, and uses
+/// their positions again: what it writes there would be taken for archived. So the archive must not reach past the point
+/// where the timelines part; nor past the end of the server's log.
+async fn check_timeline(
+    config: &Config,
+    sql: &mut Session,
+    tables: &[Table],
+    switches: &[(String, Lsn)],
+) -> Result<()> {
+    let wal_end = sql.run(slot::wal_end).await?;
+    let watermarks = sql.run(watermark::read).await?;
+    for table in tables {
+        let name = watermark::source_table(&config.schema, table.kind());
+        let row = watermarks.iter().find(|row| Some(&row.source_table) == name.as_ref());
+        let reach = table.lsn().max(row.map_or(Lsn::ZERO, |row| row.flushed_lsn));
+        // The quarantine has no watermark; it moves with the others.
+        let switch =
+            switches.iter().filter(|(switched, _)| name.as_ref().is_none_or(|name| name == switched));
+        let end = switch.map(|(_, lsn)| *lsn).min().map_or(wal_end, |lsn| lsn.min(wal_end));
+        if reach <= end {
+            continue;
+        }
+        sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
+        let detail = format!(
+            "the server's log holds what was written up to {end}, but the archive of {} reaches {reach}: the server has lost \
+             what is archived (a promoted standby, a restored copy?), and new rows can't be told from archived ones by their \
+             position; give HIGHWATER_SLOT a new name and run `highwater setup`, which makes it and marks the gap; then drop \
+             the old slot",
+            table.kind().name(),
+        );
+        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
+    }
+    Ok(())
 }

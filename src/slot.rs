@@ -15,6 +15,8 @@ pub(crate) struct Slot {
     pub(crate) confirmed_flush_lsn: Lsn,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub(crate) wal_status: String,
+    /// The server process that streams from it.
+    pub active_pid: Option<i32>,
     /// Bytes of log that it keeps from being removed; `None` when it is lost.
     pub(crate) retained_wal_bytes: Option<i64>,
 }
@@ -30,7 +32,7 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
             let query = "select plugin::text, database::text = current_database(), confirmed_flush_lsn,
                                 coalesce(wal_status, 'reserved'),
                                 pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
-                                                     else pg_current_wal_lsn() end, restart_lsn)::bigint
+                                                     else pg_current_wal_lsn() end, restart_lsn)::bigint, active_pid
                          from pg_replication_slots where slot_name = $1";
             client.query_opt(query, &[&name]).await.map_err(Error::sql(format!("looking for slot {name:?}")))
         })
@@ -51,21 +53,57 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
         name: name.to_owned(),
         confirmed_flush_lsn: Lsn(lsn.into()),
         wal_status: row.try_get(3).map_err(Error::sql(unreadable))?,
+        active_pid: row.try_get(5).map_err(Error::sql(unreadable))?,
         retained_wal_bytes: row.try_get(4).map_err(Error::sql(unreadable))?,
     }))
 }
 
-/// The cluster's identity (`IDENTIFY_SYSTEM`, manual section 55.4), which any role with replication may ask.
+/// A cluster, and the history of its log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) system_identifier: String,
+    pub(crate) timeline_id: i32,
+}
+
+/// Asks the server who it is (`IDENTIFY_SYSTEM`, manual section 55.4), which any role with replication may.
 ///
 /// # Errors
 ///
-/// The server did not answer with one.
-pub(crate) async fn system_identifier(connection: &mut ReplicationConnection) -> Result<String> {
+/// The server did not answer as it should.
+pub(crate) async fn identify(connection: &mut ReplicationConnection) -> Result<Identity> {
     let rows = connection.query("IDENTIFY_SYSTEM").await?;
-    let first = rows.into_iter().next().and_then(|row| row.into_iter().next().flatten());
-    first.ok_or_else(|| Error::Protocol {
-        context: "IDENTIFY_SYSTEM".to_owned(),
-        detail: "the answer has no system identifier".to_owned(),
+    let mut row = rows.into_iter().next().unwrap_or_default().into_iter();
+    let (system, timeline) = (row.next().flatten(), row.next().flatten());
+    match (system, timeline.and_then(|text| text.parse().ok())) {
+        (Some(system_identifier), Some(timeline_id)) => Ok(Identity { system_identifier, timeline_id }),
+        _ => Err(Error::Protocol {
+            context: "IDENTIFY_SYSTEM".to_owned(),
+            detail: "the answer has no system identifier and timeline".to_owned(),
+        }),
+    }
+}
+
+/// Where an earlier timeline ended, by the history of a later one (`TIMELINE_HISTORY`, manual section 55.4): a line for
+/// each, with its number, the position of the switch and a reason. `None`: it is no ancestor.
+///
+/// # Errors
+///
+/// The server has no such history.
+pub(crate) async fn switch_point(
+    connection: &mut ReplicationConnection,
+    of: i32,
+    in_history_of: i32,
+) -> Result<Option<Lsn>> {
+    let rows = connection.query(&format!("TIMELINE_HISTORY {in_history_of}")).await?;
+    let content = rows.first().and_then(|row| row.get(1)?.clone()).unwrap_or_default();
+    Ok(parse_history(&content, of))
+}
+
+fn parse_history(content: &str, timeline: i32) -> Option<Lsn> {
+    content.lines().find_map(|line| {
+        let mut fields = line.split_whitespace();
+        let is_it = fields.next()?.parse::<i32>() == Ok(timeline);
+        is_it.then(|| fields.next()?.parse().ok()).flatten()
     })
 }
 
@@ -80,4 +118,18 @@ pub(crate) async fn wal_end(client: &tokio_postgres::Client) -> Result<Lsn> {
     let row = client.query_one(query, &[]).await.map_err(Error::sql("reading the end of the log"))?;
     let lsn: PgLsn = row.try_get(0).map_err(Error::sql("reading the end of the log"))?;
     Ok(Lsn(lsn.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_history_names_where_each_timeline_ended() {
+        let content = "1\t0/3000110\tno recovery target specified\n\n2\t16/B374D848\tbefore 2026-11-22\n";
+        assert_eq!(parse_history(content, 1), Some(Lsn(0x300_0110)));
+        assert_eq!(parse_history(content, 2), Some(Lsn(0x16_B374_D848)));
+        assert_eq!(parse_history(content, 3), None);
+        assert_eq!(parse_history("nonsense", 1), None);
+    }
 }

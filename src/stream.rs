@@ -31,6 +31,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Frame, Session, quote_identifier};
 use crate::record::{Entity, Kind, Window, WindowWidth};
+use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
 /// part of the log that the server can remove being 16 MiB: far more than our own recording writes, so that
@@ -74,8 +75,8 @@ pub(crate) struct Builder {
     horizon_waits: bool,
     quarantined: u64,
     publication: String,
-    /// Tables that were warned of.
-    told_not_archived: HashSet<u32>,
+    /// Tables that are none of ours.
+    foreign: HashSet<u32>,
 }
 
 impl Builder {
@@ -111,7 +112,7 @@ impl Builder {
             horizon_waits: false,
             quarantined: 0,
             publication: config.publication.clone(),
-            told_not_archived: HashSet::new(),
+            foreign: HashSet::new(),
         }
     }
 
@@ -228,8 +229,9 @@ impl Builder {
                     break;
                 }
                 Inserted::NotArchived => {
-                    self.tell_not_archived(insert.relation);
-                    break;
+                    if !self.adopt(insert.relation).await? {
+                        break;
+                    }
                 }
                 Inserted::UnknownEntity(id) => self.look_up(id).await?,
             }
@@ -323,7 +325,7 @@ impl Builder {
         let batches = self.replace_batches();
         self.in_pieces = true;
         // Past the start of its commit record, as the skip rule wants it.
-        self.hand_on(Work::Piece { batches, lsn: Lsn(begin.final_lsn.0 + 1) }).await
+        self.hand_on(Work::Piece { batches, lsn: Lsn(begin.final_lsn.0.saturating_add(1)) }).await
     }
 
     fn replace_batches(&mut self) -> Box<Batches> {
@@ -331,16 +333,30 @@ impl Builder {
         Box::new(std::mem::replace(&mut self.batches, Batches::new(self.window, now())))
     }
 
+    /// A row of a table that has no drift table's name. A partition that is published as itself, or a drift table that
+    /// was renamed, is known by its oid: its rows are archived. Returns whether it is one.
     #[cold]
-    fn tell_not_archived(&mut self, relation: u32) {
+    async fn adopt(&mut self, relation: u32) -> Result<bool> {
+        if self.foreign.contains(&relation) {
+            return Ok(false);
+        }
+        let root = self.sql.run(async |client| watermark::archived_root(client, relation).await).await?;
         let publication = &self.publication;
-        if let Some(table) = self.decoder.table_name(relation)
-            && self.told_not_archived.insert(relation)
-        {
+        let table = self.decoder.table_name(relation).unwrap_or_default();
+        let kind =
+            root.as_ref().and_then(|(_, kind)| Kind::DRIFT.into_iter().find(|known| known.name() == kind));
+        let (Some((root, _)), Some(kind)) = (&root, kind) else {
             tracing::warn!(
                 "table {table} is in publication {publication}, but is not archived: it only costs WAL there"
             );
-        }
+            self.foreign.insert(relation);
+            return Ok(false);
+        };
+        tracing::warn!(
+            "rows of {table} are archived as those of {root}; `highwater check` says what is not as it should be"
+        );
+        self.decoder.adopt(relation, kind, root);
+        Ok(true)
     }
 
     fn tell_quarantined(&mut self) {

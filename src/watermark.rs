@@ -60,6 +60,8 @@ pub struct Watermark {
     pub slot_name: String,
     /// The cluster that the slot belongs to.
     pub system_identifier: String,
+    /// The timeline that `flushed_lsn` belongs to.
+    pub timeline_id: i32,
     /// Whether its archive is complete.
     pub state: State,
     /// Every transaction whose commit record begins before this is archived.
@@ -127,7 +129,7 @@ pub fn source_table(schema: &str, kind: Kind) -> Option<String> {
 pub async fn read(client: &Client) -> Result<Vec<Watermark>> {
     let rows = client
         .query(
-            "select source_table, kind, slot_name, system_identifier, state, flushed_lsn,
+            "select source_table, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn,
                     archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at
              from highwater.watermark order by source_table",
             &[],
@@ -147,6 +149,7 @@ fn watermark(row: &Row) -> Result<Watermark> {
         kind: row.try_get("kind").map_err(Error::sql(column))?,
         slot_name: row.try_get("slot_name").map_err(Error::sql(column))?,
         system_identifier: row.try_get("system_identifier").map_err(Error::sql(column))?,
+        timeline_id: row.try_get("timeline_id").map_err(Error::sql(column))?,
         state: State::parse(&state)?,
         flushed_lsn: Lsn(lsn.into()),
         archived_before: archived_before.map(|text| parse_xid(&text)).transpose()?,
@@ -162,29 +165,125 @@ fn parse_xid(text: &str) -> Result<u64> {
     text.parse().map_err(|_| Error::Internal(format!("{text:?} is not a transaction id")))
 }
 
+/// What a new watermark row says.
+#[derive(Clone, Copy, Debug)]
+pub struct NewWatermark<'a> {
+    /// The drift table as `schema.table`.
+    pub source_table: &'a str,
+    /// Its oid.
+    pub table_oid: u32,
+    /// The kind of its rows.
+    pub kind: Kind,
+    /// The slot that feeds it.
+    pub slot: &'a str,
+    /// The cluster that the slot belongs to.
+    pub system_identifier: &'a str,
+    /// The cluster's timeline.
+    pub timeline_id: i32,
+    /// Whether rows from before the slot are missing.
+    pub state: State,
+    /// Where the slot stands.
+    pub lsn: Lsn,
+}
+
 /// Makes the row of a newly archived table; one that is there is left as it is. Returns whether it was made.
 ///
 /// # Errors
 ///
 /// The statement failed.
-pub async fn create(
-    client: &impl tokio_postgres::GenericClient,
-    table: &str,
-    kind: Kind,
-    slot: &str,
-    system_identifier: &str,
-    state: State,
-    lsn: Lsn,
-) -> Result<bool> {
+pub async fn create(client: &impl tokio_postgres::GenericClient, new: &NewWatermark<'_>) -> Result<bool> {
     let made = client
         .execute(
-            "insert into highwater.watermark (source_table, kind, slot_name, system_identifier, state, flushed_lsn)
-             values ($1, $2, $3, $4, $5, $6) on conflict (source_table) do nothing",
-            &[&table, &kind.name(), &slot, &system_identifier, &state.name(), &PgLsn::from(lsn.0)],
+            "insert into highwater.watermark
+                 (source_table, table_oid, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn)
+             values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (source_table) do nothing",
+            &[
+                &new.source_table,
+                &new.table_oid,
+                &new.kind.name(),
+                &new.slot,
+                &new.system_identifier,
+                &new.timeline_id,
+                &new.state.name(),
+                &PgLsn::from(new.lsn.0),
+            ],
         )
         .await
-        .map_err(Error::sql(format!("making the watermark of {table}")))?;
+        .map_err(Error::sql(format!("making the watermark of {}", new.source_table)))?;
     Ok(made > 0)
+}
+
+/// Takes note that a table's row may have been written while nothing sent them, or that another table has its name
+/// now. Returns whether there is a watermark row.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn mark_table_gap(
+    client: &impl tokio_postgres::GenericClient,
+    table: &str,
+    table_oid: u32,
+) -> Result<bool> {
+    let marked = client
+        .execute(
+            "update highwater.watermark set state = 'gap', table_oid = $2, updated_at = clock_timestamp()
+             where source_table = $1",
+            &[&table, &table_oid],
+        )
+        .await
+        .map_err(Error::sql(format!("marking a gap in the watermark of {table}")))?;
+    Ok(marked > 0)
+}
+
+/// Puts the tables into state `gap` whose inserts the publication does not send: it is gone, sends no inserts, lacks the
+/// table or filters its rows. Tables go by their oid. Returns those that were not in it yet.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<String>> {
+    // `pg_publication_tables` names partitions where they are published as themselves; their rows are archived, too.
+    let statement = "
+        update highwater.watermark w set state = 'gap', updated_at = clock_timestamp()
+        where w.slot_name = $1 and w.state <> 'gap' and not exists (
+            select from pg_publication p join pg_publication_tables t using (pubname)
+            where p.pubname = $2 and p.pubinsert and t.rowfilter is null
+              and w.table_oid in (to_regclass(format('%I.%I', t.schemaname, t.tablename)),
+                                  pg_partition_root(to_regclass(format('%I.%I', t.schemaname, t.tablename)))))
+        returning w.source_table";
+    let rows = client
+        .query(statement, &[&slot, &publication])
+        .await
+        .map_err(Error::sql("comparing the publication with the watermarks"))?;
+    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+}
+
+/// The drift table that a relation is, or is a partition of, by its oid: its name and kind.
+///
+/// # Errors
+///
+/// The query failed.
+pub async fn archived_root(client: &Client, relation: u32) -> Result<Option<(String, String)>> {
+    let query = "select source_table, kind from highwater.watermark
+                 where table_oid = $1 or table_oid = pg_partition_root($1::oid::regclass)";
+    let context = "looking for the root of a partition";
+    let row = client.query_opt(query, &[&relation]).await.map_err(Error::sql(context))?;
+    row.map(|row| {
+        Ok((row.try_get(0).map_err(Error::sql(context))?, row.try_get(1).map_err(Error::sql(context))?))
+    })
+    .transpose()
+}
+
+/// Takes note of the timeline that the slot's positions belong to from now on.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn set_timeline(client: &Client, slot: &str, timeline_id: i32) -> Result<()> {
+    let statement =
+        "update highwater.watermark set timeline_id = $2 where slot_name = $1 and timeline_id <> $2";
+    let context = "writing the timeline";
+    client.execute(statement, &[&slot, &timeline_id]).await.map_err(Error::sql(context)).map(drop)
 }
 
 /// Puts every table of a slot into state `gap`, which blocks its purge and freezes its horizon. Returns the
@@ -202,6 +301,30 @@ pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
         )
         .await
         .map_err(Error::sql("marking a gap in highwater.watermark"))?;
+    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+}
+
+/// Hands the tables of a cluster over to a new slot that stands at `lsn`. What was written since the old one is missing, so
+/// they all get state `gap`. Returns them.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn rebase(
+    client: &Client,
+    slot: &str,
+    system_identifier: &str,
+    timeline_id: i32,
+    lsn: Lsn,
+) -> Result<Vec<String>> {
+    let statement = "
+        update highwater.watermark
+        set slot_name = $1, timeline_id = $3, flushed_lsn = $4, state = 'gap', updated_at = clock_timestamp()
+        where system_identifier = $2 returning source_table";
+    let rows = client
+        .query(statement, &[&slot, &system_identifier, &timeline_id, &PgLsn::from(lsn.0)])
+        .await
+        .map_err(Error::sql("handing the watermarks over to the new slot"))?;
     rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
 }
 
@@ -250,12 +373,16 @@ with advanced as (
     set flushed_lsn = $1,
         archived_before = case when w.state = 'streaming' then greatest(w.archived_before, $2::text::xid8)
                                else w.archived_before end,
-        max_created_at = t.max_created_at, row_count = t.row_count, file_count = t.file_count,
+        max_created_at = t.max_created_at, row_count = greatest(w.row_count, t.row_count), file_count = t.file_count,
         byte_count = t.byte_count, updated_at = clock_timestamp()
     from unnest($3::text[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[])
          as t (source_table, max_created_at, row_count, file_count, byte_count)
     where w.source_table = t.source_table and w.flushed_lsn < $1
     returning w.source_table
+),
+horizon as (
+    update highwater.watermark w set archived_before = greatest(w.archived_before, $2::text::xid8)
+    where w.source_table = any($3) and w.flushed_lsn = $1 and w.state = 'streaming' and $2 is not null
 )
 insert into highwater.entity_watermark as e
     (source_table, space, name, version, min_created_at, max_created_at, row_count)
@@ -342,19 +469,24 @@ pub async fn update_files(client: &Client, table: &str, totals: TableTotals) -> 
     Ok(())
 }
 
-/// Reads a new horizon. The order of the two columns matters, see the module's documentation.
+/// Reads a new horizon. The order of the two columns matters, see the module's documentation. `None` if `holder` does not
+/// hold the slot on the server that answers: then it is another server than the one that streams (after a failover), and its
+/// transactions are not those of the stream.
 ///
 /// # Errors
 ///
 /// The query failed.
-pub async fn horizon(client: &Client) -> Result<Horizon> {
+pub async fn horizon(client: &Client, slot: &str, holder: i32) -> Result<Option<Horizon>> {
+    let query = "select pg_snapshot_xmin(pg_current_snapshot())::text, pg_current_wal_insert_lsn()
+                 from pg_replication_slots where slot_name = $1 and active_pid = $2";
     let row = client
-        .query_one("select pg_snapshot_xmin(pg_current_snapshot())::text, pg_current_wal_insert_lsn()", &[])
+        .query_opt(query, &[&slot, &holder])
         .await
         .map_err(Error::sql("reading the transaction horizon"))?;
+    let Some(row) = row else { return Ok(None) };
     let xmin: String = row.try_get(0).map_err(Error::sql("reading the horizon's xmin"))?;
     let lsn: PgLsn = row.try_get(1).map_err(Error::sql("reading the horizon's position"))?;
-    Ok(Horizon { xmin: parse_xid(&xmin)?, lsn: Lsn(lsn.into()) })
+    Ok(Some(Horizon { xmin: parse_xid(&xmin)?, lsn: Lsn(lsn.into()) }))
 }
 
 /// One row of `highwater.entity_watermark`.

@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A lock that somebody holds on our tables must not stop the archive for longer.
-const SESSION_SETTINGS: &str = "set lock_timeout = '10s'; set idle_in_transaction_session_timeout = '60s'";
+/// What we acknowledge rests on what we wrote, so that must be flushed; but not on every standby, which may be down.
+const SESSION_SETTINGS: &str = "set lock_timeout = '10s'; set idle_in_transaction_session_timeout = '60s'; \
+                                set synchronous_commit = 'local'";
 
 /// An SQL session that connects when it is first used, and again after it was lost.
 #[derive(Debug)]
