@@ -530,8 +530,8 @@ pub(crate) async fn recover(
     Ok(())
 }
 
-/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one, or a
-/// part of it was deleted; to go on would let a purge delete rows that nobody has any more.
+/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,
+/// or a part of it was deleted; to go on would let a purge delete rows that nobody has any more.
 fn check_archive_is_whole(table: &Table, row: &Watermark, config: &Config) -> Result<()> {
     let held = table.totals().row_count;
     // A foreign writer that merged our files need not have said how many rows its own hold.

@@ -34,8 +34,8 @@ const CHUNKS_MAX: usize = 8;
 /// Checkpoints between the builder and the committer; with the one that is being written, two are in flight.
 const CHECKPOINTS_WAITING_MAX: usize = 1;
 
-/// How long a stop waits for the last checkpoint: less than the half minute after which Kubernetes kills. What is not
-/// archived by then stays in Postgres.
+/// How long a stop waits for the last checkpoint: less than the half minute after which Kubernetes kills.
+/// What is not archived by then stays in Postgres.
 const STOP_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// How long whole checkpoints that are queued may still take after the connection is lost.
@@ -242,8 +242,8 @@ async fn open(config: &Config) -> Result<Tasks> {
     })
 }
 
-/// The rows that an earlier session put into the quarantine because nobody knew their entity, in transactions that
-/// the slot, which stands at `start`, will send again.
+/// The rows that an earlier session put into the quarantine because nobody knew their entity, in transactions
+/// that the slot, which stands at `start`, will send again.
 async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<HashSet<Unresolved>> {
     let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
     let Some(quarantine) = quarantine else { return Ok(HashSet::new()) };
@@ -311,8 +311,9 @@ async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()
     Ok(())
 }
 
-/// A server whose log ends before the archive has lost transactions that are archived, and will use their positions
-/// again: what it writes there would be taken for archived. (A standby was promoted that had not received everything.)
+/// A server whose log ends before the archive has lost transactions that are archived, and will use their
+/// positions again: what it writes there would be taken for archived. (A standby was promoted that had not
+/// received everything.)
 async fn check_timeline(config: &Config, sql: &mut Session, tables: &[Table], wal_end: Lsn) -> Result<()> {
     let Some(ahead) = tables.iter().find(|table| table.lsn() > wal_end) else { return Ok(()) };
     sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;

@@ -40,8 +40,8 @@ const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row that passes
-/// the bound may have 1 GiB.
+/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row
+/// that passes the bound may have 1 GiB.
 const BATCH_BYTES_MAX: usize = 512 << 20;
 
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.

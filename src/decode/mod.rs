@@ -125,8 +125,8 @@ impl Decoder {
     }
 
     /// Takes over what an earlier session has decided: in these transactions, rows with these ids are in the
-    /// quarantine. Whether an id names an entity is the one decision that does not follow from the stream alone; were it
-    /// made anew, a row could end up in the quarantine and in its table.
+    /// quarantine. Whether an id names an entity is the one decision that does not follow from the stream
+    /// alone; were it made anew, a row could end up in the quarantine and in its table.
     pub(crate) fn settle(&mut self, unresolved: HashSet<Unresolved>) {
         self.entities.settle(unresolved);
     }
