@@ -159,7 +159,8 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
     let rows = client
         .query(
             "select c.relname::text,
-                    exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'entity_id' and not a.attisdropped),
+                    exists (select from pg_attribute a
+                            where a.attrelid = c.oid and a.attname = 'entity_id' and not a.attisdropped),
                     exists (select from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
                             where r.prrelid = c.oid and p.pubname = $2)
              from pg_class c where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relkind in ('r', 'p')

@@ -148,7 +148,10 @@ async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> 
         // The committer's own error says more than that its queue is closed.
         result = &mut committer => return Err(early_end(result)),
         result = builder.run(chunks, stop(shutdown)) => result,
-        result = receiver.ended() => Err(result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))),
+        result = receiver.ended() => {
+            let early = || Error::Internal("the receiver ended early".to_owned());
+            Err(result.err().unwrap_or_else(early))
+        }
         // The queue to the committer is full, and storage takes nothing.
         () = async { stop(shutdown).await; sleep(STOP_TIMEOUT).await } => Err(late_stop()),
     };

@@ -138,7 +138,9 @@ impl Builder {
                 // 1.
                 () = &mut stop => break,
                 // 2.
-                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => self.fall_due().await?,
+                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                    self.fall_due().await?;
+                }
                 // 3.
                 chunk = chunks.recv() => match chunk {
                     Some(chunk) => self.take(&chunk).await?,
