@@ -131,8 +131,17 @@ async fn stop(shutdown: &watch::Receiver<()>) {
 struct Tasks {
     receiver: Receiver,
     chunks: mpsc::Receiver<crate::postgres::Chunk>,
-    committer: JoinHandle<Result<()>>,
+    committer: Owned<Result<()>>,
     builder: Builder,
+}
+
+/// A task that ends with its handle: an archiver that is dropped must leave nothing behind that goes on trying.
+struct Owned<T>(JoinHandle<T>);
+
+impl<T> Drop for Owned<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// One hold of the slot.
@@ -146,7 +155,7 @@ async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> 
     let outcome = tokio::select! {
         biased;
         // The committer's own error says more than that its queue is closed.
-        result = &mut committer => return Err(early_end(result)),
+        result = &mut committer.0 => return Err(early_end(result)),
         result = builder.run(chunks, stop(shutdown)) => result,
         result = receiver.ended() => {
             let early = || Error::Internal("the receiver ended early".to_owned());
@@ -157,13 +166,12 @@ async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> 
     };
     // The builder is gone, and with it the sender of work: the committer ends after what is queued.
     let wait = if outcome.is_ok() { STOP_TIMEOUT } else { DRAIN_TIMEOUT };
-    match timeout(wait, &mut committer).await {
+    match timeout(wait, &mut committer.0).await {
         // Its error comes first: it may be the reason for the builder's.
         Ok(drained) => {
             drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))))?
         }
         Err(_) => {
-            committer.abort();
             outcome?;
             return Err(late_stop());
         }
@@ -240,7 +248,7 @@ async fn open(config: &Config) -> Result<Tasks> {
     Ok(Tasks {
         receiver: stream.spawn(chunk_sender, durable),
         chunks,
-        committer: tokio::spawn(Committer::new(parts).run(work)),
+        committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
         builder: Builder::new(config, sql, table_lsn, start, work_sender, decoder),
     })
 }

@@ -30,10 +30,11 @@ pub(super) async fn check(client: &Client, server: &Server, report: &mut Report)
     let role = identifier(&server.role);
     let id = "state-schema";
     if !exists && create_in_database {
-        report.ok(id, "highwater", "is not there yet; `highwater setup` makes it");
+        report.error(id, "highwater", "does not exist", "run `highwater setup`");
     } else if !exists {
         let remedy = format!(
-            "create schema highwater authorization {role}; -- or: grant create on database {} to {role};",
+            "create schema highwater authorization {role}; -- or: grant create on database {} to {role}; then run \
+             `highwater setup`",
             identifier(&server.database)
         );
         report.error(id, "highwater", "is not there, and the role may not make it", remedy);
@@ -41,8 +42,10 @@ pub(super) async fn check(client: &Client, server: &Server, report: &mut Report)
         let remedy = format!("grant usage on schema highwater to {role};");
         report.error(id, "highwater", "exists, but the role may not use it", remedy);
     } else if table_count < 2 && !create {
-        let remedy = format!("grant create on schema highwater to {role};");
+        let remedy = format!("grant create on schema highwater to {role}; -- then run `highwater setup`");
         report.error(id, "highwater", "has no watermark tables, and the role may not make them", remedy);
+    } else if table_count < 2 {
+        report.error(id, "highwater", "has no watermark tables", "run `highwater setup`");
     } else if let [first, ..] = read_only.as_slice() {
         let remedy =
             format!("grant select, insert, update, delete on all tables in schema highwater to {role};");

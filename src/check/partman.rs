@@ -1,4 +1,4 @@
-//! pg_partman, which may drop partitions that are not archived, and pg_cron, which runs the purge.
+//! pg_partman, which may drop partitions that are not archived, and pg_cron, which can run a purge.
 
 use tokio_postgres::{Client, Row};
 
@@ -90,8 +90,8 @@ pub(super) async fn check_cron(client: &Client, report: &mut Report) -> Result<(
         None => report.warning(
             "pg-cron",
             "pg_cron",
-            "is not installed in this database: a purge will need it, or another scheduler",
-            "create extension pg_cron; -- or plan another scheduler",
+            "is not installed in this database: nothing here can run a purge by itself",
+            "create extension pg_cron; -- in the database that cron.database_name names",
         ),
     }
     Ok(())

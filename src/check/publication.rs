@@ -2,10 +2,11 @@
 
 use tokio_postgres::{Client, Row};
 
-use super::tables::Table;
+use super::tables::{ENTITY_TABLE, Table};
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::record::Kind;
 
 const PUBLICATION: &str = "
     select oid, puballtables, pubinsert, pubupdate or pubdelete, pubtruncate, pubviaroot,
@@ -25,6 +26,15 @@ const MEMBER: &str = "
       join pg_namespace n on n.oid = c.relnamespace
       left join pg_publication_rel r on r.prrelid = c.oid and r.prpubid = $1
      where n.nspname = $2::text and c.relname = $3::text";
+
+// With the root published, the view names roots; what is not ours there is sent for nothing.
+const OTHERS: &str = "
+    select t.schemaname::text, t.tablename::text,
+           exists (select from pg_publication_rel r
+                    where r.prpubid = $1 and r.prrelid = format('%I.%I', t.schemaname, t.tablename)::regclass)
+      from pg_publication_tables t join pg_publication p on p.pubname = t.pubname
+     where p.oid = $1 and not (t.schemaname = $2::text and t.tablename = any ($3::text[]))
+     order by 1, 2";
 
 const CONTEXT: &str = "reading the publication";
 
@@ -54,6 +64,7 @@ pub(super) async fn check(
     for table in tables {
         is_good &= check_member(client, config, &publication, table, report).await?;
     }
+    is_good &= report_others(client, config, &publication, report).await?;
     if is_good {
         report.ok("publication", name, format!("publishes the inserts of {} tables", tables.len()));
     }
@@ -82,7 +93,9 @@ fn report_missing(config: &Config, tables: &[Table], report: &mut Report) {
     let remedy = match (names.is_empty(), tables.iter().all(|table| table.is_owner)) {
         (true, _) => "create the drift tables first".to_owned(),
         (false, true) => format!("run `highwater setup`, or: {create}"),
-        (false, false) => format!("{create} -- as the owner of the tables, which the role is not"),
+        (false, false) => {
+            format!("{create} -- as the owner of the tables, which the role is not; then run `highwater setup`")
+        }
     };
     report.error("publication", &config.publication, "does not exist", remedy);
 }
@@ -116,6 +129,41 @@ fn report_options(publication: &Publication, name: &str, report: &mut Report) ->
         is_good = false;
     }
     is_good
+}
+
+/// Tables that are published and not archived. Where everything is published, or partitions are published one by
+/// one, another finding says so.
+async fn report_others(
+    client: &Client,
+    config: &Config,
+    publication: &Publication,
+    report: &mut Report,
+) -> Result<bool> {
+    if publication.has_all_tables || !publication.via_root {
+        return Ok(true);
+    }
+    let ours: Vec<&str> =
+        Kind::DRIFT.into_iter().filter_map(Kind::source_table).chain([ENTITY_TABLE]).collect();
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
+        [&publication.oid, &config.schema, &ours];
+    let rows = client.query(OTHERS, &parameters).await.map_err(Error::sql(CONTEXT))?;
+    let name = identifier(&config.publication);
+    for row in &rows {
+        let schema: String = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+        let table: String = row.try_get(1).map_err(Error::sql(CONTEXT))?;
+        let by_name: bool = row.try_get(2).map_err(Error::sql(CONTEXT))?;
+        let object = qualified(&schema, &table);
+        let remedy = match by_name {
+            true => format!("alter publication {name} drop table {object};"),
+            false => format!(
+                "alter publication {name} drop tables in schema {}; -- then run `highwater setup`",
+                identifier(&schema)
+            ),
+        };
+        let message = "is in the publication, but is not archived: the server decodes and sends its rows for nothing";
+        report.warning("publication-extra", object, message, remedy);
+    }
+    Ok(rows.is_empty())
 }
 
 async fn check_member(

@@ -29,8 +29,8 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true)]
     region: Option<String>,
 
-    /// Days that Postgres keeps a row before it may be purged [env: DATA_RETENTION_PERIOD] [default:
-    /// 60]
+    /// Days that Postgres keeps a row before it may be purged; nothing purges yet [env:
+    /// DATA_RETENTION_PERIOD] [default: 60]
     #[arg(long, global = true, value_name = "DAYS")]
     retention_days: Option<String>,
 
@@ -61,12 +61,12 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "NAME")]
     publication: Option<String>,
 
-    /// Most rows per second that the first copy reads [env: HIGHWATER_BACKFILL_ROWS_PER_SECOND]
-    /// [default: unlimited]
+    /// Most rows per second that a first copy reads; none is made yet [env:
+    /// HIGHWATER_BACKFILL_ROWS_PER_SECOND] [default: unlimited]
     #[arg(long, global = true, value_name = "ROWS")]
     backfill_rows_per_second: Option<String>,
 
-    /// Address of the HTTP server [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
+    /// Address of the HTTP server; not used yet [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
     #[arg(long, global = true, value_name = "ADDRESS")]
     http: Option<String>,
 }

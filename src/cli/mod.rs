@@ -25,9 +25,9 @@ use flags::SettingFlags;
 /// replication and keeps every row for ever as Parquet in Delta Lake tables. It records how far the
 /// archive reaches, so that retention deletes only what the archive provably holds.
 ///
-/// Start with `highwater check`, which changes nothing and names everything that is missing; then
-/// `highwater setup`, once; then `highwater`, and leave it running. Stop it with SIGTERM or Ctrl-C:
-/// it archives what it has and ends.
+/// Start with `highwater setup`, which makes what archiving needs in the database and leaves what is
+/// there; then `highwater check`, which names everything that is still missing; then `highwater`, and
+/// leave it running. Stop it with SIGTERM or Ctrl-C: it archives what it has and ends.
 ///
 /// Settings come from flags, then the environment, then highwater.toml, then the defaults.
 #[derive(Parser)]
@@ -69,9 +69,10 @@ Exit code of check: 0 all is well, 1 warnings, 2 errors.";
 enum Command {
     /// Archive until told to stop; what `highwater` does without a subcommand
     Run,
-    /// Make the publication, the replication slot and the watermark tables in the database
+    /// Make the schema highwater, the publication, the slot and the watermarks, where they are missing
     Setup,
-    /// Look for everything that archiving needs, and name what mends it; changes nothing
+    /// Look for everything that archiving needs, and name what mends it; all that it writes is one small
+    /// object in the storage, which it removes
     Check,
 }
 

@@ -1,5 +1,4 @@
-//! The source connection against real servers: throw-away clusters, each with its own directory and port.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test may panic")]
+//! The source connection against real servers: passwords, TLS, and a consumer that is stuck.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,80 +7,79 @@ use std::time::Duration;
 use highwater::config::SourceConfig;
 use highwater::postgres::{Frame, ReplicationConnection, sql};
 use highwater::{Error, Lsn};
+use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 
-const BIN: &str = "/usr/lib/postgresql/15/bin";
+use crate::support::cluster::Cluster;
+use crate::support::wait::until;
 
-struct Cluster {
-    dir: tempfile::TempDir,
-    port: u16,
+/// A cluster that wants a password of everybody but the tests' own superuser.
+struct Guarded {
+    cluster: Cluster,
+    certificates: TempDir,
 }
 
-/// Runs a program as a user that the server accepts; it refuses to be root.
-fn run(program: &str, arguments: &[&str]) {
-    let output =
-        Command::new("runuser").args(["-u", "postgres", "--", program]).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
+/// The superuser `postgres` stays free to enter: the cluster's own machinery comes as it.
+const HBA: &str = "local all postgres trust
+local replication postgres trust
+local all all scram-sha-256
+local replication all scram-sha-256
+host all all all scram-sha-256
+host replication all all scram-sha-256
+";
 
-fn openssl(dir: &Path, arguments: &str) {
-    let output = Command::new("openssl").args(arguments.split(' ')).current_dir(dir).output().unwrap();
+fn openssl(folder: &Path, arguments: &str) {
+    let output = Command::new("openssl").args(arguments.split(' ')).current_dir(folder).output().unwrap();
     assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-impl Cluster {
-    fn start(extra: &str) -> Self {
-        let dir = tempfile::Builder::new().prefix("hw").tempdir_in("/tmp").unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let cluster = Self { dir, port };
-        let root = cluster.dir.path();
-        std::fs::write(root.join("pw"), "correct horse").unwrap();
-        openssl(
-            root,
-            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout ca.key -out ca.pem -subj /CN=ca",
-        );
-        openssl(
-            root,
-            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout other.key -out other.pem -subj /CN=ca",
-        );
-        openssl(
-            root,
-            "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout server.key -out server.csr -subj /CN=server",
-        );
-        std::fs::write(root.join("san"), "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
-            .unwrap();
-        openssl(
-            root,
-            "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out server.pem",
-        );
-        let path = root.to_str().unwrap();
-        assert!(Command::new("chown").args(["-R", "postgres", path]).status().unwrap().success());
-        let data = cluster.data();
-        let data = data.to_str().unwrap();
-        run(
-            &format!("{BIN}/initdb"),
-            &[
-                "-D",
-                data,
-                "-U",
-                "postgres",
-                "-A",
-                "scram-sha-256",
-                "--no-sync",
-                &format!("--pwfile={path}/pw"),
-            ],
-        );
-        let settings = format!(
-            "port={port}\nunix_socket_directories='{path}'\nlisten_addresses='localhost'\nwal_level=logical\nfsync=off\n{extra}\n"
-        );
-        let file = cluster.data().join("postgresql.auto.conf");
-        std::fs::write(file, settings.replace("$DIR", path)).unwrap();
-        run(&format!("{BIN}/pg_ctl"), &["-D", data, "-w", "-l", &format!("{path}/log"), "start"]);
-        cluster
+/// A certificate of `localhost`, the authority that signed it, and another authority of the same name.
+fn make_certificates(folder: &Path) {
+    const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    for authority in ["ca", "other"] {
+        let files = format!("-keyout {authority}.key -out {authority}.pem");
+        openssl(folder, &format!("req -x509 {KEY} -days 2 {files} -subj /CN=ca"));
+    }
+    openssl(folder, &format!("req {KEY} -keyout server.key -out server.csr -subj /CN=server"));
+    std::fs::write(folder.join("san"), "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n").unwrap();
+    let signed = "-CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out server.pem";
+    openssl(folder, &format!("x509 -req -in server.csr {signed}"));
+}
+
+impl Guarded {
+    async fn start(tls: bool, settings: &[(&str, &str)]) -> Self {
+        let cluster = Cluster::start_new(&[("fsync", "off"), ("listen_addresses", "localhost")]);
+        let certificates = tempfile::tempdir().unwrap();
+        make_certificates(certificates.path());
+        cluster.conf(settings);
+        if tls {
+            for name in ["server.pem", "server.key"] {
+                cluster.install(name, &std::fs::read(certificates.path().join(name)).unwrap());
+            }
+            cluster.conf(&[("ssl", "on"), ("ssl_cert_file", "server.pem"), ("ssl_key_file", "server.key")]);
+        }
+        let role = "set password_encryption = 'scram-sha-256'; create role keeper superuser login replication \
+                    password 'correct horse'";
+        cluster.connect("postgres").await.batch_execute(role).await.unwrap();
+        cluster.hba(HBA);
+        cluster.reload();
+        let guarded = Self { cluster, certificates };
+        // A reload takes effect when the server gets round to it.
+        let wrong = guarded.config_with("battery-staple", "localhost", "sslmode=prefer");
+        let refused = async || sql::connect(&wrong).await.err().map(drop);
+        until("the server wants passwords", Duration::from_secs(30), refused).await;
+        let right = guarded.config("localhost", "sslmode=prefer");
+        let encrypted = async || {
+            let client = sql::connect(&right).await.ok()?;
+            let row = client.query_one("show ssl", &[]).await.ok()?;
+            (row.get::<_, &str>(0) == if tls { "on" } else { "off" }).then_some(())
+        };
+        until("the server has its certificate", Duration::from_secs(30), encrypted).await;
+        guarded
     }
 
-    fn data(&self) -> PathBuf {
-        self.dir.path().join("data")
+    fn certificate(&self, name: &str) -> PathBuf {
+        self.certificates.path().join(name)
     }
 
     fn config(&self, host: &str, parameters: &str) -> SourceConfig {
@@ -89,27 +87,11 @@ impl Cluster {
     }
 
     fn config_with(&self, password: &str, host: &str, parameters: &str) -> SourceConfig {
-        let parameters = parameters.replace("$DIR", self.dir.path().to_str().unwrap());
-        let uri = format!("postgresql://postgres:{password}@{host}:{}/postgres?{parameters}", self.port);
+        let folder = self.certificate("");
+        let parameters = parameters.replace("$DIR/", &folder.display().to_string());
+        let port = self.cluster.port();
+        let uri = format!("postgresql://keeper:{password}@{host}:{port}/postgres?{parameters}");
         SourceConfig::new(Some(&uri), &|_| None).unwrap()
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        let _ = Command::new("runuser")
-            .args([
-                "-u",
-                "postgres",
-                "--",
-                &format!("{BIN}/pg_ctl"),
-                "-D",
-                self.data().to_str().unwrap(),
-                "-m",
-                "immediate",
-                "stop",
-            ])
-            .output();
     }
 }
 
@@ -127,12 +109,10 @@ async fn both(config: &SourceConfig) -> Result<bool, Error> {
     Ok(over_sql)
 }
 
-const TLS: &str = "ssl=on\nssl_cert_file='$DIR/server.pem'\nssl_key_file='$DIR/server.key'";
-
 #[tokio::test]
 async fn passwords_and_tls() {
-    let cluster = Cluster::start(TLS);
-    let socket_directory = format!("host={}", cluster.dir.path().display());
+    let cluster = Guarded::start(true, &[]).await;
+    let socket_directory = format!("host={}", cluster.cluster.socket_folder().display());
     assert!(!both(&cluster.config("", &socket_directory)).await.unwrap());
     for (host, parameters, encrypted) in [
         ("localhost", "", true),
@@ -169,7 +149,7 @@ async fn passwords_and_tls() {
 
 #[tokio::test]
 async fn a_server_without_tls() {
-    let cluster = Cluster::start("");
+    let cluster = Guarded::start(false, &[]).await;
     assert!(!both(&cluster.config("localhost", "sslmode=prefer")).await.unwrap());
     let error = both(&cluster.config("localhost", "sslmode=require")).await.unwrap_err();
     assert!(matches!(&error, Error::Protocol { detail, .. } if detail.contains("no TLS")), "{error:?}");
@@ -177,7 +157,7 @@ async fn a_server_without_tls() {
 
 #[tokio::test]
 async fn a_stuck_consumer_keeps_the_connection() {
-    let cluster = Cluster::start(&format!("{TLS}\nwal_sender_timeout='2s'"));
+    let cluster = Guarded::start(true, &[("wal_sender_timeout", "2s")]).await;
     for parameters in ["sslmode=disable", "sslmode=require"] {
         stuck(&cluster.config("localhost", parameters)).await;
     }
@@ -239,16 +219,11 @@ async fn stuck(config: &SourceConfig) {
     assert_eq!(inserts, 300_000);
     durable.send(end).unwrap();
     let confirmed = "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = 's'";
-    let reached = async {
-        loop {
-            let text: String = client.query_one(confirmed, &[]).await.unwrap().get(0);
-            if text.parse::<Lsn>().unwrap() >= end {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(2), reached).await.unwrap();
+    until("the position is acknowledged", Duration::from_secs(2), async || {
+        let text: String = client.query_one(confirmed, &[]).await.unwrap().get(0);
+        (text.parse::<Lsn>().unwrap() >= end).then_some(())
+    })
+    .await;
     receiver.finish().await.unwrap();
     client.query("select pg_drop_replication_slot('s')", &[]).await.unwrap();
 }

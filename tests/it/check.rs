@@ -1,83 +1,28 @@
 //! The preflight against a real server: a healthy one, then each thing broken in turn.
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
-use std::process::{Command, Stdio};
-
 use highwater::check::Severity::{Error, Warning};
 use highwater::check::{Report, Severity, check};
 use highwater::config::{Config, ObjectStorageSettings, SourceConfig};
+use tempfile::TempDir;
 
-const BIN: &str = "/usr/lib/postgresql/15/bin";
+use crate::support::cluster::{CRON_DATABASE, Cluster};
 
-/// A throw-away cluster that ends with the value.
-struct Cluster {
-    directory: tempfile::TempDir,
-    port: u16,
+/// Settings for a role on the cluster, with an archive in a folder that ends with the second value.
+fn config(cluster: &Cluster, user: &str) -> (Config, TempDir) {
+    let uri = format!("postgresql://{user}@127.0.0.1:{}/{CRON_DATABASE}", cluster.port());
+    let archive = tempfile::tempdir().unwrap();
+    let source = SourceConfig::new(Some(&uri), &|_| None).unwrap();
+    let storage = ObjectStorageSettings::new(&archive.path().display().to_string(), "us-east-1").unwrap();
+    (Config::new(source, storage), archive)
 }
 
-impl Cluster {
-    fn start(options: &str) -> Self {
-        let directory = tempfile::tempdir_in("/tmp").unwrap();
-        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let cluster = Self { directory, port };
-        let (data, path) = (cluster.data(), cluster.directory.path().display().to_string());
-        as_server_user(&format!("{BIN}/initdb -D {data} -U postgres -A trust --no-sync"));
-        let options = format!("-p {port} -k {path} -c listen_addresses=127.0.0.1 -c fsync=off {options}");
-        as_server_user(&format!("{BIN}/pg_ctl -D {data} -w -l {path}/log -o '{options}' start"));
-        cluster
+/// Runs statements one by one: a publication can't be altered in the transaction that made it, nor a slot be made in
+/// one that has written.
+async fn sql(cluster: &Cluster, statements: &str) {
+    let client = cluster.connect(CRON_DATABASE).await;
+    for statement in statements.split(';') {
+        client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
     }
-
-    fn data(&self) -> String {
-        format!("{}/data", self.directory.path().display())
-    }
-
-    /// Runs statements one by one, each in its own transaction.
-    fn sql(&self, text: &str) {
-        let mut psql = Command::new("psql")
-            .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", "postgres", "-p"])
-            .args([&self.port.to_string(), "-d", "postgres"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        psql.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-        assert!(psql.wait().unwrap().success(), "{text}");
-    }
-
-    fn config(&self, user: &str) -> Config {
-        let uri = format!("postgresql://{user}@127.0.0.1:{}/postgres", self.port);
-        let archive = self.directory.path().join("archive").display().to_string();
-        let source = SourceConfig::new(Some(&uri), &|_| None).unwrap();
-        Config::new(source, ObjectStorageSettings::new(&archive, "us-east-1").unwrap())
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        as_server_user(&format!("{BIN}/pg_ctl -D {} -m immediate stop", self.data()));
-    }
-}
-
-/// The server refuses to run as root.
-fn as_server_user(command: &str) {
-    let is_root = Command::new("id").arg("-u").output().unwrap().stdout.starts_with(b"0\n");
-    let mut shell = if is_root {
-        let mut runuser = Command::new("runuser");
-        runuser.args(["-u", "postgres", "--", "sh", "-c", command]);
-        runuser
-    } else {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", command]);
-        shell
-    };
-    let status =
-        shell.current_dir(Path::new("/")).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
-    assert!(status.success(), "{command}");
 }
 
 const HEALTHY: &str = "
@@ -98,8 +43,7 @@ const HEALTHY: &str = "
     grant usage on schema partman to archiver;
     grant select on partman.part_config to archiver;
     select partman.create_parent('scouter.psi_drift', 'created_at', 'native', '1 day');
-    create extension pg_cron;
-    select pg_create_logical_replication_slot('highwater', 'pgoutput');";
+    create extension pg_cron";
 
 fn seen(report: &Report) -> Vec<(&'static str, Severity)> {
     let bad = report.findings().iter().filter(|finding| finding.severity != Severity::Ok);
@@ -109,12 +53,19 @@ fn seen(report: &Report) -> Vec<(&'static str, Severity)> {
 #[expect(clippy::too_many_lines, reason = "a table of cases")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
-    let cluster = Cluster::start(
-        "-c wal_level=logical -c max_slot_wal_keep_size=10GB -c shared_preload_libraries=pg_cron \
-         -c cron.database_name=postgres -c max_replication_slots=3",
+    let cluster = Cluster::start_new(&[
+        ("fsync", "off"),
+        ("max_slot_wal_keep_size", "10GB"),
+        ("max_replication_slots", "3"),
+    ]);
+    sql(&cluster, HEALTHY).await;
+    let (config, _archive) = config(&cluster, "archiver");
+    assert_eq!(
+        seen(&check(&config).await),
+        [("state-schema", Error), ("slot", Error)],
+        "the publication alone is not enough"
     );
-    cluster.sql(HEALTHY);
-    let config = cluster.config("archiver");
+    highwater::setup::setup(&config).await.unwrap();
     let report = check(&config).await;
     assert_eq!(seen(&report), [], "{report:#?}");
 
@@ -201,24 +152,31 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
         ),
         ("drop extension pg_cron", vec![("pg-cron", Warning)], "create extension pg_cron"),
         (
+            "create table scouter.notes (note text); alter publication highwater add table scouter.notes",
+            vec![("publication-extra", Warning)],
+            "drop table scouter.notes",
+        ),
+        (
             "select pg_drop_replication_slot('highwater');
           select pg_create_logical_replication_slot('highwater', 'test_decoding')",
             vec![("slot", Error)],
             "select pg_drop_replication_slot('highwater')",
         ),
+        // Gone, though the archive was fed from it; then as if it had never been.
+        ("select 1", vec![("slot", Error)], "delete from highwater.watermark"),
+        ("select 1", vec![("slot", Error)], "select pg_create_logical_replication_slot('highwater', 'pgoutput')"),
         (
-            "create table highwater.watermark (slot_name text);
-          create table highwater.entity_watermark (x int);
-          insert into highwater.watermark values ('highwater');
-          grant select, insert, update on all tables in schema highwater to archiver",
-            vec![("slot", Error)],
-            "drop table highwater.watermark, highwater.entity_watermark",
+            "alter table highwater.watermark rename to moved",
+            vec![("state-schema", Error)],
+            "alter table highwater.moved rename to watermark",
         ),
         (
-            "select pg_create_physical_replication_slot('a'), pg_create_physical_replication_slot('b'),
+            "select pg_drop_replication_slot('highwater');
+          select pg_create_physical_replication_slot('a'), pg_create_physical_replication_slot('b'),
                  pg_create_physical_replication_slot('c')",
-            vec![("replication-slots", Error)],
-            "select pg_drop_replication_slot(slot_name) from pg_replication_slots",
+            vec![("replication-slots", Error), ("slot", Error)],
+            "select pg_drop_replication_slot(slot_name) from pg_replication_slots;
+          select pg_create_logical_replication_slot('highwater', 'pgoutput')",
         ),
         (
             "alter schema scouter rename to moved",
@@ -226,10 +184,10 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
             "alter schema moved rename to scouter",
         ),
     ] {
-        cluster.sql(break_it);
+        sql(&cluster, break_it).await;
         let report = check(&config).await;
         assert_eq!(seen(&report), expected, "after {break_it}: {report:#?}");
-        cluster.sql(mend_it);
+        sql(&cluster, mend_it).await;
     }
     let report = check(&config).await;
     assert_eq!(seen(&report), [], "all is mended: {report:#?}");
@@ -242,15 +200,21 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fresh_server_is_told_what_it_lacks() {
-    let cluster = Cluster::start("-c max_replication_slots=0 -c max_wal_senders=0 -c wal_level=minimal");
-    cluster.sql("create role archiver login");
-    let report = check(&cluster.config("archiver")).await;
+    let cluster = Cluster::start_new(&[
+        ("fsync", "off"),
+        ("max_replication_slots", "0"),
+        ("max_wal_senders", "0"),
+        ("wal_level", "minimal"),
+    ]);
+    sql(&cluster, "create role archiver login").await;
+    let (config, _archive) = config(&cluster, "archiver");
+    let report = check(&config).await;
     let errors: Vec<_> =
         seen(&report).into_iter().filter(|(_, severity)| *severity == Severity::Error).collect();
     let ids: Vec<_> = errors.iter().map(|(id, _)| *id).collect();
     assert_eq!(
         ids,
-        ["wal-level", "replication-slots", "wal-senders", "role", "state-schema", "tables", "publication"],
+        ["wal-level", "replication-slots", "wal-senders", "role", "state-schema", "slot", "tables", "publication"],
         "{report:#?}"
     );
     assert!(seen(&report).contains(&("wal-limit", Severity::Warning)));
