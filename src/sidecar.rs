@@ -135,7 +135,8 @@ struct Tasks {
     builder: Builder,
 }
 
-/// A task that ends with its handle: an archiver that is dropped must leave nothing behind that goes on trying.
+/// A task that ends with its handle: an archiver that is dropped must leave nothing behind that goes on
+/// trying.
 struct Owned<T>(JoinHandle<T>);
 
 impl<T> Drop for Owned<T> {

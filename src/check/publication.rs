@@ -94,7 +94,9 @@ fn report_missing(config: &Config, tables: &[Table], report: &mut Report) {
         (true, _) => "create the drift tables first".to_owned(),
         (false, true) => format!("run `highwater setup`, or: {create}"),
         (false, false) => {
-            format!("{create} -- as the owner of the tables, which the role is not; then run `highwater setup`")
+            format!(
+                "{create} -- as the owner of the tables, which the role is not; then run `highwater setup`"
+            )
         }
     };
     report.error("publication", &config.publication, "does not exist", remedy);
@@ -131,8 +133,8 @@ fn report_options(publication: &Publication, name: &str, report: &mut Report) ->
     is_good
 }
 
-/// Tables that are published and not archived. Where everything is published, or partitions are published one by
-/// one, another finding says so.
+/// Tables that are published and not archived. Where everything is published, or partitions are published one
+/// by one, another finding says so.
 async fn report_others(
     client: &Client,
     config: &Config,
@@ -160,7 +162,8 @@ async fn report_others(
                 identifier(&schema)
             ),
         };
-        let message = "is in the publication, but is not archived: the server decodes and sends its rows for nothing";
+        let message =
+            "is in the publication, but is not archived: the server decodes and sends its rows for nothing";
         report.warning("publication-extra", object, message, remedy);
     }
     Ok(rows.is_empty())
