@@ -205,8 +205,9 @@ async fn open(config: &Config) -> Result<Tasks> {
     let system_identifier = slot::system_identifier(&mut connection).await?;
     let slot = slot::find(&mut sql, &config.slot).await?;
     let slot = check_slot(config, &mut sql, slot, &system_identifier).await?;
-    let wal_end = sql.run(slot::wal_end).await?;
     let stream = connection.start(&config.slot, &config.publication).await?;
+    // Not earlier: while the slot was waited for, its holder archived what was written meanwhile.
+    let wal_end = sql.run(slot::wal_end).await?;
 
     let app_id = format!("highwater/{system_identifier}/{}", config.slot);
     let namer = Arc::new(Namer::new());
