@@ -518,7 +518,11 @@ async fn until_stored<T, F: Future<Output = Result<T>>>(what: &str, attempt: imp
 
 /// Logs and waits, longer every time, with jitter so that many sidecars don't come back at once.
 async fn storage_failed(what: &str, error: &Error, pause: &mut Duration) {
-    tracing::warn!(error = error.chain(), retry_in = ?*pause, "{what} failed; rows wait, the stream stays connected");
+    tracing::warn!(
+        error = error.chain(),
+        retry_in = ?*pause,
+        "{what} failed; rows wait, the stream stays connected"
+    );
     let jitter = rand::rng().random_range(0.5..1.0);
     sleep(pause.mul_f64(jitter)).await;
     *pause = (*pause * 2).min(RETRY_PAUSE.1);
@@ -557,7 +561,13 @@ pub(crate) async fn recover(
         let since =
             table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
         let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
-        tracing::info!(table = name, files = paths.len(), from = %row.flushed_lsn, to = %table.lsn(), "bringing the watermark up to the archive");
+        tracing::info!(
+            table = name,
+            files = paths.len(),
+            from = %row.flushed_lsn,
+            to = %table.lsn(),
+            "bringing the watermark up to the archive"
+        );
         let entities = archive::entity_stats(storage, table.kind(), &paths).await?;
         let spans: Vec<_> =
             entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
@@ -568,8 +578,8 @@ pub(crate) async fn recover(
     Ok(())
 }
 
-/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one, or a
-/// part of it was deleted; to go on would let a purge delete rows that nobody has any more.
+/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,
+/// or a part of it was deleted; to go on would let a purge delete rows that nobody has any more.
 fn check_archive_is_whole(table: &Table, row: &Watermark, config: &Config) -> Result<()> {
     let held = table.totals().row_count;
     // A foreign writer that merged our files need not have said how many rows its own hold.

@@ -41,8 +41,8 @@ const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row that passes
-/// the bound may have 1 GiB.
+/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row
+/// that passes the bound may have 1 GiB.
 const BATCH_BYTES_MAX: usize = 512 << 20;
 
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
@@ -139,7 +139,9 @@ impl Builder {
                 // 1.
                 () = &mut stop => break,
                 // 2.
-                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => self.fall_due().await?,
+                () = async { sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                    self.fall_due().await?;
+                }
                 // 3.
                 chunk = chunks.recv() => match chunk {
                     Some(chunk) => self.take(&chunk).await?,

@@ -133,8 +133,8 @@ fn report_options(publication: &Publication, name: &str, report: &mut Report) ->
     is_good
 }
 
-/// Tables that are published and not archived. Where everything is published, or partitions are published one by
-/// one, another finding says so.
+/// Tables that are published and not archived. Where everything is published, or partitions are published one
+/// by one, another finding says so.
 async fn report_others(
     client: &Client,
     config: &Config,

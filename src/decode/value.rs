@@ -200,8 +200,8 @@ pub(super) fn display(value: Value<'_>, source_type: SourceType) -> Option<Strin
     Some(format!("{}... (cut; {} bytes in all)", prefix(&shown, SHOWN_BYTES_MAX), bytes.len()))
 }
 
-/// The most bytes that the quarantine keeps of one value. A value may have 1 GiB, and its JSON form six times that,
-/// which no column holds.
+/// The most bytes that the quarantine keeps of one value. A value may have 1 GiB, and its JSON form six times
+/// that, which no column holds.
 const SHOWN_BYTES_MAX: usize = 16 << 20;
 
 /// The longest prefix of whole characters within a number of bytes.
