@@ -64,7 +64,7 @@ pub(super) async fn check(
     for table in tables {
         is_good &= check_member(client, config, &publication, table, report).await?;
     }
-    is_good &= report_others(client, config, &publication, report).await?;
+    is_good &= report_others(client, config, &publication, tables, report).await?;
     if is_good {
         report.ok("publication", name, format!("publishes the inserts of {} tables", tables.len()));
     }
@@ -94,7 +94,9 @@ fn report_missing(config: &Config, tables: &[Table], report: &mut Report) {
         (true, _) => "create the drift tables first".to_owned(),
         (false, true) => format!("run `highwater setup`, or: {create}"),
         (false, false) => {
-            format!("{create} -- as the owner of the tables, which the role is not; then run `highwater setup`")
+            format!(
+                "{create} -- as the owner of the tables, which the role is not; then run `highwater setup`"
+            )
         }
     };
     report.error("publication", &config.publication, "does not exist", remedy);
@@ -132,14 +134,15 @@ fn report_options(publication: &Publication, name: &str, report: &mut Report) ->
 }
 
 /// Tables that are published and not archived. Where everything is published, or partitions are published one by
-/// one, another finding says so.
+/// one, or there is nothing to archive at all, another finding says so.
 async fn report_others(
     client: &Client,
     config: &Config,
     publication: &Publication,
+    tables: &[Table],
     report: &mut Report,
 ) -> Result<bool> {
-    if publication.has_all_tables || !publication.via_root {
+    if tables.is_empty() || publication.has_all_tables || !publication.via_root {
         return Ok(true);
     }
     let ours: Vec<&str> =
@@ -160,7 +163,8 @@ async fn report_others(
                 identifier(&schema)
             ),
         };
-        let message = "is in the publication, but is not archived: the server decodes and sends its rows for nothing";
+        let message =
+            "is in the publication, but is not archived: the server decodes and sends its rows for nothing";
         report.warning("publication-extra", object, message, remedy);
     }
     Ok(rows.is_empty())
