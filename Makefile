@@ -14,7 +14,7 @@ demo:
 	target/debug/examples/demo
 
 test:
-	scripts/setup reader
+	scripts/setup reader stores
 	cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
 
 lint:
