@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use rand::RngExt as _;
+
 use crate::support::archive;
 use crate::support::load::Load;
 use crate::support::schema::Shape;
@@ -9,7 +11,7 @@ use crate::support::stage::Stage;
 use crate::support::store::Store;
 use crate::support::wait::{until, within};
 
-const DEADLINE: Duration = Duration::from_secs(90);
+const DEADLINE: Duration = Duration::from_secs(180);
 
 async fn killed_in_the_middle(store: Store) {
     let stage = Stage::shared(Shape::Named).await;
@@ -17,19 +19,19 @@ async fn killed_in_the_middle(store: Store) {
     launch.must(&["setup"]);
     let report = launch.output(&["check"]);
     assert!(String::from_utf8_lossy(&report.stdout).contains("can be written"), "{report:?}");
-    let load = Load::start(&stage.cluster().uri_unix(&stage.name), stage.shape);
     for _ in 0..3 {
+        // Few rows: the late ones among them have a file for each of their days, and the stores are slow.
+        let load = Load::start(&stage.cluster().uri_unix(&stage.name), stage.shape);
+        until("rows are written", DEADLINE, async || (load.committed() > 300).then_some(())).await;
+        load.stop().await;
+        // Wherever it is by then: reading, claiming, encoding, uploading, committing.
         let mut sidecar = launch.start();
-        let says =
-            within(DEADLINE, async || sidecar.log().contains("archived a checkpoint").then_some(())).await;
-        assert!(says.is_some(), "{}", sidecar.log());
-        // Wherever it is by now: encoding, uploading, committing.
-        let before = load.committed();
-        until("the load goes on", DEADLINE, async || (load.committed() > before + 500).then_some(())).await;
+        let life = Duration::from_millis(rand::rng().random_range(300..4_000));
+        let ended = within(life, async || sidecar.ended()).await;
+        assert!(ended.is_none(), "the sidecar ended by itself: {ended:?}\n{}", sidecar.log());
         sidecar.kill();
     }
     let mut sidecar = launch.start();
-    load.stop().await;
     let client = stage.connect().await;
     let target = stage.insert_one(&client, "last", None).await;
     let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
@@ -40,7 +42,7 @@ async fn killed_in_the_middle(store: Store) {
     let marks = launch.watermarks();
     let counted: u64 =
         marks["tables"].as_array().unwrap().iter().filter_map(|table| table["row_count"].as_u64()).sum();
-    assert!(counted > 1_000, "{marks}");
+    assert!(counted > 900, "{marks}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
