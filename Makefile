@@ -11,7 +11,7 @@ TEST_THREADS ?= 2
 demo:
 	scripts/setup
 	cargo build $(FEATURES) --bin highwater --example demo
-	target/debug/examples/demo
+	cargo run --quiet $(FEATURES) --example demo
 
 test:
 	scripts/setup reader stores

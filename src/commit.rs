@@ -1,5 +1,5 @@
-//! The committer: the task that makes checkpoints durable, in the order that ARCHITECTURE.md ("What is durable
-//! when") gives reasons for: files, log entries, watermark rows, acknowledgement.
+//! The committer: the task that makes checkpoints durable, in the order that ARCHITECTURE.md ("What is
+//! durable when") gives reasons for: files, log entries, watermark rows, acknowledgement.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -137,7 +137,8 @@ impl Committer {
     ///
     /// # Errors
     ///
-    /// Whatever can't be cured by trying again; [`Error::Fenced`] above all. Storage that fails is tried for ever.
+    /// Whatever can't be cured by trying again; [`Error::Fenced`] above all. Storage that fails is tried for
+    /// ever.
     pub(crate) async fn run(mut self, mut work: mpsc::Receiver<Work>) -> Result<()> {
         let mut housekeeping = interval_at(Instant::now() + HOUSEKEEPING_INTERVAL, HOUSEKEEPING_INTERVAL);
         housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -423,8 +424,8 @@ impl Committer {
     }
 }
 
-/// A row that goes to quarantine is skipped if its own table has its transaction, so the quarantine's log must have
-/// it first.
+/// A row that goes to quarantine is skipped if its own table has its transaction, so the quarantine's log
+/// must have it first.
 const COMMIT_ORDER: [Kind; 4] = [Kind::Quarantine, Kind::Custom, Kind::Psi, Kind::Spc];
 
 fn encode_files(batches: &Batches, sender: &mpsc::Sender<(Kind, Window, EncodedFile)>) -> Result<()> {

@@ -2,7 +2,75 @@
 //!
 //! It tails the inserts into the drift tables of a PostgreSQL database by logical replication, keeps
 //! every row for ever as Parquet in Delta Lake tables, and records how far the archive reaches, so
-//! that retention deletes only what the archive provably holds.
+//! that retention can be made to delete only what the archive provably holds.
+//!
+//! ```text
+//! PostgreSQL --replication slot--> receiver --frames--> builder --checkpoints--> committer
+//!     ^                               |        (stream, decode, batch)      (archive, watermark) |
+//!     |                               |                                                          |
+//!     +------- acknowledged LSN ------+<----- durable LSN <----- watermark row <----- Delta log <-+
+//! ```
+//!
+//! # Guarantees
+//!
+//! - **No loss.** A committed row is in the archive or still in Postgres. The server is told that a position
+//!   is durable only after the Delta logs and the watermark rows say so.
+//! - **Exactly once.** Each log entry carries, beside its files, the position up to which its table is
+//!   complete; after a crash that position decides what is skipped. Only one writer can commit: whoever has
+//!   been replaced finds its successor's entry, and ends.
+//! - **Bounded.** Memory ([`Config::memory_bytes`]) and staleness ([`Config::max_lag`]) have limits.
+//! - **Open.** Tables of Delta protocol reader 1, writer 2, without optional features.
+//! - **Nothing is dropped silently.** A row that a column can't hold goes to the table `quarantine`, with the
+//!   reason.
+//!
+//! Rows that a table held before its slot was made are not archived yet; see the README for what else is
+//! still to come.
+//!
+//! # Use
+//!
+//! [`setup::setup`] makes the publication, the slot and the watermark tables, once; then [`Archiver`]
+//! archives in the background until it is told to stop.
+//!
+//! ```
+//! use highwater::config::{ObjectStorageSettings, SourceConfig};
+//! use highwater::{Archiver, Config};
+//!
+//! # #[tokio::main]
+//! # async fn main() -> highwater::Result<()> {
+//! let source = SourceConfig::new(Some("postgresql://highwater@localhost/scouter"), &|_| None)?;
+//! let mut config = Config::new(source, ObjectStorageSettings::new("s3://bucket/drift", "eu-west-1")?);
+//! config.max_lag = std::time::Duration::from_secs(10);
+//! config.check()?;
+//!
+//! let (shutdown, watcher) = tokio::sync::watch::channel(());
+//! let archiver = Archiver::start(config, watcher);
+//! // ... serve, until it is time to stop ...
+//! shutdown.send_replace(());
+//! archiver.wait().await
+//! # }
+//! ```
+//!
+//! # Modules
+//!
+//! Each uses only those above it; ARCHITECTURE.md says what each knows, and what it must not.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`error`] | every failure, and whether it is worth a retry |
+//! | [`lsn`] | positions in the log |
+//! | [`record`] | kinds of records, their columns, entities, windows of time |
+//! | [`config`] | what was typed, then [`Config`], checked once |
+//! | [`telemetry`] | logs |
+//! | [`pgoutput`] | messages of the stream; pure |
+//! | [`batch`] | rows as columns, by entity and window; pure |
+//! | [`decode`] | messages to rows, or to quarantine; pure |
+//! | [`postgres`] | the replication connection, SQL sessions |
+//! | [`archive`] | Parquet, the Delta tables, commits, merges, vacuum |
+//! | [`watermark`] | the mirror of the Delta logs in Postgres |
+//! | [`setup`] | the publication, the slot, the migrations |
+//! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
+//! | [`check`] | the preflight |
+//! | [`cli`] | the command line |
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
@@ -30,3 +98,8 @@ pub use config::Config;
 pub use error::{Error, Policy, Result};
 pub use lsn::Lsn;
 pub use sidecar::Archiver;
+
+/// The README's examples compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

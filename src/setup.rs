@@ -1,12 +1,12 @@
-//! `highwater setup`: everything that archiving needs in the source database. Idempotent: what is there stays,
-//! what is missing is made, and the report says which was which.
+//! `highwater setup`: everything that archiving needs in the source database. Idempotent: what is there
+//! stays, what is missing is made, and the report says which was which.
 //!
 //! # Which rows a new slot misses
 //!
 //! A slot streams what is committed after its consistent point. Whether a table holds older rows is therefore
-//! asked in the slot's own snapshot (`SNAPSHOT 'use'`, manual section 55.4), which sees exactly what the
-//! slot will not send. A table that is added to the publication later is asked under a lock that keeps writers out until the
-//! publication has it.
+//! asked in the slot's own snapshot (`SNAPSHOT 'use'`, manual section 55.4), which sees exactly what the slot
+//! will not send. A table that is added to the publication later is asked under a lock that keeps writers out
+//! until the publication has it.
 
 use tokio_postgres::Client;
 
@@ -46,7 +46,8 @@ struct SourceTable {
     published: bool,
 }
 
-/// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are missing.
+/// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
+/// missing.
 ///
 /// # Errors
 ///
@@ -217,9 +218,9 @@ async fn create_publication(
     Ok(())
 }
 
-/// Mends a publication that is there. Where a slot already reads it (`fed`: the system, and the slot's position), a table
-/// is added together with its watermark row: under the lock nobody can write a row that neither the publication nor the
-/// look into the table would see.
+/// Mends a publication that is there. Where a slot already reads it (`fed`: the system, and the slot's
+/// position), a table is added together with its watermark row: under the lock nobody can write a row that
+/// neither the publication nor the look into the table would see.
 async fn alter_publication(
     client: &mut Client,
     config: &Config,

@@ -1,4 +1,5 @@
-//! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server calls.
+//! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server
+//! calls.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -52,16 +53,16 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// # }
 /// ```
 ///
-/// It survives whatever may pass by itself (a restart of the server, storage that fails) and ends on what only a person
-/// can mend. Dropping it ends it at once, as a crash would; nothing is lost or doubled by that.
+/// It survives whatever may pass by itself (a restart of the server, storage that fails) and ends on what
+/// only a person can mend. Dropping it ends it at once, as a crash would; nothing is lost or doubled by that.
 #[derive(Debug)]
 pub struct Archiver {
     task: JoinHandle<Result<()>>,
 }
 
 impl Archiver {
-    /// Starts archiving. A change of `shutdown`, or the end of its sender, asks it to stop: it cuts a last checkpoint,
-    /// acknowledges it, and ends.
+    /// Starts archiving. A change of `shutdown`, or the end of its sender, asks it to stop: it cuts a last
+    /// checkpoint, acknowledges it, and ends.
     ///
     /// # Panics
     ///
@@ -75,8 +76,8 @@ impl Archiver {
     ///
     /// # Errors
     ///
-    /// Why it ended although nobody asked it to; or why a stop was not clean (rows that were not archived yet are
-    /// still in Postgres).
+    /// Why it ended although nobody asked it to; or why a stop was not clean (rows that were not archived yet
+    /// are still in Postgres).
     pub async fn wait(mut self) -> Result<()> {
         let result = (&mut self.task).await;
         result.unwrap_or_else(|error| Err(Error::Internal(format!("the archiver failed: {error}"))))
@@ -191,8 +192,8 @@ fn early_end(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
     }
 }
 
-/// Gets the slot, claims the tables, brings the watermarks up to them, and starts the tasks. The order matters, see
-/// ARCHITECTURE.md ("One writer").
+/// Gets the slot, claims the tables, brings the watermarks up to them, and starts the tasks. The order
+/// matters, see ARCHITECTURE.md ("One writer").
 async fn open(config: &Config) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
@@ -301,7 +302,8 @@ async fn check_slot(
     Err(Error::Slot { slot: config.slot.clone(), detail: detail.to_owned(), transient: false })
 }
 
-/// A slot ahead of the archive means that rows were skipped. What comes is archived, and the gap stays marked.
+/// A slot ahead of the archive means that rows were skipped. What comes is archived, and the gap stays
+/// marked.
 async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()> {
     let watermarks = sql.run(watermark::read).await?;
     if watermarks.iter().all(|row| slot.confirmed_flush_lsn <= row.flushed_lsn) {

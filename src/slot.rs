@@ -8,15 +8,15 @@ use crate::postgres::{ReplicationConnection, Session};
 
 /// A row of `pg_replication_slots` (manual section 54.19).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Slot {
+pub(crate) struct Slot {
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
     /// What the server was last told to be durable.
-    pub confirmed_flush_lsn: Lsn,
+    pub(crate) confirmed_flush_lsn: Lsn,
     /// `reserved`, `extended`, `unreserved` or `lost`.
-    pub wal_status: String,
+    pub(crate) wal_status: String,
     /// Bytes of log that it keeps from being removed; `None` when it is lost.
-    pub retained_wal_bytes: Option<i64>,
+    pub(crate) retained_wal_bytes: Option<i64>,
 }
 
 /// The slot of that name in the session's database.

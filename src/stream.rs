@@ -4,16 +4,16 @@
 //! chunk of frames -> message -> row -> batches -- cut --> Work -> committer
 //! ```
 //!
-//! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its rows fill a
-//! third of the memory (one is built, one waits, one is being written), when a window of time ends, and when
-//! somebody asks: a shutdown of ours, or a server that shuts down and waits for us.
+//! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its
+//! rows fill a third of the memory (one is built, one waits, one is being written), when a window of time
+//! ends, and when somebody asks: a shutdown of ours, or a server that shuts down and waits for us.
 //!
 //! # Why a keepalive may move our position
 //!
-//! The server sends transactions in the order of their commit records, each whole, and a keepalive carries the position that
-//! it has decoded up to. So when no transaction is open and no row is pending, everything committed before that position has been
-//! handed on to the committer or was not ours, and since the committer works in order, the position may be
-//! recorded after whatever is queued there.
+//! The server sends transactions in the order of their commit records, each whole, and a keepalive carries
+//! the position that it has decoded up to. So when no transaction is open and no row is pending, everything
+//! committed before that position has been handed on to the committer or was not ours, and since the
+//! committer works in order, the position may be recorded after whatever is queued there.
 
 use std::collections::HashSet;
 use std::pin::pin;
@@ -32,13 +32,17 @@ use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Frame, Session, quote_identifier};
 use crate::record::{Entity, Kind, Window, WindowWidth};
 
-/// A position that only keepalives moved is recorded when it is this much further, the size of the smallest part of the
-/// log that the server can remove being 16 MiB: far more than our own recording writes, so that an idle server and an
-/// idle sidecar don't keep each other awake.
+/// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
+/// part of the log that the server can remove being 16 MiB: far more than our own recording writes, so that
+/// an idle server and an idle sidecar don't keep each other awake.
 const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row that passes
+/// the bound may have 1 GiB.
+const BATCH_BYTES_MAX: usize = 512 << 20;
 
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
 const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
@@ -75,7 +79,8 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at `start`.
+    /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at
+    /// `start`.
     pub(crate) fn new(
         config: &Config,
         sql: Session,
@@ -94,7 +99,7 @@ impl Builder {
             batches: Batches::new(config.window, now()),
             window: config.window,
             max_lag: config.max_lag,
-            batch_bytes_max: config.memory_bytes / 3,
+            batch_bytes_max: (config.memory_bytes / 3).min(BATCH_BYTES_MAX),
             table_lsn,
             work,
             open: None,
@@ -118,8 +123,8 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// The stream is not what it should be, or an entity could not be looked up. Rows since the last checkpoint are then
-    /// given up; they come again.
+    /// The stream is not what it should be, or an entity could not be looked up. Rows since the last
+    /// checkpoint are then given up; they come again.
     pub(crate) async fn run(
         mut self,
         mut chunks: mpsc::Receiver<Chunk>,
@@ -354,8 +359,8 @@ impl Builder {
     }
 }
 
-/// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter for encoding, upload and
-/// commit; or until the current window ends, so that its files can be merged soon.
+/// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter
+/// for encoding, upload and commit; or until the current window ends, so that its files can be merged soon.
 fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Duration {
     let rest = Window::of(now_micros, window).end() - now_micros;
     (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))

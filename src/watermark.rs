@@ -2,11 +2,12 @@
 //!
 //! # The horizon
 //!
-//! `archived_before` tells the purge, by transaction id, what the archive holds. To move it, one statement reads
-//! `pg_snapshot_xmin(pg_current_snapshot())` and *then* `pg_current_wal_insert_lsn()`. Every transaction below that xmin
-//! had ended when it was read, so its commit record lies before the position that was read after it; once everything before that
-//! position is durable, all of them are. A row's `xmin` may be a subtransaction's id, which no snapshot lists; but a
-//! subtransaction's id is above its parent's, so comparing with a snapshot's xmin stays right.
+//! `archived_before` tells the purge, by transaction id, what the archive holds. To move it, one statement
+//! reads `pg_snapshot_xmin(pg_current_snapshot())` and *then* `pg_current_wal_insert_lsn()`. Every
+//! transaction below that xmin had ended when it was read, so its commit record lies before the position that
+//! was read after it; once everything before that position is durable, all of them are. A row's `xmin` may be
+//! a subtransaction's id, which no snapshot lists; but a subtransaction's id is above its parent's, so
+//! comparing with a snapshot's xmin stays right.
 
 use chrono::{DateTime, Utc};
 use tokio_postgres::types::PgLsn;
@@ -204,9 +205,9 @@ pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
     rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
 }
 
-/// Moves watermarks forward: tables and entities in one statement, so in one transaction. A table that already
-/// is at the position, or past it, stays as it is with its entities, so that an attempt whose answer was lost
-/// may be repeated.
+/// Moves watermarks forward: tables and entities in one statement, so in one transaction. A table that
+/// already is at the position, or past it, stays as it is with its entities, so that an attempt whose answer
+/// was lost may be repeated.
 ///
 /// # Errors
 ///

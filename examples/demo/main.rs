@@ -14,7 +14,7 @@
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,9 @@ use rand::{RngExt as _, SeedableRng as _};
 use support::archive::{compare, files};
 use support::cluster::{CRON_DATABASE, Cluster};
 use support::schema::{self, KINDS, Partitions, Shape};
-use support::sidecar::Launch;
+use support::sidecar::{Launch, Sidecar};
 use support::wait::{until, within};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_postgres::Client;
 
 const SLOT: &str = "highwater";
@@ -37,111 +38,199 @@ const DRIFTING: usize = 2;
 const FEATURES: [&str; 3] = ["age", "income", "balance"];
 const BINS: u32 = 10;
 
-fn say(text: &str) {
-    println!("\n== {text}");
-}
+/// How often rows are written: the pace of real writers.
+const PACE: Duration = Duration::from_millis(100);
+
+/// Exit code after Ctrl-C, as shells know it.
+const EXIT_INTERRUPTED: u8 = 130;
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    // Whatever ends it, the server, the sidecar and their files go with it.
+    tokio::select! {
+        is_proved = show() => if is_proved { ExitCode::SUCCESS } else { ExitCode::FAILURE },
+        () = interrupted() => {
+            println!("\nInterrupted. The server, the sidecar and all files were removed.");
+            ExitCode::from(EXIT_INTERRUPTED)
+        }
+    }
+}
+
+async fn interrupted() {
+    let mut terminate = signal(SignalKind::terminate()).expect("a handler");
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+/// A headline.
+fn step(number: u32, text: &str) {
+    println!("\n[{number}/6] {text}\n");
+}
+
+/// What a program printed, moved in under its headline.
+fn quote(text: &str) {
+    for line in text.trim_end().lines() {
+        println!("{}", format!("    {line}").trim_end());
+    }
+}
+
+/// The whole show; whether it proved what it set out to.
+async fn show() -> bool {
     let seconds = std::env::var("DEMO_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(30);
-    say("A throw-away PostgreSQL with pg_cron and pg_partman, and drift tables as Scouter makes them.");
-    let cluster = Cluster::start_new(&[]);
-    let client = cluster.connect(CRON_DATABASE).await;
-    schema::create(&client, Shape::Entity, Partitions::Partman).await;
-    let sql = "create extension pg_cron;
-        select cron.schedule('partition-maintenance', '0 * * * *', 'call partman.run_maintenance_proc()')";
-    client.batch_execute(sql).await.expect("pg_cron");
-    let sql =
-        "select string_agg(extname || ' ' || extversion, ', ') from pg_extension where extname like 'pg\\_%'";
-    let extensions: String = client.query_one(sql, &[]).await.expect("extensions").get(0);
-    println!("   {extensions}; {}", cluster.uri_unix(CRON_DATABASE));
+    println!(
+        "Highwater copies every row that is inserted into the drift tables of a PostgreSQL database into\n\
+         Delta Lake, exactly once. This demo shows it in about {} seconds, kills it half-way, and compares\n\
+         all rows. It runs on a server of its own, and removes everything at its end.",
+        seconds + 15
+    );
+    let stage = Stage::build().await;
+    let (mut sidecar, mut generator) = stage.archive_drift(Duration::from_secs(seconds)).await;
+    let is_clean = stage.finish(&mut sidecar, &mut generator).await;
+    stage.show_archive();
+    stage.prove(&sidecar, is_clean).await
+}
 
-    let folder = tempfile::tempdir().expect("temporary folder");
-    let storage = folder.path().join("archive");
-    let log = folder.path().join("sidecar.log");
-    let launch =
-        Launch::new(&cluster.uri_unix(CRON_DATABASE), &storage, SLOT, &log).with("HIGHWATER_MAX_LAG", "2s");
+/// The server with its drift tables, and how the sidecar is started beside it.
+struct Stage {
+    client: Client,
+    launch: Launch,
+    storage: PathBuf,
+    // The last: its folder, with the archive in it, goes with the server.
+    _cluster: Cluster,
+}
 
-    say("`highwater setup` makes its tables, the publication and the replication slot.");
-    println!("{}", launch.must(&["setup"]).trim_end());
+impl Stage {
+    async fn build() -> Self {
+        step(
+            1,
+            "A throw-away PostgreSQL with pg_cron and pg_partman, and drift tables as Scouter makes them",
+        );
+        let cluster = Cluster::start_new(&[]);
+        let client = cluster.connect(CRON_DATABASE).await;
+        schema::create(&client, Shape::Entity, Partitions::Partman).await;
+        let sql = "create extension pg_cron;
+            select cron.schedule('partition-maintenance', '0 * * * *', 'call partman.run_maintenance_proc()')";
+        client.batch_execute(sql).await.expect("pg_cron");
+        let sql = "select 'PostgreSQL ' || current_setting('server_version') || ', ' ||
+                          string_agg(extname || ' ' || extversion, ', ' order by extname)
+                   from pg_extension where extname like 'pg\\_%'";
+        println!("    {}", client.query_one(sql, &[]).await.expect("extensions").get::<_, String>(0));
+        println!("    scouter.custom_drift, scouter.psi_drift, scouter.spc_drift: a partition for each day");
 
-    say("The sidecar runs. bank/credit will drift: its balances move to higher bins, its accuracy falls.");
-    let mut sidecar = launch.start();
-    let mut generator = Generator::new(&client).await;
-    let (start, length) = (Instant::now(), Duration::from_secs(seconds));
-    let (mut killed, mut shown) = (false, Instant::now());
-    while start.elapsed() < length {
-        let progress = start.elapsed().as_secs_f64() / length.as_secs_f64();
-        generator.write(&client, progress).await;
-        if !killed && progress > 0.5 {
-            killed = true;
-            println!("   kill -9 of the sidecar, whatever it is doing; the writers do not notice");
-            sidecar.kill();
-        } else if killed && progress > 0.6 && sidecar.ended().is_some() {
-            println!("   the sidecar is started again");
-            sidecar = launch.start();
+        step(2, "`highwater setup` makes the publication, the replication slot and its own tables");
+        let folder = cluster.socket_folder().join("demo");
+        std::fs::create_dir(&folder).expect("a folder");
+        let (storage, log) = (folder.join("archive"), folder.join("sidecar.log"));
+        let launch = Launch::new(&cluster.uri_unix(CRON_DATABASE), &storage, SLOT, &log)
+            .with("HIGHWATER_MAX_LAG", "2s");
+        quote(&launch.must(&["setup"]));
+        Self { client, launch, storage, _cluster: cluster }
+    }
+
+    /// Writes drift while the sidecar runs, and kills the sidecar half-way.
+    async fn archive_drift(&self, length: Duration) -> (Sidecar, Generator) {
+        step(3, "`highwater` archives, at most 2 seconds behind, while three models report their drift");
+        println!("    bank/credit drifts: its balances move to higher bins, and its accuracy falls.\n");
+        let mut sidecar = self.launch.start();
+        let mut generator = Generator::new(&self.client).await;
+        let (start, mut shown) = (Instant::now(), Instant::now());
+        let mut was_killed = false;
+        while start.elapsed() < length {
+            let progress = start.elapsed().as_secs_f64() / length.as_secs_f64();
+            generator.write(&self.client, progress).await;
+            if !was_killed && progress > 0.5 {
+                was_killed = true;
+                sidecar.kill();
+                println!("    --- kill -9 of the sidecar; those who write rows notice nothing ---");
+            } else if was_killed && progress > 0.7 && sidecar.ended().is_some() {
+                sidecar = self.launch.start();
+                println!("    --- the sidecar is started again ---");
+            }
+            if shown.elapsed() > length / 10 {
+                shown = Instant::now();
+                let archived = self.archived_rows().await;
+                println!(
+                    "    {}   {:6} rows written {archived:6} archived",
+                    generator.picture(),
+                    generator.rows
+                );
+            }
+            within(PACE, async || None::<()>).await;
         }
-        if shown.elapsed() > length / 8 {
-            shown = Instant::now();
-            println!("   {}", generator.picture());
+        if sidecar.ended().is_some() {
+            sidecar = self.launch.start();
         }
-        // The pace of real writers.
-        within(Duration::from_millis(100), async || None::<()>).await;
+        (sidecar, generator)
     }
-    if sidecar.ended().is_some() {
-        sidecar = launch.start();
-    }
-    let rows = generator.rows;
-    say(&format!("{rows} rows were written. The sidecar archives the rest, and is told to end (SIGTERM)."));
-    let target: tokio_postgres::types::PgLsn =
-        client.query_one("select pg_current_wal_insert_lsn()", &[]).await.expect("lsn").get(0);
-    generator.write(&client, 1.0).await;
-    let sql = "select confirmed_flush_lsn > $1 from pg_replication_slots where slot_name = $2";
-    until("everything is acknowledged", Duration::from_secs(60), async || {
-        client.query_one(sql, &[&target, &SLOT]).await.expect("slot").get::<_, bool>(0).then_some(())
-    })
-    .await;
-    let status = sidecar.terminate(Duration::from_secs(30)).await;
-    println!("   it ended with {status}");
 
-    say("`highwater --watermarks`: how far the archive reaches.");
-    println!("{}", launch.must(&["--watermarks"]).trim_end());
-
-    say("The files. Any reader of Delta Lake or Parquet opens them.");
-    show_files(&storage);
-
-    say("The proof: every row of the source against every row of the archive, bit by bit.");
-    let mut same = status.success();
-    for kind in KINDS {
-        let difference = compare(&client, &storage, Shape::Entity, kind).await;
-        same &= difference.is_none();
-        println!("   {:13} {difference}", kind.table());
+    async fn archived_rows(&self) -> i64 {
+        let sql = "select coalesce(sum(row_count), 0)::bigint from highwater.watermark";
+        self.client.query_one(sql, &[]).await.expect("watermarks").get(0)
     }
-    if !same {
-        println!("\nThey differ, or the sidecar failed. Its log:\n{}", sidecar.log());
-        return ExitCode::FAILURE;
+
+    /// Waits until everything is archived, and ends the sidecar; whether it ended well.
+    async fn finish(&self, sidecar: &mut Sidecar, generator: &mut Generator) -> bool {
+        step(4, "The rest is archived, and the sidecar is told to end (SIGTERM)");
+        let sql = "select pg_current_wal_insert_lsn()";
+        let target: tokio_postgres::types::PgLsn =
+            self.client.query_one(sql, &[]).await.expect("position").get(0);
+        generator.write(&self.client, 1.0).await;
+        let sql = "select confirmed_flush_lsn > $1 from pg_replication_slots where slot_name = $2";
+        until("everything is acknowledged", Duration::from_secs(60), async || {
+            self.client.query_one(sql, &[&target, &SLOT]).await.expect("slot").get::<_, bool>(0).then_some(())
+        })
+        .await;
+        let status = sidecar.terminate(Duration::from_secs(30)).await;
+        println!("    {} rows were written; the sidecar ended with {status}", generator.rows);
+        status.success()
     }
-    println!("\nThe same rows, once each, in spite of the kill. Server and files are removed now.");
-    ExitCode::SUCCESS
+
+    fn show_archive(&self) {
+        step(5, "`highwater --watermarks` says how far the archive reaches");
+        quote(&self.launch.must(&["--watermarks"]));
+        println!("\n    The files, which any reader of Delta Lake or Parquet opens:\n");
+        for kind in KINDS {
+            show_files(&self.storage.join(kind.folder()), kind.folder());
+        }
+    }
+
+    async fn prove(&self, sidecar: &Sidecar, is_clean: bool) -> bool {
+        step(6, "The proof: all rows of the source against all rows of the archive, bit by bit");
+        let mut is_same = true;
+        for kind in KINDS {
+            let difference = compare(&self.client, &self.storage, Shape::Entity, kind).await;
+            is_same &= difference.is_none();
+            println!("    {:13} {difference}", kind.table());
+        }
+        match (is_same, is_clean) {
+            (true, true) => {
+                println!(
+                    "\nThe same rows, once each, in spite of the kill. Server and files are removed now."
+                );
+            }
+            (false, _) => println!("\nFAILED: they differ. The sidecar's log:\n{}", sidecar.log()),
+            (true, false) => println!("\nFAILED: the sidecar ended badly. Its log:\n{}", sidecar.log()),
+        }
+        is_same && is_clean
+    }
 }
 
 /// At most this many files are listed of each table.
-const SHOWN_FILES: usize = 4;
+const SHOWN_FILES: usize = 3;
 
-fn show_files(storage: &Path) {
-    for kind in KINDS {
-        let table = storage.join(kind.folder());
-        let files = files(&table).expect("a Delta table");
-        let size = |path: &Path| path.metadata().map_or(0, |metadata| metadata.len());
-        let bytes: u64 = files.iter().map(|path| size(path)).sum();
-        println!("   {}/: {} files, {} KiB", kind.folder(), files.len(), bytes.div_ceil(1024));
-        for path in files.iter().take(SHOWN_FILES) {
-            let name = path.strip_prefix(&table).unwrap_or(path);
-            println!("      {} ({} KiB)", name.display(), size(path).div_ceil(1024));
-        }
-        if files.len() > SHOWN_FILES {
-            println!("      and {} more", files.len() - SHOWN_FILES);
-        }
+fn show_files(table: &Path, name: &str) {
+    let files = files(table).expect("a Delta table");
+    let size = |path: &Path| path.metadata().map_or(0, |metadata| metadata.len());
+    let bytes: u64 = files.iter().map(|path| size(path)).sum();
+    println!("    {name}/: {} files, {} KiB", files.len(), bytes.div_ceil(1024));
+    for path in files.iter().take(SHOWN_FILES) {
+        let name = path.strip_prefix(table).unwrap_or(path);
+        println!("        {} ({} KiB)", name.display(), size(path).div_ceil(1024));
+    }
+    if files.len() > SHOWN_FILES {
+        println!("        and {} more", files.len() - SHOWN_FILES);
     }
 }
 
@@ -217,6 +306,6 @@ impl Generator {
         let most = self.bins.iter().copied().max().unwrap_or_default().max(1);
         let bar = |count: &i32| BARS[usize::try_from(count * 7 / most).unwrap_or_default()];
         let bins: String = self.bins.iter().map(bar).collect();
-        format!("bank/credit 1.4.0   balance {bins}   accuracy {:.3}", self.accuracy)
+        format!("bank/credit  balance {bins}  accuracy {:.2}", self.accuracy)
     }
 }

@@ -114,8 +114,8 @@ pub(super) fn writer_options(kind: Kind) -> ArrowWriterOptions {
     ArrowWriterOptions::new().with_properties(properties.build()).with_skip_arrow_metadata(true)
 }
 
-/// Half the size of DELTA_BINARY_PACKED on bins that repeat in ascending order (3M rows of 100 entities with 10
-/// features of 10 bins: 8,350 against 16,175 bytes; the ignored test `encode_rate` shows it).
+/// Half the size of DELTA_BINARY_PACKED on bins that repeat in ascending order (3M rows of 100 entities with
+/// 10 features of 10 bins: 8,350 against 16,175 bytes; the ignored test `encode_rate` shows it).
 const BIN_ID_ENCODING: Encoding = Encoding::BYTE_STREAM_SPLIT;
 
 /// What to do next with a file that is being written.

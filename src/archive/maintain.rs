@@ -49,8 +49,8 @@ impl Table {
     }
 
     /// Deletes the objects that no reader can need: older than `older_than`, not active, and not removed from
-    /// the table within `older_than`. Files that `namer`'s session uploaded stay, since a commit of that session
-    /// may still name them. Returns how many were deleted.
+    /// the table within `older_than`. Files that `namer`'s session uploaded stay, since a commit of that
+    /// session may still name them. Returns how many were deleted.
     ///
     /// # Errors
     ///

@@ -59,8 +59,8 @@ pub struct Merged {
 }
 
 impl Table {
-    /// Windows that are worth a merge: ended, with two or more small files (below half of 128 MiB), and either no new
-    /// file for `quiet`, or 16 small files. `width` is the length of windows within a day.
+    /// Windows that are worth a merge: ended, with two or more small files (below half of 128 MiB), and
+    /// either no new file for `quiet`, or 16 small files. `width` is the length of windows within a day.
     #[must_use]
     pub fn merge_candidates(&self, now_micros: i64, quiet: Duration, width: WindowWidth) -> Vec<MergePlan> {
         let mut windows: BTreeMap<&str, Vec<&TableFile>> = BTreeMap::new();

@@ -1,8 +1,8 @@
 //! The archive: Parquet files in one Delta table per kind, and the log entries that make them count.
 //!
 //! What no log entry names does not exist. So uploading is harmless and may be repeated; [`Table::commit`] is
-//! the one step that archives rows, and [`Table::claim`] is what makes this process the only one that can take
-//! it. Must not know Postgres.
+//! the one step that archives rows, and [`Table::claim`] is what makes this process the only one that can
+//! take it. Must not know Postgres.
 
 mod encode;
 mod entities;

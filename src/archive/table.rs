@@ -22,8 +22,9 @@ use crate::{Error, Lsn, Result, failpoint};
 /// are people; they don't write hundreds of entries a second.
 const ATTEMPTS_MAX: usize = 32;
 
-/// After this long without a look at the log, an entry that landed is checked against the end of the log. Must
-/// be well below the log's retention: what a successor trimmed could be created once more, far behind its end.
+/// After this long without a look at the log, an entry that landed is checked against the end of the log.
+/// Must be well below the log's retention: what a successor trimmed could be created once more, far behind
+/// its end.
 const TRUST_WINDOW: Duration = Duration::from_mins(10);
 
 /// What a table holds.
@@ -58,8 +59,8 @@ pub struct CommitNote {
 /// One Delta table, claimed by this session.
 ///
 /// The handle knows the state of the log at the version that it last wrote or read. Every entry is put at
-/// exactly the next version, by a request that fails if the version is taken; then the entries since are read,
-/// and one of the same application id means that another session has taken over ([`Error::Fenced`]).
+/// exactly the next version, by a request that fails if the version is taken; then the entries since are
+/// read, and one of the same application id means that another session has taken over ([`Error::Fenced`]).
 pub struct Table {
     storage: Storage,
     store: Arc<dyn ObjectStore>,
@@ -117,8 +118,8 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// [`Error::Storage`] and [`Error::Delta`]; claiming may be repeated. [`Error::Delta`] also if the table has
-    /// other columns than its kind, or needs a newer protocol.
+    /// [`Error::Storage`] and [`Error::Delta`]; claiming may be repeated. [`Error::Delta`] also if the table
+    /// has other columns than its kind, or needs a newer protocol.
     pub async fn claim(
         storage: &Storage,
         kind: Kind,

@@ -14,7 +14,8 @@ pub(super) struct Interner {
 }
 
 impl Interner {
-    /// The number of a string, new if it was not there; `None` if it is not UTF-8, which is checked once per string.
+    /// The number of a string, new if it was not there; `None` if it is not UTF-8, which is checked once per
+    /// string.
     #[inline]
     pub(super) fn intern(&mut self, text: &[u8]) -> Option<u32> {
         let Self { bytes, ends, ids, hasher } = self;

@@ -1,6 +1,6 @@
 //! Rows become columns: what one checkpoint holds in memory, per kind, window and entity.
 //!
-//! A row is appended to the columns of its [`EntityBatch`]; strings are interned, so that a row costs
+//! A row is appended to the columns of its `EntityBatch`; strings are interned, so that a row costs
 //! a few numbers and no allocation. When the checkpoint is cut, each (kind, window) becomes one sorted
 //! run of Arrow record batches ([`Batches::files`]): entities in order, each sorted by time and series.
 //!
@@ -79,8 +79,8 @@ pub struct EntitySpan {
 }
 
 impl Batches {
-    /// Empty batches. Rows of the current and the previous UTC day (at `now`, microseconds since the
-    /// epoch) go to windows of `width`; older and future rows go to a file for their whole day, because a load of
+    /// Empty batches. Rows of the current and the previous UTC day (at `now`, microseconds since the epoch)
+    /// go to windows of `width`; older and future rows go to a file for their whole day, because a load of
     /// old rows would make a file for each of their windows otherwise.
     #[must_use]
     pub fn new(width: WindowWidth, now: i64) -> Self {
@@ -124,8 +124,8 @@ impl Batches {
         self.byte_count + self.entities.byte_count() + self.series.byte_count()
     }
 
-    /// The number of an entity in these batches, or `None` if a text is not UTF-8. The texts must not contain a zero
-    /// byte, which no text of PostgreSQL does.
+    /// The number of an entity in these batches, or `None` if a text is not UTF-8. The texts must not contain
+    /// a zero byte, which no text of PostgreSQL does.
     #[inline]
     pub fn entity(&mut self, space: &[u8], name: &[u8], version: &[u8]) -> Option<EntityId> {
         self.entity_key.clear();

@@ -13,8 +13,8 @@ const QUARANTINED_ROW_BYTES: usize = 128;
 /// A row that its own table can't hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuarantinedRow {
-    /// When its transaction was committed: microseconds since the epoch. (Not when we saw it: decoding it again after
-    /// a crash must give the same row.)
+    /// When its transaction was committed: microseconds since the epoch. (Not when we saw it: decoding it
+    /// again after a crash must give the same row.)
     pub quarantined_at: i64,
     /// The table that it was inserted into, with its schema.
     pub source_table: String,

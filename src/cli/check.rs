@@ -47,7 +47,11 @@ fn table(report: &Report) -> String {
             let _ = writeln!(text, "{:<7}  -> {remedy}", "");
         }
     }
-    let (errors, warnings) = (report.count(Severity::Error), report.count(Severity::Warning));
-    let _ = write!(text, "\n{errors} errors, {warnings} warnings, {} ok", report.count(Severity::Ok));
+    let counted = |severity, noun: &str| {
+        let count = report.count(severity);
+        format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+    };
+    let (errors, warnings) = (counted(Severity::Error, "error"), counted(Severity::Warning, "warning"));
+    let _ = write!(text, "\n{errors}, {warnings}, {} ok", report.count(Severity::Ok));
     text
 }

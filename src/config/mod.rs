@@ -26,15 +26,15 @@ use std::time::Duration;
 
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
-pub use source::{Address, Endpoint, Password, SourceConfig, SslMode};
+pub use source::{Address, DEFAULT_URI, Endpoint, Password, SourceConfig, SslMode};
 pub use storage::{ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};
 use crate::record::WindowWidth;
 use raw::setting_error;
 
-/// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a day the
-/// slot holds WAL that nobody planned for.
+/// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a
+/// day the slot holds WAL that nobody planned for.
 pub const MAX_LAG_RANGE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
 
 /// The least [`Config::memory_bytes`]: three checkpoints of 5 MiB, less than which no file pays.
@@ -225,7 +225,7 @@ mod tests {
             (Setting::Window, "2d"),
             (Setting::Window, "soon"),
             (Setting::MaxLag, "60"),
-            (Setting::MaxLag, "999ms"),
+            (Setting::MaxLag, "99ms"),
             (Setting::MaxLag, "25h"),
             (Setting::Memory, "15MiB"),
             (Setting::Memory, "1XB"),

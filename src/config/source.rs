@@ -149,9 +149,9 @@ pub struct SourceConfig {
 }
 
 impl SourceConfig {
-    /// Checks and completes what was typed. `environment` looks up a variable; the URI wins over it.
-    /// With no URI and none of `PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD` and `PGDATABASE`, [`DEFAULT_URI`] is
-    /// taken. Reads the password file if it is needed.
+    /// Checks and completes what was typed. `environment` looks up a variable; the URI wins over it. With no
+    /// URI and none of `PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD` and `PGDATABASE`, [`DEFAULT_URI`] is taken.
+    /// Reads the password file if it is needed.
     ///
     /// # Errors
     ///

@@ -1,13 +1,13 @@
 //! Rows of the drift tables become rows of [`Batches`]; a row that its archive column can't hold becomes a
 //! quarantined one, and nothing is dropped.
 //!
-//! Pure: an `entity_id` that is not in the cache is reported as [`Inserted::UnknownEntity`], and whoever drives
-//! the decoder looks it up and hands the row in again.
+//! Pure: an `entity_id` that is not in the cache is reported as [`Inserted::UnknownEntity`], and whoever
+//! drives the decoder looks it up and hands the row in again.
 //!
 //! # Which rows are skipped
 //!
-//! After a crash the server sends transactions again that some tables already have. A transaction is in a table if its
-//! commit record begins before the table's LSN (see ARCHITECTURE.md, "What is durable when").
+//! After a crash the server sends transactions again that some tables already have. A transaction is in a
+//! table if its commit record begins before the table's LSN (see ARCHITECTURE.md, "What is durable when").
 //! [`Decoder::begin`] takes that answer for each kind, and rows of such kinds are passed over.
 
 mod entity;

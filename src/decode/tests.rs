@@ -229,7 +229,8 @@ proptest! {
         let _ = Message::parse(&bytes);
     }
 
-    /// A well-formed row with bytes changed: whatever comes out, nothing panics, and nothing is half appended.
+    /// A well-formed row with bytes changed: whatever comes out, nothing panics, and nothing is half
+    /// appended.
     #[test]
     fn no_mutation_panics(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
         let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());

@@ -192,7 +192,22 @@ pub(super) fn display(value: Value<'_>, source_type: SourceType) -> Option<Strin
         Value::Binary(bytes) => display_binary(bytes, value, source_type),
     };
     let (Value::Text(bytes) | Value::Binary(bytes)) = value else { return None };
-    Some(shown.unwrap_or_else(|| hex(bytes)))
+    // As many bytes of what can only be shown in hexadecimal as there will be digits.
+    let shown = shown.unwrap_or_else(|| hex(bytes.get(..SHOWN_BYTES_MAX / 2).unwrap_or(bytes)));
+    if shown.len() < SHOWN_BYTES_MAX {
+        return Some(shown);
+    }
+    Some(format!("{}... (cut; {} bytes in all)", prefix(&shown, SHOWN_BYTES_MAX), bytes.len()))
+}
+
+/// The most bytes that the quarantine keeps of one value. A value may have 1 GiB, and its JSON form six times that,
+/// which no column holds.
+const SHOWN_BYTES_MAX: usize = 16 << 20;
+
+/// The longest prefix of whole characters within a number of bytes.
+fn prefix(text: &str, bytes_max: usize) -> &str {
+    let end = (0..=bytes_max.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.get(..end.unwrap_or(0)).unwrap_or_default()
 }
 
 fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Option<String> {
@@ -336,6 +351,15 @@ mod tests {
             optional_double(Value::Text(b"-Infinity"), SourceType::Float4),
             Ok(Some(f64::NEG_INFINITY))
         );
+    }
+
+    #[test]
+    fn a_huge_value_is_cut_and_says_so() {
+        let huge = "é".repeat(SHOWN_BYTES_MAX);
+        let shown = display(Value::Text(huge.as_bytes()), SourceType::Text).unwrap();
+        assert!(shown.len() < SHOWN_BYTES_MAX + 64 && shown.ends_with("... (cut; 33554432 bytes in all)"));
+        let hexed = display(Value::Binary(&vec![255; SHOWN_BYTES_MAX]), SourceType::Text).unwrap();
+        assert!(hexed.starts_with("\\xffff") && hexed.ends_with("(cut; 16777216 bytes in all)"));
     }
 
     #[test]

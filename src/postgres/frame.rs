@@ -1,5 +1,5 @@
-//! Frames of the replication stream (manual 55.4, `START_REPLICATION`). Pure: bytes in, frames out, and no bytes
-//! make it panic.
+//! Frames of the replication stream (manual 55.4, `START_REPLICATION`). Pure: bytes in, frames out, and no
+//! bytes make it panic.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use postgres_protocol::message::backend::{
@@ -14,7 +14,8 @@ use crate::lsn::Lsn;
 
 pub(super) const STREAM: &str = "replication stream";
 
-/// Longest frame, header included. The server can't make a longer one: a row is below 1 GB (its `MaxAllocSize`).
+/// Longest frame, header included. The server can't make a longer one: a row is below 1 GB (its
+/// `MaxAllocSize`).
 pub(super) const FRAME_BYTES_MAX: usize = 1 << 30;
 
 const XLOG_DATA: u8 = b'w';
@@ -143,8 +144,8 @@ pub(super) struct Cut {
 }
 
 /// Takes the whole frames from the front of the inbox; an incomplete one stays. Frames are not copied.
-/// Messages that may come between frames are dropped; as a chunk is one piece, it ends before such a message, and
-/// the next call goes on after it.
+/// Messages that may come between frames are dropped; as a chunk is one piece, it ends before such a message,
+/// and the next call goes on after it.
 ///
 /// # Errors
 ///

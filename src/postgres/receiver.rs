@@ -1,9 +1,9 @@
 //! [`Receiver`]: the task that owns the socket of the replication stream.
 //!
-//! It does two things that must not wait for each other. It reads frames and hands them on, and it tells the server
-//! how far everything is durable. A full queue stops the reading: the socket fills up, then the server waits. The
-//! reports go on, or the server would take us for dead after `wal_sender_timeout`, just when storage hangs and every
-//! row counts. So the task never waits for the queue and for nothing else.
+//! It does two things that must not wait for each other. It reads frames and hands them on, and it tells the
+//! server how far everything is durable. A full queue stops the reading: the socket fills up, then the server
+//! waits. The reports go on, or the server would take us for dead after `wal_sender_timeout`, just when
+//! storage hangs and every row counts. So the task never waits for the queue and for nothing else.
 //!
 //! ```text
 //!   socket --read--> inbox --cut--> waiting chunk --queue--> builder
@@ -35,8 +35,8 @@ use crate::lsn::Lsn;
 
 /// Longest time between two reports, so that the server's monitoring views are never old.
 const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
-/// Shortest time between two reports that say the same. A server that shuts down asks again as soon as it has an
-/// answer, and would keep two cores busy with it.
+/// Shortest time between two reports that say the same. A server that shuts down asks again as soon as it has
+/// an answer, and would keep two cores busy with it.
 const REPLY_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// A report is a few bytes; a socket that doesn't take them for so long is dead.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -47,8 +47,8 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 const READ_BYTES: usize = 512 << 10;
 /// A read is not worth while with less space than this.
 const READ_BYTES_MIN: usize = 64 << 10;
-/// After a read of this much we are behind, and wait a little so that the next one brings more. A walsender tries a
-/// `send` per row, and if we always wait in `recv` then each of them wakes us: that halves its speed.
+/// After a read of this much we are behind, and wait a little so that the next one brings more. A walsender
+/// tries a `send` per row, and if we always wait in `recv` then each of them wakes us: that halves its speed.
 const BEHIND_BYTES: usize = 16 << 10;
 const BEHIND_PAUSE: Duration = Duration::from_millis(1);
 
@@ -65,14 +65,14 @@ pub(super) fn status_interval(wal_sender_timeout: Duration) -> Duration {
 }
 
 impl ReplicationStream {
-    /// Starts the task that reads the stream. It sends whole frames, in order and without a gap, into `chunks`,
-    /// and reports `durable` as written, flushed and applied: at once when it changes, when the server asks (at most
-    /// every 100 ms), and else at the pace that `wal_sender_timeout` needs. A value below an earlier one is
-    /// ignored.
+    /// Starts the task that reads the stream. It sends whole frames, in order and without a gap, into
+    /// `chunks`, and reports `durable` as written, flushed and applied: at once when it changes, when the
+    /// server asks (at most every 100 ms), and else at the pace that `wal_sender_timeout` needs. A value
+    /// below an earlier one is ignored.
     ///
     /// A full queue stops the reading only; at most one chunk waits beside it. A chunk is 0.5 MiB or one
-    /// frame, whichever is larger. When the other end of `chunks` is gone nothing more is read, but the reports go on
-    /// until [`Receiver::finish`]: the last checkpoint may still be on its way.
+    /// frame, whichever is larger. When the other end of `chunks` is gone nothing more is read, but the
+    /// reports go on until [`Receiver::finish`]: the last checkpoint may still be on its way.
     pub fn spawn(self, chunks: mpsc::Sender<Chunk>, durable: watch::Receiver<Lsn>) -> Receiver {
         let (finish, finished) = oneshot::channel();
         let pump = Pump {
@@ -110,8 +110,9 @@ impl Receiver {
         flatten(result)
     }
 
-    /// Reports the durable position once more, ends the stream and logs out. What was not acknowledged comes again
-    /// in the next session. Takes at most about 5 s; a server that is too slow is left without a farewell.
+    /// Reports the durable position once more, ends the stream and logs out. What was not acknowledged comes
+    /// again in the next session. Takes at most about 5 s; a server that is too slow is left without a
+    /// farewell.
     ///
     /// # Errors
     ///
@@ -190,11 +191,12 @@ impl Pump {
                 // 3.
                 () = sleep_until(report_at) => self.report().await?,
                 // 4.
-                permit = chunks.reserve(), if waiting.is_some() => match (permit, waiting.take()) {
-                    (Ok(permit), Some(chunk)) => permit.send(chunk),
-                    // Nobody takes chunks any more.
-                    _ => {}
-                },
+                permit = chunks.reserve(), if waiting.is_some() => {
+                    // Otherwise nobody takes chunks any more.
+                    if let (Ok(permit), Some(chunk)) = (permit, waiting.take()) {
+                        permit.send(chunk);
+                    }
+                }
                 // 5.
                 count = read(&mut self.wire, resume_at), if waiting.is_none() && !chunks.is_closed() => {
                     if count? >= BEHIND_BYTES {
@@ -297,8 +299,8 @@ async fn read(wire: &mut Wire, resume_at: Instant) -> Result<usize> {
     }
 }
 
-/// Reads until the socket is empty or the space is full, because a single read of a TLS stream gives one record of at
-/// most 16 KiB. Ready with 0 only at the end of the stream.
+/// Reads until the socket is empty or the space is full, because a single read of a TLS stream gives one
+/// record of at most 16 KiB. Ready with 0 only at the end of the stream.
 fn poll_fill(
     socket: &mut Socket,
     inbox: &mut BytesMut,
@@ -318,8 +320,8 @@ fn poll_fill(
     Poll::Ready(Ok(inbox.len() - before))
 }
 
-/// A standby status update in its `CopyData` (manual 55.4): everything before `position` is written, flushed and
-/// applied.
+/// A standby status update in its `CopyData` (manual 55.4): everything before `position` is written, flushed
+/// and applied.
 fn standby_status(position: Lsn, now: SystemTime) -> [u8; 39] {
     let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let clock = u64::try_from(since_1970.saturating_sub(EPOCH_2000).as_micros()).unwrap_or_default();

@@ -24,8 +24,8 @@ use crate::error::{Error, Result};
 /// The one message of this connection that `postgres-protocol` doesn't know.
 const COPY_BOTH_RESPONSE_TAG: u8 = b'W';
 
-/// How long to wait for another process to let go of the slot. A predecessor that was killed is noticed by its
-/// server within moments; one that lives is worth a message.
+/// How long to wait for another process to let go of the slot. A predecessor that was killed is noticed by
+/// its server within moments; one that lives is worth a message.
 const SLOT_WAIT: Duration = Duration::from_secs(10);
 const SLOT_RETRY: Duration = Duration::from_millis(500);
 
@@ -94,8 +94,8 @@ impl ReplicationConnection {
     ///
     /// # Errors
     ///
-    /// [`Error::Slot`] if the slot is held (transient; names the holder) or missing, [`Error::Server`] for any
-    /// other refusal.
+    /// [`Error::Slot`] if the slot is held (transient; names the holder) or missing, [`Error::Server`] for
+    /// any other refusal.
     pub async fn start(mut self, slot: &str, publication: &str) -> Result<ReplicationStream> {
         if slot.is_empty() || !slot.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_')) {
             return Err(Error::Slot {

@@ -29,7 +29,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As [`connect`] and the work itself; and [`Error::Io`] if it takes longer than 30 s, after which the connection is given up.
+    /// As [`connect`] and the work itself; and [`Error::Io`] if it takes longer than 30 s, after which the
+    /// connection is given up.
     pub(crate) async fn run<T>(&mut self, work: impl AsyncFnOnce(&Client) -> Result<T>) -> Result<T> {
         let client = match self.client.take() {
             Some(client) if !client.is_closed() => client,

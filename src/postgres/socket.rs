@@ -24,8 +24,8 @@ const KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
     .with_retries(3);
 
 /// How long sent bytes may stay unconfirmed. Keepalives are not sent while there are such bytes, and the
-/// status updates of a replication connection are never far apart, so a cut cable would go unnoticed for the 15
-/// minutes of the kernel's retransmissions.
+/// status updates of a replication connection are never far apart, so a cut cable would go unnoticed for the
+/// 15 minutes of the kernel's retransmissions.
 #[cfg(target_os = "linux")]
 const UNCONFIRMED_MAX: Duration = Duration::from_secs(60);
 
@@ -128,8 +128,8 @@ async fn encrypt(
     let mut request = bytes::BytesMut::new();
     postgres_protocol::message::frontend::ssl_request(&mut request);
     stream.write_all(&request).await.map_err(Error::io(&context))?;
-    // Exactly one byte: whatever follows it belongs to TLS. What somebody in between has put there in plain text
-    // must not be taken for the server's words.
+    // Exactly one byte: whatever follows it belongs to TLS. What somebody in between has put there in plain
+    // text must not be taken for the server's words.
     let answer = stream.read_u8().await.map_err(Error::io(&context))?;
     match answer {
         b'S' => {

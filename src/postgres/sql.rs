@@ -10,8 +10,8 @@ use super::socket;
 use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
-/// Opens an SQL session. Its connection is driven by a task of its own, which ends when the client is dropped or
-/// the connection fails; the client's next call then says so.
+/// Opens an SQL session. Its connection is driven by a task of its own, which ends when the client is dropped
+/// or the connection fails; the client's next call then says so.
 ///
 /// # Errors
 ///
@@ -34,7 +34,7 @@ pub async fn connect(config: &SourceConfig) -> Result<Client> {
     }
     let (client, connection) =
         match tokio::time::timeout(config.connect_timeout, login.connect_raw(socket, NoTls)).await {
-            Ok(result) => result.map_err(Error::sql(context))?,
+            Ok(result) => result.map_err(|error| named_login_error(Error::sql(context)(error)))?,
             Err(_) => return Err(Error::io(context)(io::ErrorKind::TimedOut.into())),
         };
     tokio::spawn(async move {
@@ -43,4 +43,18 @@ pub async fn connect(config: &SourceConfig) -> Result<Client> {
         }
     });
     Ok(client)
+}
+
+/// The library has no code for a password that is asked for and missing: only this text.
+fn named_login_error(error: Error) -> Error {
+    match error {
+        Error::Sql { context, source } if format!("{source:?}").contains("password missing") => {
+            Error::Server {
+                context,
+                message: "the server asks for a password, and none is set".to_owned(),
+                code: "28P01".to_owned(),
+            }
+        }
+        other => other,
+    }
 }

@@ -49,7 +49,8 @@ pub(super) async fn log_in(
         match message.tag {
             BACKEND_KEY_DATA_TAG => {}
             READY_FOR_QUERY_TAG => return Ok(()),
-            // A server that doesn't know our minor version (`v`) would negotiate; we ask for 3.0, which all know.
+            // A server that doesn't know our minor version (`v`) would negotiate; we ask for 3.0, which all
+            // know.
             _ => return Err(unexpected(&message, context)),
         }
     }

@@ -1,7 +1,7 @@
 //! TLS as libpq's `sslmode` means it (manual 34.19), through rustls.
 //!
-//! Differences from libpq, which come from rustls: a name is looked for in the certificate's alternative names
-//! only, not in its common name; and TLS is 1.2 at least.
+//! Differences from libpq, which come from rustls: a name is looked for in the certificate's alternative
+//! names only, not in its common name; and TLS is 1.2 at least.
 
 use std::io;
 use std::path::Path;
@@ -98,8 +98,8 @@ enum Trust {
     /// Whoever the roots vouch for.
     Roots {
         roots: RootCertStore,
-        /// The certificates of `sslrootcert` themselves. A server that signs its own certificate is its own root; the
-        /// chain's rules would refuse it because a root is not a server.
+        /// The certificates of `sslrootcert` themselves. A server that signs its own certificate is its own
+        /// root; the chain's rules would refuse it because a root is not a server.
         listed: Vec<CertificateDer<'static>>,
         checks_name: bool,
     },

@@ -4,7 +4,8 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
-    reason = "a test panics when something is not as it must be"
+    clippy::print_stderr,
+    reason = "a test panics when something is not as it must be, and reports on stderr"
 )]
 
 #[path = "../support/mod.rs"]

@@ -1,5 +1,6 @@
 //! Storage that fails for a while: the stream waits, the connection lives, memory stays bounded.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -22,19 +23,22 @@ struct Tmpfs(PathBuf);
 impl Tmpfs {
     fn mount(path: &Path, size: &str) -> Self {
         std::fs::create_dir_all(path).unwrap();
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(path));
+        // Whoever runs the tests owns it, as any other folder of a test.
+        let owner = std::fs::metadata(path).unwrap().uid();
+        let options = format!("size={size},uid={owner},mode=0755");
+        run(privileged("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(path));
         Self(path.to_owned())
     }
 
     fn remount(&self, option: &str) {
-        run(Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(&self.0));
+        run(privileged("mount").args(["-o", &format!("remount,{option}")]).arg(&self.0));
     }
 }
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         // Lazily: a sidecar may still have files open.
-        Command::new("umount").arg("-l").arg(&self.0).status().ok();
+        privileged("umount").arg("-l").arg(&self.0).status().ok();
     }
 }
 
@@ -43,9 +47,14 @@ fn run(command: &mut Command) {
     assert!(status.as_ref().is_ok_and(|status| status.success()), "{command:?}: {status:?}");
 }
 
-fn is_root() -> bool {
-    use std::os::unix::fs::MetadataExt as _;
-    std::fs::metadata("/proc/self").unwrap().uid() == 0
+/// A command that only root may run.
+fn privileged(program: &str) -> Command {
+    if std::fs::metadata("/proc/self").unwrap().uid() == 0 {
+        return Command::new(program);
+    }
+    let mut sudo = Command::new("sudo");
+    sudo.args(["-n", program]);
+    sudo
 }
 
 /// Breaks the storage, watches the sidecar through the outage, mends it, compares all rows.
@@ -85,23 +94,12 @@ const SETTINGS: [(&str, &str); 1] = [("wal_sender_timeout", "5s")];
 async fn storage_that_is_read_only_for_a_while() {
     let stage = Stage::private(Shape::Named, &SETTINGS).await;
     let storage = stage.folder().join("fragile");
-    if is_root() {
-        let tmpfs = Tmpfs::mount(&storage, "512m");
-        outage(&stage, &storage, || tmpfs.remount("ro"), || tmpfs.remount("rw")).await;
-        return;
-    }
-    // Rights don't bind root, and a plain user can't mount: each gets the failure it can have.
-    std::fs::create_dir_all(&storage).unwrap();
-    let chmod = |mode: &str| run(Command::new("chmod").args(["-R", mode]).arg(&storage));
-    outage(&stage, &storage, || chmod("a-w"), || chmod("u+w")).await;
+    let tmpfs = Tmpfs::mount(&storage, "512m");
+    outage(&stage, &storage, || tmpfs.remount("ro"), || tmpfs.remount("rw")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn storage_that_is_full_for_a_while() {
-    if !is_root() {
-        eprintln!("a full disk needs a mount, and that root; the read-only test covers the waiting");
-        return;
-    }
     let stage = Stage::private(Shape::Named, &SETTINGS).await;
     let storage = stage.folder().join("fragile");
     let tmpfs = Tmpfs::mount(&storage, "64m");
@@ -116,4 +114,36 @@ async fn storage_that_is_full_for_a_while() {
         tmpfs.remount("size=512m");
     };
     outage(&stage, &storage, fill, free).await;
+}
+
+/// Who wants to stop must not have to wait for storage; what is not archived stays where it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_during_an_outage_ends_and_loses_nothing() {
+    let stage = Stage::private(Shape::Named, &SETTINGS).await;
+    let storage = stage.folder().join("fragile");
+    let tmpfs = Tmpfs::mount(&storage, "512m");
+    let launch = stage.launch().with("SCOUTER_STORAGE_URI", &storage.display().to_string());
+    launch.must(&["setup"]);
+    let mut sidecar = launch.start();
+    stage.streaming().await;
+    let load = Load::start(&stage.cluster().uri_tcp(&stage.name), stage.shape);
+    let some = async || (load.committed() > 5_000).then_some(());
+    until("the load goes on", DEADLINE, some).await;
+    tmpfs.remount("ro");
+    let failing = async || sidecar.log().contains("failed; rows wait").then_some(());
+    until("the outage is noticed", DEADLINE, failing).await;
+
+    let status = sidecar.terminate(Duration::from_secs(60)).await;
+    assert!(!status.success(), "a stop that left rows behind says so: {status}");
+    assert!(sidecar.log().contains("still in Postgres"), "{}", sidecar.log());
+
+    load.stop().await;
+    tmpfs.remount("rw");
+    let successor = launch.start();
+    let client = stage.connect().await;
+    let target = stage.insert_one(&client, "last", None).await;
+    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
+    until("everything is acknowledged", DEADLINE, acknowledged).await;
+    crate::support::archive::assert_same(&client, &storage, stage.shape).await;
+    drop(successor);
 }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::{self, Write as _};
 use std::fs::{self, File};
-use std::hash::{BuildHasher as _, Hash as _, Hasher as _};
+use std::hash::BuildHasher as _;
 use std::path::{Path, PathBuf};
 
 use arrow::array::{
@@ -30,11 +30,7 @@ pub struct Multiset {
 }
 
 fn key(row: &str) -> u128 {
-    let half = |seed| {
-        let mut hasher = FixedState::with_seed(seed).build_hasher();
-        row.hash(&mut hasher);
-        u128::from(hasher.finish())
-    };
+    let half = |seed| u128::from(FixedState::with_seed(seed).hash_one(row));
     (half(1) << 64) | half(2)
 }
 

@@ -117,8 +117,8 @@ impl Stage {
         self.connect().await.execute(sql, &[&self.name]).await.expect("pg_terminate_backend");
     }
 
-    /// Waits until the server has sent everything before a position to the sidecar. Whether it has can be seen
-    /// only from its side.
+    /// Waits until the server has sent everything before a position to the sidecar. Whether it has can be
+    /// seen only from its side.
     pub async fn sent(&self, client: &Client, target: PgLsn) {
         let sql = "select sent_lsn > $1 from pg_stat_replication r join pg_replication_slots s
                        on s.active_pid = r.pid where slot_name = $2";
