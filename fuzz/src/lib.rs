@@ -1,5 +1,5 @@
-//! The pure layers of Highwater, compiled from its own sources under its own name, so that fuzz targets build in
-//! minutes.
+//! The pure layers of Highwater, compiled from its own sources under its own name, so that fuzz targets build
+//! in minutes.
 
 #![allow(dead_code, unused_imports, unreachable_pub, reason = "a part of a crate")]
 

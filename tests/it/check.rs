@@ -16,8 +16,8 @@ fn config(cluster: &Cluster, user: &str) -> (Config, TempDir) {
     (Config::new(source, storage), archive)
 }
 
-/// Runs statements one by one: a publication can't be altered in the transaction that made it, nor a slot be made in
-/// one that has written.
+/// Runs statements one by one: a publication can't be altered in the transaction that made it, nor a slot be
+/// made in one that has written.
 async fn sql(cluster: &Cluster, statements: &str) {
     let client = cluster.connect(CRON_DATABASE).await;
     for statement in statements.split(';') {

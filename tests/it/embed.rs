@@ -1,4 +1,5 @@
-//! The archiver inside another program: it archives, it stops however it is told to, and leaves nothing behind.
+//! The archiver inside another program: it archives, it stops however it is told to, and leaves nothing
+//! behind.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! No bytes make the decoder panic: recorded streams, whole, cut, spliced and with bytes changed. The same without
-//! bounds is in `fuzz/`.
+//! No bytes make the decoder panic: recorded streams, whole, cut, spliced and with bytes changed. The same
+//! without bounds is in `fuzz/`.
 
 use std::fs;
 use std::path::PathBuf;

@@ -12,7 +12,8 @@ use crate::support::wait::{throughout, until};
 
 const DEADLINE: Duration = Duration::from_secs(40);
 
-const STATES: &str = "select state, archived_before::text from highwater.watermark where source_table = 'scouter.custom_drift'";
+const STATES: &str = "select state, archived_before::text from highwater.watermark
+                       where source_table = 'scouter.custom_drift'";
 
 /// State and horizon of the custom table.
 async fn mark(client: &Client) -> (String, Option<String>) {
@@ -161,8 +162,8 @@ async fn a_table_that_held_rows_waits_for_its_first_copy() {
     let _sidecar = stage.launch().start();
     stage.insert_one(&client, "streamed", None).await;
     archived(&stage, "streamed").await;
-    let streaming =
-        "select count(*) from highwater.watermark where state = 'streaming' and archived_before is not null";
+    let streaming = "select count(*) from highwater.watermark
+                      where state = 'streaming' and archived_before is not null";
     let known =
         async || (client.query_one(streaming, &[]).await.unwrap().get::<_, i64>(0) == 2).then_some(());
     until("the empty tables have a horizon", DEADLINE, known).await;
@@ -175,14 +176,19 @@ async fn tables_added_to_the_publication_later() {
     let stage = Stage::shared(Shape::Named).await;
     let client = stage.connect().await;
     client
-        .batch_execute("alter table scouter.psi_drift set schema public; alter table scouter.spc_drift set schema public")
+        .batch_execute(
+            "alter table scouter.psi_drift set schema public;
+             alter table scouter.spc_drift set schema public",
+        )
         .await
         .unwrap();
     let _sidecar = stage.start().await;
     client
         .batch_execute(
-            "alter table psi_drift set schema scouter; alter table spc_drift set schema scouter;
-             insert into scouter.spc_drift (space, name, version, feature, value) values ('s', 'n', '1', 'old', 1)",
+            "alter table psi_drift set schema scouter;
+             alter table spc_drift set schema scouter;
+             insert into scouter.spc_drift (space, name, version, feature, value)
+             values ('s', 'n', '1', 'old', 1)",
         )
         .await
         .unwrap();
@@ -204,7 +210,8 @@ async fn tables_added_to_the_publication_later() {
         .batch_execute(
             "insert into scouter.psi_drift (space, name, version, feature, bin_id, bin_count)
              values ('s', 'n', '1', 'new', 1, 1);
-             insert into scouter.spc_drift (space, name, version, feature, value) values ('s', 'n', '1', 'new', 2)",
+             insert into scouter.spc_drift (space, name, version, feature, value)
+             values ('s', 'n', '1', 'new', 2)",
         )
         .await
         .unwrap();

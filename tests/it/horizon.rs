@@ -52,7 +52,8 @@ async fn insert_rows(client: &Client, series: &str) -> u64 {
         let columns = kind.value_columns();
         let numbers = vec!["1"; columns.len() - 1].join(", ");
         let sql = format!(
-            "insert into scouter.{} (created_at, space, name, version, {}) values (clock_timestamp(), 's', 'n', '1', $1, {numbers})",
+            "insert into scouter.{} (created_at, space, name, version, {})
+             values (clock_timestamp(), 's', 'n', '1', $1, {numbers})",
             kind.table(),
             columns.join(", ")
         );

@@ -1,5 +1,5 @@
-//! Postgres is the judge: random values of every column, inserted with SQL, decoded from the stream in its text and in
-//! its binary form, are what SQL says was inserted.
+//! Postgres is the judge: random values of every column, inserted with SQL, decoded from the stream in its
+//! text and in its binary form, are what SQL says was inserted.
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
@@ -126,8 +126,8 @@ fn wide(rng: &mut StdRng) -> i64 {
     }
 }
 
-/// The tables with every type that the decoder takes, and with nulls allowed everywhere. `n` is a column that the
-/// archive does not have.
+/// The tables with every type that the decoder takes, and with nulls allowed everywhere. `n` is a column that
+/// the archive does not have.
 fn tables_sql(shape: Shape) -> String {
     let entity = |id: &str| match shape {
         Shape::Named => "space text, name varchar(9000), version text".to_owned(),
@@ -338,8 +338,8 @@ pub(crate) fn decoded_rows(decoded: &Decoded, kind: Kind) -> Vec<String> {
     tables.flat_map(|(_, batch)| (0..batch.num_rows()).map(move |row| row_text(&batch, row))).collect()
 }
 
-/// A quarantined row with its double spelt in one way: of several shortest texts for one number, Postgres and Rust may
-/// choose different ones.
+/// A quarantined row with its double spelt in one way: of several shortest texts for one number, Postgres and
+/// Rust may choose different ones.
 fn by_number(table: &str, mut row: serde_json::Value) -> serde_json::Value {
     if let Some(serde_json::Value::String(text)) = row.get_mut("value") {
         *text = match table.ends_with("spc_drift") {
@@ -417,8 +417,8 @@ async fn random_entity_rows_are_what_postgres_says() {
     roundtrip(Shape::Entity).await;
 }
 
-/// Records the streams of `tests/golden` anew when UPDATE_GOLDEN says so; `fuzz` reads them. The seed is fixed, but
-/// oids, positions and times are the server's.
+/// Records the streams of `tests/golden` anew when UPDATE_GOLDEN says so; `fuzz` reads them. The seed is
+/// fixed, but oids, positions and times are the server's.
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_are_recorded_on_request() {
     if std::env::var_os("UPDATE_GOLDEN").is_none() {

@@ -20,7 +20,8 @@ const WINDOWS: [i32; 3] = [60, 50, 40];
 /// One row in each window, one metric in a window at a time; a checkpoint of its own.
 async fn insert_and_wait(stage: &Stage, client: &Client, round: i32) {
     let sql = "insert into scouter.custom_drift (created_at, space, name, version, metric, value)
-               select date_trunc('minute', now()) - minutes * interval '1 minute' + $1::int * interval '1 millisecond',
+               select date_trunc('minute', now()) - minutes * interval '1 minute'
+                          + $1::int * interval '1 millisecond',
                       's', 'n' || $1::int % 3, '1', 'm', $1::int
                  from unnest($2::int[]) minutes";
     client.execute(sql, &[&round, &WINDOWS.to_vec()]).await.unwrap();
@@ -79,7 +80,8 @@ async fn files_of_a_window_that_has_ended_become_one() {
     let counted = async || {
         let row = client
             .query_one(
-                "select row_count, file_count from highwater.watermark where source_table = 'scouter.custom_drift'",
+                "select row_count, file_count from highwater.watermark
+                  where source_table = 'scouter.custom_drift'",
                 &[],
             )
             .await
@@ -92,7 +94,8 @@ async fn files_of_a_window_that_has_ended_become_one() {
     stage.assert_same().await;
 }
 
-/// Many checkpoints: the number of files stays that of the windows, and the log is cut off behind its checkpoints.
+/// Many checkpoints: the number of files stays that of the windows, and the log is cut off behind its
+/// checkpoints.
 #[tokio::test(flavor = "multi_thread")]
 async fn files_and_log_entries_stay_bounded() {
     let stage = Stage::shared(Shape::Named).await;

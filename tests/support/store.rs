@@ -171,8 +171,8 @@ impl Drop for Store {
 const AZURITE_KEY: &str =
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
 
-/// Containers are not objects, so the client library doesn't make them. Signed with the emulator's key, as "Authorize
-/// with Shared Key" of the service's manual has it.
+/// Containers are not objects, so the client library doesn't make them. Signed with the emulator's key, as
+/// "Authorize with Shared Key" of the service's manual has it.
 const MAKE_CONTAINER: &str = r#"
 const [port, name] = process.argv.slice(1);
 const key = Buffer.from("Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==", "base64");

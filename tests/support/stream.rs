@@ -38,8 +38,8 @@ pub struct Decoded {
     pub refused: Vec<String>,
 }
 
-/// Decodes all messages, also those after one that is refused. An entity that the stream does not bring is looked up
-/// with `find`.
+/// Decodes all messages, also those after one that is refused. An entity that the stream does not bring is
+/// looked up with `find`.
 pub fn decode(messages: &[&[u8]], now_micros: i64, find: impl Fn(i64) -> Option<Entity>) -> Decoded {
     let mut decoder = Decoder::new("scouter");
     let mut batches = Batches::new(WindowWidth::HOUR, now_micros);
