@@ -118,6 +118,8 @@ async fn dropped_it_leaves_no_task_and_no_connection() {
     // Also while its storage hangs, when there is something that it would try for ever.
     let archiver = Archiver::start(config.clone(), watcher.clone());
     stage.streaming().await;
+    // Past its start, which needs the storage: from here on only a checkpoint can hang.
+    stage.assert_archived(DEADLINE).await;
     let (storage, aside) = (stage.storage(), stage.folder().join("aside"));
     std::fs::rename(&storage, &aside).unwrap();
     std::fs::write(&storage, "not a folder").unwrap();

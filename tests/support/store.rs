@@ -111,7 +111,6 @@ impl Store {
         };
         until("the Azure store makes a container", Duration::from_secs(60), made).await;
         let objects = MicrosoftAzureBuilder::new()
-            .with_use_emulator(true)
             .with_endpoint(format!("{endpoint}/devstoreaccount1"))
             .with_allow_http(true)
             .with_account("devstoreaccount1")
