@@ -14,7 +14,7 @@ demo:
 	cargo run --quiet $(FEATURES) --example demo
 
 test:
-	scripts/setup reader
+	scripts/setup reader stores
 	cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
 
 lint:

@@ -64,7 +64,7 @@ pub(super) async fn check(
     for table in tables {
         is_good &= check_member(client, config, &publication, table, report).await?;
     }
-    is_good &= report_others(client, config, &publication, report).await?;
+    is_good &= report_others(client, config, &publication, tables, report).await?;
     if is_good {
         report.ok("publication", name, format!("publishes the inserts of {} tables", tables.len()));
     }
@@ -133,15 +133,16 @@ fn report_options(publication: &Publication, name: &str, report: &mut Report) ->
     is_good
 }
 
-/// Tables that are published and not archived. Where everything is published, or partitions are published one
-/// by one, another finding says so.
+/// Tables that are published and not archived. Where everything is published, or partitions are published one by
+/// one, or there is nothing to archive at all, another finding says so.
 async fn report_others(
     client: &Client,
     config: &Config,
     publication: &Publication,
+    tables: &[Table],
     report: &mut Report,
 ) -> Result<bool> {
-    if publication.has_all_tables || !publication.via_root {
+    if tables.is_empty() || publication.has_all_tables || !publication.via_root {
         return Ok(true);
     }
     let ours: Vec<&str> =

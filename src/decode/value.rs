@@ -1,4 +1,4 @@
-use chrono::{DateTime, NaiveDateTime, Utc};
+use chrono::{DateTime, NaiveDateTime};
 
 use crate::pgoutput::{POSTGRES_EPOCH_MICROS, Value};
 use crate::record::is_in_calendar;
@@ -216,33 +216,78 @@ fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Op
         SourceType::Int2 | SourceType::Int4 | SourceType::Int8 => {
             integer(value, source_type).ok().map(|number| number.to_string())
         }
-        SourceType::Float4 | SourceType::Float8 => {
-            optional_double(value, source_type).ok().flatten().map(|number| number.to_string())
-        }
+        SourceType::Float4 => array(bytes).map(f32::from_be_bytes).ok().map(|number| {
+            display_number(&number.to_string(), &format!("{number:e}"), FLOAT4_PLAIN_EXPONENTS)
+        }),
+        SourceType::Float8 => array(bytes).map(f64::from_be_bytes).ok().map(|number| {
+            display_number(&number.to_string(), &format!("{number:e}"), FLOAT8_PLAIN_EXPONENTS)
+        }),
         SourceType::Bool => match bytes {
             [0] => Some("f".to_owned()),
             [1] => Some("t".to_owned()),
             _ => None,
         },
         SourceType::TimestampTz | SourceType::Timestamp => {
-            display_timestamp(i64::from_be_bytes(array(bytes).ok()?))
+            let zone = if source_type == SourceType::TimestampTz { "+00" } else { "" };
+            Some(display_timestamp(i64::from_be_bytes(array(bytes).ok()?), zone))
         }
         SourceType::Other(_) => None,
     }
 }
 
-fn display_timestamp(postgres_micros: i64) -> Option<String> {
+/// Decimal exponents of the numbers that `float4out` and `float8out` write without one.
+const FLOAT4_PLAIN_EXPONENTS: std::ops::Range<i32> = -4..6;
+const FLOAT8_PLAIN_EXPONENTS: std::ops::Range<i32> = -4..15;
+
+/// Digits that give the number back, in the form in which `psql` shows them. `scientific` is `1.5e-7` for 0.00000015.
+fn display_number(plain: &str, scientific: &str, plain_exponents: std::ops::Range<i32>) -> String {
+    match (plain, scientific.split_once('e')) {
+        ("inf", _) => "Infinity".to_owned(),
+        ("-inf", _) => "-Infinity".to_owned(),
+        (_, Some((digits, exponent))) => match exponent.parse::<i32>() {
+            Ok(exponent) if !plain_exponents.contains(&exponent) => {
+                let sign = if exponent < 0 { '-' } else { '+' };
+                format!("{digits}e{sign}{:02}", exponent.unsigned_abs())
+            }
+            _ => plain.to_owned(),
+        },
+        _ => plain.to_owned(),
+    }
+}
+
+/// The form that `DateStyle` ISO prints, in UTC, over PostgreSQL's whole calendar, which is wider than others'.
+fn display_timestamp(postgres_micros: i64, zone: &str) -> String {
     match postgres_micros {
-        i64::MAX => return Some("infinity".to_owned()),
-        i64::MIN => return Some("-infinity".to_owned()),
+        i64::MAX => return "infinity".to_owned(),
+        i64::MIN => return "-infinity".to_owned(),
         _ => {}
     }
-    let time =
-        postgres_micros.checked_add(POSTGRES_EPOCH_MICROS).and_then(DateTime::<Utc>::from_timestamp_micros);
-    Some(match time {
-        Some(time) => time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true),
-        None => format!("{postgres_micros} microseconds since 2000-01-01"),
-    })
+    let micros = i128::from(postgres_micros) + i128::from(POSTGRES_EPOCH_MICROS);
+    let (days, micros) = (micros.div_euclid(86_400_000_000), micros.rem_euclid(86_400_000_000));
+    let (year, month, day) = civil(days);
+    let (shown_year, era) = if year > 0 { (year, "") } else { (1 - year, " BC") };
+    let (seconds, fraction) = (micros / 1_000_000, micros % 1_000_000);
+    let fraction = match fraction {
+        0 => String::new(),
+        fraction => format!(".{fraction:06}").trim_end_matches('0').to_owned(),
+    };
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{shown_year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}{fraction}{zone}{era}")
+}
+
+/// Year, month and day of a day since the epoch, in the proleptic Gregorian calendar with a year 0. Counts from a first
+/// of March, so that the day that may be missing comes last.
+fn civil(days_since_epoch: i128) -> (i128, i128, i128) {
+    const DAYS_PER_ERA: i128 = 146_097;
+    let days = days_since_epoch + 719_468;
+    let (era, day_of_era) = (days.div_euclid(DAYS_PER_ERA), days.rem_euclid(DAYS_PER_ERA));
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / (DAYS_PER_ERA - 1)) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    (era * 400 + year_of_era + i128::from(month <= 2), month, day)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -15,6 +15,7 @@ pub use relation::{Column, Relation};
 pub use tuple::{Tuple, Value, Values};
 
 use crate::lsn::Lsn;
+use crate::record::clamp_to_calendar;
 use reader::Reader;
 
 /// Microseconds from the Unix epoch to PostgreSQL's (2000-01-01T00:00:00Z).
@@ -117,8 +118,9 @@ fn parse_commit(mut reader: Reader<'_>) -> Result<Commit, DecodeError> {
     reader.finish().map(|()| commit)
 }
 
-const fn unix_micros(postgres_micros: i64) -> i64 {
-    postgres_micros.saturating_add(POSTGRES_EPOCH_MICROS)
+/// A commit time is the server's clock. One that no clock shows is cut to the calendar that windows have.
+fn unix_micros(postgres_micros: i64) -> i64 {
+    clamp_to_calendar(postgres_micros.saturating_add(POSTGRES_EPOCH_MICROS))
 }
 
 #[cfg(test)]

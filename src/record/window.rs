@@ -22,6 +22,12 @@ pub fn is_in_calendar(micros: i64) -> bool {
     CALENDAR.contains(&micros)
 }
 
+/// The time itself, or the nearest one in [`YEAR_RANGE`].
+#[must_use]
+pub fn clamp_to_calendar(micros: i64) -> i64 {
+    micros.clamp(CALENDAR.start, CALENDAR.end - 1)
+}
+
 /// The length of a window: whole minutes that divide a day, so that no window spans two UTC days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowWidth(i64);
@@ -168,6 +174,10 @@ mod tests {
         let (first, last) = (micros("0001-01-01T00:00:00Z"), micros("9999-12-31T23:59:59.999999Z"));
         assert!(is_in_calendar(first) && !is_in_calendar(first - 1));
         assert!(is_in_calendar(last) && !is_in_calendar(last + 1));
+        assert_eq!(
+            [i64::MIN, first, 0, last, i64::MAX].map(clamp_to_calendar),
+            [first, first, 0, last, last]
+        );
         assert_eq!(Window::of(first, WindowWidth::DAY).to_string(), "0001/01/01");
     }
 }

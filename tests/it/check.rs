@@ -164,7 +164,11 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
         ),
         // Gone, though the archive was fed from it; then as if it had never been.
         ("select 1", vec![("slot", Error)], "delete from highwater.watermark"),
-        ("select 1", vec![("slot", Error)], "select pg_create_logical_replication_slot('highwater', 'pgoutput')"),
+        (
+            "select 1",
+            vec![("slot", Error)],
+            "select pg_create_logical_replication_slot('highwater', 'pgoutput')",
+        ),
         (
             "alter table highwater.watermark rename to moved",
             vec![("state-schema", Error)],
@@ -214,7 +218,16 @@ async fn a_fresh_server_is_told_what_it_lacks() {
     let ids: Vec<_> = errors.iter().map(|(id, _)| *id).collect();
     assert_eq!(
         ids,
-        ["wal-level", "replication-slots", "wal-senders", "role", "state-schema", "slot", "tables", "publication"],
+        [
+            "wal-level",
+            "replication-slots",
+            "wal-senders",
+            "role",
+            "state-schema",
+            "slot",
+            "tables",
+            "publication"
+        ],
         "{report:#?}"
     );
     assert!(seen(&report).contains(&("wal-limit", Severity::Warning)));

@@ -12,13 +12,22 @@
 mod support;
 
 mod big;
+mod check;
+mod connection;
 mod crash;
+mod embed;
+mod fuzz;
+mod gap;
+mod horizon;
 mod idle;
 mod partition;
 mod reader;
+mod roundtrip;
 mod self_check;
 mod shutdown;
 mod storage;
+mod stores;
 mod tidy;
 mod values;
+mod windows;
 mod writers;

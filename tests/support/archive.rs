@@ -193,9 +193,13 @@ pub async fn each_source_row(client: &Client, shape: Shape, kind: Source, mut ro
 }
 
 /// One value on its way to the canonical text.
-enum Cell<'a> {
+#[derive(Debug)]
+pub enum Cell<'a> {
+    /// A number, or a time in microseconds.
     Integer(i64),
+    /// By its bits.
     Double(f64),
+    /// Quoted.
     Text(&'a str),
 }
 
@@ -229,6 +233,20 @@ pub fn each_archived_row(table: &Path, mut row_seen: impl FnMut(&str)) -> Result
         }
     }
     Ok(())
+}
+
+/// A row of any record batch with the archive's types as a canonical text.
+pub fn row_text(batch: &RecordBatch, row: usize) -> String {
+    let mut text = String::new();
+    batch.columns().iter().for_each(|column| push_cell(&mut text, column, row));
+    text
+}
+
+/// The canonical text of cells that come from elsewhere.
+pub fn cells_text<'a>(cells: impl IntoIterator<Item = Option<Cell<'a>>>) -> String {
+    let mut text = String::new();
+    cells.into_iter().for_each(|cell| push(&mut text, cell));
+    text
 }
 
 fn push_cell(text: &mut String, column: &ArrayRef, row: usize) {

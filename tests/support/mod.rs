@@ -20,4 +20,6 @@ pub mod load;
 pub mod schema;
 pub mod sidecar;
 pub mod stage;
+pub mod store;
+pub mod stream;
 pub mod wait;

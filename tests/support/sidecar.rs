@@ -64,7 +64,7 @@ impl Launch {
         // Settings of whoever runs the tests must not reach the sidecar.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if ["PG", "HIGHWATER_", "SCOUTER_", "AWS_", "DATABASE_", "FAILPOINTS"]
+            if ["PG", "HIGHWATER_", "SCOUTER_", "AWS_", "AZUR", "GOOGLE_", "DATABASE_", "FAILPOINTS"]
                 .iter()
                 .any(|p| text.starts_with(p))
             {
