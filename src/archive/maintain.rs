@@ -49,7 +49,8 @@ impl Table {
     }
 
     /// Deletes the objects that no reader can need: older than `older_than`, not active, and not removed from
-    /// the table within `older_than`. Files that `namer`'s session uploaded stay, since a commit of that
+    /// the table within `older_than`. Only what has a name of ours, or was a file of the table, is deleted, and
+    /// nothing in a folder whose name starts with `_` or a dot. Files that `namer`'s session uploaded stay, since a commit of that
     /// session may still name them. Returns how many were deleted.
     ///
     /// # Errors
@@ -65,21 +66,25 @@ impl Table {
         let state = delta.snapshot().map_err(failed())?;
         let mut kept: HashSet<String> =
             state.log_data().iter().map(|file| file.object_store_path().to_string()).collect();
+        let mut removed = HashSet::new();
         let log_store = delta.log_store();
         let mut tombstones = state.all_tombstones(log_store.as_ref());
         while let Some(tombstone) = tombstones.try_next().await.map_err(failed())? {
             // A tombstone without a time could be of this minute.
             if tombstone.deletion_timestamp().is_none_or(|deleted| deleted > horizon) {
                 kept.insert(tombstone.path().into_owned());
+            } else {
+                removed.insert(tombstone.path().into_owned());
             }
         }
         let store = self.store();
         let doomed = |object: &object_store::ObjectMeta| {
             let path = object.location.as_ref();
-            !path.starts_with("_delta_log/")
-                && object.last_modified.timestamp_millis() < horizon
-                && !kept.contains(path)
-                && !ObjectName::parse(path).is_some_and(|name| namer.is_ours(&name))
+            let was_file = match ObjectName::parse(path) {
+                Some(name) => !namer.is_ours(&name),
+                None => removed.contains(path) && !is_hidden(path),
+            };
+            was_file && object.last_modified.timestamp_millis() < horizon && !kept.contains(path)
         };
         let failed = || Error::storage(format!("vacuuming {}", self.storage().table_url(self.kind())));
         let mut paths = Vec::new();
@@ -93,4 +98,10 @@ impl Table {
         let deleted = deletions.try_fold(0, async |count, _| Ok(count + 1)).await;
         deleted.map_err(failed())
     }
+}
+
+/// Whether a folder of the path is one that Delta readers and writers leave alone.
+fn is_hidden(path: &str) -> bool {
+    let folders = path.rsplit_once('/').map_or("", |(folders, _)| folders);
+    folders.split('/').any(|folder| folder.starts_with(['_', '.']))
 }

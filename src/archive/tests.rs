@@ -414,9 +414,8 @@ async fn a_merge_keeps_every_row_and_changes_none() {
             .unwrap();
     }
     let before = table.totals();
-    let later = later();
     assert!(table.merge_candidates(NOON, Duration::ZERO, WindowWidth::DAY).is_empty(), "the day is not over");
-    let plans = table.merge_candidates(later, Duration::ZERO, WindowWidth::DAY);
+    let plans = table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
     assert_eq!((plans.len(), plans[0].inputs.len()), (1, 60));
     let merged = merge(&place.storage, &place.namer, &plans[0]).await.unwrap();
     assert!(table.commit_merge(&merged).await.unwrap());
@@ -445,7 +444,7 @@ async fn a_merge_keeps_every_row_and_changes_none() {
     assert!(!entry.contains(r#""dataChange":true"#));
 
     table.commit(&[place.file(rows(10), 300).await], Lsn(300), &note()).await.unwrap();
-    let plans = table.merge_candidates(later, Duration::ZERO, WindowWidth::DAY);
+    let plans = table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
     let merged = merge(&place.storage, &place.namer, &plans[0]).await.unwrap();
     assert!(table.commit_merge(&merged).await.unwrap());
     drop(table);
@@ -478,6 +477,34 @@ async fn vacuum_spares_what_may_still_be_needed() {
     // With no patience at all they go, and the young orphan with them.
     assert_eq!(table.vacuum(&place.namer, Duration::ZERO).await.unwrap(), 3);
     assert!(merged.outputs.iter().all(|file| exists(&file.path)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vacuum_leaves_alone_what_is_not_ours() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let ours = place.file_with(&Namer::new(), rows(1), 200).await.path;
+    let store = place.storage.table_store(Kind::Psi);
+    let foreign = ["custom/mymodel/x.parquet", "README", "_mine/x.parquet", ".mine/x.parquet"];
+    // What was a file of the table goes; in a folder that readers don't look at it stays.
+    let (dropped, hidden) = ("part-0.parquet", "_change_data/part-0.parquet");
+    let nested = format!("_backup/{ours}");
+    let all = foreign.iter().copied().chain([dropped, hidden, nested.as_str()]);
+    for path in all.clone() {
+        store.put(&Path::from(path), "x".into()).await.unwrap();
+    }
+    let remove = |path| {
+        format!(
+            r#"{{"remove":{{"path":"{path}","deletionTimestamp":1,"dataChange":true,"partitionValues":{{}},"size":1}}}}"#
+        )
+    };
+    let entry = format!("{}\n{}", remove(dropped), remove(hidden));
+    store.put(&entry_path(table.version() + 1), entry.into()).await.unwrap();
+    place.age(Duration::from_hours(48));
+    assert_eq!(table.vacuum(&place.namer, Duration::from_hours(24)).await.unwrap(), 2);
+    let exists = |path: &str| place.folder.path().join("psi").join(path).exists();
+    assert!(!exists(&ours) && !exists(dropped));
+    assert!(all.filter(|path| *path != dropped).all(exists));
 }
 
 /// `moto_server` on a free port; ends with the value.
