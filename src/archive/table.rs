@@ -271,6 +271,7 @@ impl Table {
     }
 
     async fn land(&mut self, change: Change) -> Result<bool> {
+        let mut retried = false;
         for _ in 0..ATTEMPTS_MAX {
             if !change.removes.iter().all(|path| self.files.contains_key(path)) {
                 return Ok(false);
@@ -283,6 +284,14 @@ impl Table {
             };
             let failed =
                 Error::storage(format!("committing version {} of {}", self.version + 1, self.kind.name()));
+            // That an entry can be read does not make it durable (see `SyncedLocal`). A put that succeeds, or
+            // meets it, does: so only after one of these is an entry looked for.
+            if !matches!(error, object_store::Error::AlreadyExists { .. }) {
+                if std::mem::replace(&mut retried, true) {
+                    return Err(failed(error));
+                }
+                continue;
+            }
             match self.catch_up(Some(&change)).await {
                 Ok(Since::Landed) => {
                     self.check_end(self.version).await?;

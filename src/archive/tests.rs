@@ -111,7 +111,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::new());
+        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::open(folder.path()).unwrap());
         let (requests, lose_next_answer) = (AtomicU64::new(0), AtomicBool::new(false));
         let observed = Arc::new(Observed { inner, requests, lose_next_answer });
         let url = format!("file://{}/", folder.path().display());
@@ -505,6 +505,60 @@ async fn vacuum_leaves_alone_what_is_not_ours() {
     let exists = |path: &str| place.folder.path().join("psi").join(path).exists();
     assert!(!exists(&ours) && !exists(dropped));
     assert!(all.filter(|path| *path != dropped).all(exists));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_row_counts_that_went_to_another_folder() {
+    let base = tempfile::tempdir().unwrap();
+    let (folder, away) = (base.path().join("archive"), base.path().join("away"));
+    let settings = ObjectStorageSettings::new(folder.to_str().unwrap(), "").unwrap();
+    let storage = Storage::open(&settings).unwrap();
+    let mut table = Table::claim(&storage, Kind::Psi, APP, "one", Lsn(100)).await.unwrap();
+    let file = |lsn| {
+        let file = encode(Kind::Psi, [rows(5)]).unwrap().unwrap();
+        upload(&storage, Kind::Psi, Namer::new().name(Window::of(NOON, WindowWidth::DAY), Lsn(lsn)), file)
+    };
+    let uploaded = file(200).await.unwrap();
+    std::fs::rename(&folder, &away).unwrap();
+    let vanished = |error: Error| {
+        let text = error.chain();
+        assert!(text.contains("replaced or unmounted"), "{text}");
+        assert!(matches!(error, Error::Storage { .. }) && error.is_transient(), "{text}");
+    };
+    vanished(table.commit(std::slice::from_ref(&uploaded), Lsn(200), &note()).await.unwrap_err());
+    vanished(file(300).await.unwrap_err());
+    assert!(!folder.exists(), "the path was made anew");
+    // The mount point without its volume, even with a log that could go on.
+    std::fs::create_dir_all(folder.join("psi/_delta_log")).unwrap();
+    vanished(table.commit(std::slice::from_ref(&uploaded), Lsn(200), &note()).await.unwrap_err());
+    assert_eq!(std::fs::read_dir(folder.join("psi/_delta_log")).unwrap().count(), 0);
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::rename(&away, &folder).unwrap();
+    table.commit(&[uploaded], Lsn(200), &note()).await.unwrap();
+    assert_eq!((table.totals().row_count, table.lsn()), (5, Lsn(200)));
+    // Only the table's part of it is gone.
+    std::fs::rename(folder.join("psi"), &away).unwrap();
+    let error = table.commit(&[], Lsn(300), &note()).await.unwrap_err();
+    assert!(error.is_transient() && error.chain().contains("has vanished"), "{}", error.chain());
+    assert!(!folder.join("psi").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_counts_once_its_name_is_synced() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let file = place.file(rows(5), 200).await;
+    let log = place.folder.path().join("psi/_delta_log");
+    synced::tests::fail_syncs(&log, 3);
+    for _ in 0..4 {
+        let landed = table.commit(std::slice::from_ref(&file), Lsn(200), &note()).await.is_ok();
+        assert!(log.join("00000000000000000002.json").exists(), "the entry can be read");
+        assert_eq!(landed, synced::tests::failures_left(&log) == 0);
+        if landed {
+            break;
+        }
+    }
+    assert_eq!((table.totals().row_count, table.version()), (5, 2));
 }
 
 /// `moto_server` on a free port; ends with the value.
