@@ -561,6 +561,42 @@ async fn an_entry_counts_once_its_name_is_synced() {
     assert_eq!((table.totals().row_count, table.version()), (5, 2));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn one_unreadable_file_does_not_stop_other_merges() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let mut broken = String::new();
+    for day in [0, 1] {
+        for lsn in 200..202 {
+            let file = place.file(psi(&[(NOON + day * MICROS_PER_DAY, "a", 1)]), lsn).await;
+            if day == 0 {
+                broken.clone_from(&file.path);
+            }
+            table.commit(&[file], Lsn(201), &note()).await.unwrap();
+        }
+    }
+    std::fs::write(place.folder.path().join("psi").join(&broken), "broken").unwrap();
+    let plans = || table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
+    let mut turns = MergeTurns::default();
+    let mut now = std::time::Instant::now();
+    let first = turns.choose(plans(), now).unwrap();
+    let error = merge(&place.storage, &place.namer, &first).await.unwrap_err();
+    assert!(error.chain().contains(&broken), "{}", error.chain());
+    assert_eq!(turns.failed(now), Some((first.window.clone(), Duration::from_mins(10))));
+    let second = turns.choose(plans(), now).unwrap();
+    assert_ne!(second.window, first.window);
+    merge(&place.storage, &place.namer, &second).await.unwrap();
+    turns.succeeded();
+    // The failed one comes back, less and less often.
+    for minutes in [20, 40, 80, 160, 320, 360, 360] {
+        let pause = turns.failed.values().map(|(again_at, _)| *again_at - now).next().unwrap();
+        assert_eq!(turns.choose(plans().into_iter().take(1), now + pause / 2), None);
+        now += pause;
+        assert_eq!(turns.choose(plans(), now).map(|plan| plan.window), Some(first.window.clone()));
+        assert_eq!(turns.failed(now).unwrap().1, Duration::from_mins(minutes));
+    }
+}
+
 /// `moto_server` on a free port; ends with the value.
 struct Moto {
     server: std::process::Child,
