@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::log::{self, CommitId, Entry, TableFile, entry_path, schema_text};
 use super::merge::Merged;
+use super::name::ObjectName;
 use super::{DataFile, Storage};
 use crate::record::Kind;
 use crate::{Error, Lsn, Result, failpoint};
@@ -487,6 +488,21 @@ async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()> {
     let mut log = store.list(Some(&Path::from("_delta_log")));
     if log.try_next().await.map_err(failed())?.is_some() {
         return Ok(());
+    }
+    // Files of ours without a log are orphans, and harmless. Anything else is somebody's, who would find a
+    // table around it.
+    let mut objects = store.list(None);
+    while let Some(object) = objects.try_next().await.map_err(failed())? {
+        if ObjectName::parse(object.location.as_ref()).is_none() {
+            return Err(Error::Setting {
+                setting: "storage".to_owned(),
+                value: storage.table_url(kind).to_string(),
+                accepted: format!(
+                    "an empty folder or a table of Highwater: it has no _delta_log, but {}",
+                    object.location
+                ),
+            });
+        }
     }
     let entry = log::to_bytes(&log::creation(kind, Utc::now().timestamp_millis()));
     match store.put_opts(&entry_path(0), entry.into(), PutMode::Create.into()).await {

@@ -597,6 +597,24 @@ async fn one_unreadable_file_does_not_stop_other_merges() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn no_table_is_made_around_the_files_of_others() {
+    let place = Place::new();
+    let orphan = place.file(rows(1), 200).await;
+    let store = place.storage.table_store(Kind::Psi);
+    let foreign = Path::from("models/x.parquet");
+    store.put(&foreign, "x".into()).await.unwrap();
+    let claim = || Table::claim(&place.storage, Kind::Psi, APP, "one", Lsn(100));
+    let error = claim().await.unwrap_err();
+    assert!(!error.is_transient());
+    let folder = place.storage.table_url(Kind::Psi).to_string();
+    assert!(error.chain().contains(&folder) && error.chain().contains(foreign.as_ref()), "{}", error.chain());
+    assert!(!place.folder.path().join("psi/_delta_log").exists());
+    store.delete(&foreign).await.unwrap();
+    claim().await.unwrap();
+    assert!(place.folder.path().join("psi").join(orphan.path).exists());
+}
+
 /// `moto_server` on a free port; ends with the value.
 struct Moto {
     server: std::process::Child,
