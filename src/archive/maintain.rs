@@ -1,7 +1,9 @@
 //! What keeps a table fast to open and free of waste: log checkpoints, trimming, vacuum.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+use std::{fs, io};
 
 use chrono::Utc;
 use deltalake_core::checkpoints::{cleanup_metadata, create_checkpoint};
@@ -16,6 +18,9 @@ use crate::{Error, Result};
 
 /// Versions to wait before a log checkpoint that failed is tried again.
 const RETRY_AFTER: u64 = 10;
+
+/// No put takes this long: what it wrote under another name first was left by a crash.
+const STAGING_AGE: Duration = Duration::from_hours(24);
 
 impl Table {
     /// Writes a checkpoint of the log when 100 versions have come since the last one, and removes what it
@@ -96,8 +101,51 @@ impl Table {
         }
         let deletions = store.delete_stream(futures::stream::iter(paths).boxed());
         let deleted = deletions.try_fold(0, async |count, _| Ok(count + 1)).await;
-        deleted.map_err(failed())
+        let deleted = deleted.map_err(failed())?;
+        Ok(deleted + self.remove_staging().await)
     }
+}
+
+impl Table {
+    /// Removes what puts into a local folder left behind when their process was killed; other stores have
+    /// nothing of the kind.
+    async fn remove_staging(&self) -> u64 {
+        let url = self.storage().table_url(self.kind());
+        let Some(folder) = (url.scheme() == "file").then(|| url.to_file_path().ok()).flatten() else {
+            return 0;
+        };
+        let remove = move || {
+            let mut removed = 0;
+            if let Err(error) = remove_staging(&folder, "", &mut removed) {
+                tracing::debug!(%error, "{} was not cleared of staging files", folder.display());
+            }
+            removed
+        };
+        tokio::task::spawn_blocking(remove).await.unwrap_or_default()
+    }
+}
+
+fn remove_staging(folder: &Path, prefix: &str, removed: &mut u64) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let path = format!("{prefix}{name}");
+        let kind = entry.file_type()?;
+        // Our files are in folders of digits, and nothing else is looked into.
+        if kind.is_dir() && name.bytes().all(|byte| byte.is_ascii_digit()) {
+            remove_staging(&entry.path(), &format!("{path}/"), removed)?;
+        }
+        let is_staging = path.rsplit_once('#').is_some_and(|(target, digits)| {
+            digits.bytes().all(|byte| byte.is_ascii_digit()) && ObjectName::parse(target).is_some()
+        });
+        let age = SystemTime::now().duration_since(entry.metadata()?.modified()?).unwrap_or_default();
+        if kind.is_file() && is_staging && age > STAGING_AGE {
+            fs::remove_file(entry.path())?;
+            *removed += 1;
+        }
+    }
+    Ok(())
 }
 
 /// Whether a folder of the path is one that Delta readers and writers leave alone.

@@ -615,6 +615,25 @@ async fn no_table_is_made_around_the_files_of_others() {
     assert!(place.folder.path().join("psi").join(orphan.path).exists());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn vacuum_removes_what_a_killed_put_left() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let ours = place.file(rows(1), 200).await.path;
+    let folder = place.folder.path().join("psi");
+    let left = |name: String| {
+        let path = folder.join(name);
+        std::fs::write(&path, "x").unwrap();
+        path
+    };
+    let old = left(format!("{ours}#17"));
+    let foreign = [left("x.parquet#17".to_owned()), left(format!("{ours}#x"))];
+    place.age(Duration::from_hours(48));
+    let young = left(format!("{ours}#18"));
+    assert_eq!(table.vacuum(&place.namer, Duration::from_hours(24)).await.unwrap(), 1);
+    assert!(!old.exists() && young.exists() && foreign.iter().all(|path| path.exists()));
+}
+
 /// `moto_server` on a free port; ends with the value.
 struct Moto {
     server: std::process::Child,
