@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
-use crate::archive::{self, CommitNote, DataFile, EncodedFile, Merged, Namer, Storage, Table};
+use crate::archive::{self, CommitNote, DataFile, EncodedFile, MergeTurns, Merged, Namer, Storage, Table};
 use crate::batch::{Batches, EntitySpan};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -113,6 +113,7 @@ pub(crate) struct Committer {
     /// Waits to be passed by the durable position.
     horizon: Option<Horizon>,
     merge: Option<(Kind, JoinHandle<Result<Merged>>)>,
+    merge_turns: MergeTurns,
     vacuum_at: Instant,
 }
 
@@ -133,6 +134,7 @@ impl Committer {
             spans: Vec::new(),
             horizon: None,
             merge: None,
+            merge_turns: MergeTurns::default(),
             vacuum_at: Instant::now() + FIRST_VACUUM_AFTER,
         }
     }
@@ -384,12 +386,9 @@ impl Committer {
         let now = chrono::Utc::now().timestamp_micros();
         // Late rows come for about as long as checkpoints take.
         let quiet = self.parts.max_lag * 2;
-        let plan = self
-            .parts
-            .tables
-            .iter()
-            .find_map(|table| table.merge_candidates(now, quiet, self.parts.window).into_iter().next());
-        if let Some(plan) = plan {
+        let tables = self.parts.tables.iter();
+        let plans = tables.flat_map(|table| table.merge_candidates(now, quiet, self.parts.window));
+        if let Some(plan) = self.merge_turns.choose(plans, Instant::now().into_std()) {
             let (storage, namer) = (self.parts.storage.clone(), Arc::clone(&self.parts.namer));
             let kind = plan.kind;
             let merge = tokio::spawn(async move { archive::merge(&storage, &namer, &plan).await });
@@ -401,14 +400,18 @@ impl Committer {
         let merged = match merged {
             Ok(merged) => merged,
             Err(error) => {
-                tracing::warn!(
+                let (window, pause) = self.merge_turns.failed(Instant::now().into_std()).unwrap_or_default();
+                tracing::error!(
                     kind = kind.name(),
+                    window,
                     error = error.chain(),
-                    "a window was not merged, it will be tried again"
+                    again_in = ?pause,
+                    "a window was not merged; others are, and it will be tried again"
                 );
                 return Ok(());
             }
         };
+        self.merge_turns.succeeded();
         let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else {
             return Ok(());
         };

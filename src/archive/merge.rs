@@ -3,7 +3,7 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
 use arrow::compute::interleave_record_batch;
@@ -87,6 +87,51 @@ impl Table {
     }
 }
 
+/// First and longest pause before a window whose merge failed is tried again.
+const FAILED_PAUSE: (Duration, Duration) = (Duration::from_mins(10), Duration::from_hours(6));
+
+/// Whose turn it is to be merged: one window that can't be must not keep the others waiting.
+#[derive(Debug, Default)]
+pub struct MergeTurns {
+    running: Option<(Kind, String)>,
+    /// When a window that failed may be tried again, and after which pause.
+    pub(super) failed: BTreeMap<(Kind, String), (Instant, Duration)>,
+}
+
+impl MergeTurns {
+    /// Takes the first plan whose window has not failed lately. Its end is to be told with
+    /// [`MergeTurns::succeeded`] or [`MergeTurns::failed`].
+    pub fn choose(&mut self, plans: impl IntoIterator<Item = MergePlan>, now: Instant) -> Option<MergePlan> {
+        // The window is no longer there, or would have been tried since.
+        self.failed.retain(|_, (again_at, _)| now < *again_at + FAILED_PAUSE.1);
+        let window = |plan: &MergePlan| (plan.kind, plan.window.clone());
+        let is_due =
+            |plan: &MergePlan| self.failed.get(&window(plan)).is_none_or(|(again_at, _)| *again_at <= now);
+        let plan = plans.into_iter().find(is_due)?;
+        self.running = Some(window(&plan));
+        Some(plan)
+    }
+
+    /// The chosen window was merged, or needs it no more.
+    pub fn succeeded(&mut self) {
+        if let Some(window) = self.running.take() {
+            self.failed.remove(&window);
+        }
+    }
+
+    /// The chosen window could not be merged. Returns the window, and how long it has to wait.
+    pub fn failed(&mut self, now: Instant) -> Option<(String, Duration)> {
+        let window = self.running.take()?;
+        let name = window.1.clone();
+        let pause = match self.failed.get(&window) {
+            Some((_, pause)) => (*pause * 2).min(FAILED_PAUSE.1),
+            None => FAILED_PAUSE.0,
+        };
+        self.failed.insert(window, (now + pause, pause));
+        Some((name, pause))
+    }
+}
+
 /// Merges the plan's files and uploads the result, row group by row group. Reads and writes data files
 /// only, so it may run beside commits.
 ///
@@ -147,6 +192,8 @@ impl Eq for Cursor {}
 struct Sources {
     kind: Kind,
     context: String,
+    /// Of the inputs.
+    paths: Vec<String>,
     converter: RowConverter,
     streams: Vec<ParquetRecordBatchStream<ObjectReader>>,
     heap: BinaryHeap<Reverse<Cursor>>,
@@ -166,7 +213,8 @@ impl Sources {
             .map_err(encode_error(context.clone()))?;
         let converter = RowConverter::new(fields).map_err(encode_error(context.clone()))?;
         let (streams, heap, pool) = (Vec::new(), BinaryHeap::new(), Vec::new());
-        let mut sources = Self { kind, context, converter, streams, heap, pool };
+        let paths = plan.inputs.iter().map(|file| file.path.clone()).collect();
+        let mut sources = Self { kind, context, paths, converter, streams, heap, pool };
         let store = storage.table_store(kind);
         for (source, file) in plan.inputs.iter().enumerate() {
             let reader = ObjectReader::new(Arc::clone(&store), &file.path, Some(file.size));
@@ -189,8 +237,11 @@ impl Sources {
 
     /// Reads the source's next batch, if it has one.
     async fn advance(&mut self, source: usize) -> Result<()> {
-        let Some(stream) = self.streams.get_mut(source) else { return Ok(()) };
-        while let Some(batch) = stream.try_next().await.map_err(parquet_error(self.context.clone()))? {
+        let Some((stream, path)) = self.streams.get_mut(source).zip(self.paths.get(source)) else {
+            return Ok(());
+        };
+        let failed = || parquet_error(format!("reading {path}"));
+        while let Some(batch) = stream.try_next().await.map_err(failed())? {
             if batch.num_rows() == 0 {
                 continue;
             }

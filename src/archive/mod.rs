@@ -27,7 +27,7 @@ use parquet::errors::ParquetError;
 pub use encode::{EncodedFile, encode};
 pub use entities::{EntityStats, QuarantinedText, entity_stats, quarantined};
 pub use log::TableFile;
-pub use merge::{MergePlan, Merged, merge};
+pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};
 pub use stats::FileStats;
 pub use storage::Storage;

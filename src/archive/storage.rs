@@ -34,7 +34,8 @@ impl fmt::Debug for Storage {
 }
 
 impl Storage {
-    /// Opens the storage that the settings name; a local folder is created. Credentials and endpoints
+    /// Opens the storage that the settings name; a local folder is created, and no other is written to in its
+    /// place later on. Credentials and endpoints
     /// come from the store's usual environment variables (`AWS_*`, `GOOGLE_*`, `AZURE_*`). Sends no request.
     ///
     /// # Errors
@@ -72,7 +73,8 @@ impl Storage {
         let absolute = absolute.canonicalize().map_err(Error::io(context()))?;
         let url = Url::from_directory_path(&absolute)
             .map_err(|()| Error::Internal(format!("{} is not absolute", absolute.display())))?;
-        Ok(Self { root: Arc::new(SyncedLocal::new()), url })
+        let store = SyncedLocal::open(&absolute).map_err(Error::io(context()))?;
+        Ok(Self { root: Arc::new(store), url })
     }
 
     /// Storage under a URL of a store that is already open; the store's root is the bucket's.

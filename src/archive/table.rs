@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::log::{self, CommitId, Entry, TableFile, entry_path, schema_text};
 use super::merge::Merged;
+use super::name::ObjectName;
 use super::{DataFile, Storage};
 use crate::record::Kind;
 use crate::{Error, Lsn, Result, failpoint};
@@ -271,6 +272,7 @@ impl Table {
     }
 
     async fn land(&mut self, change: Change) -> Result<bool> {
+        let mut retried = false;
         for _ in 0..ATTEMPTS_MAX {
             if !change.removes.iter().all(|path| self.files.contains_key(path)) {
                 return Ok(false);
@@ -283,6 +285,14 @@ impl Table {
             };
             let failed =
                 Error::storage(format!("committing version {} of {}", self.version + 1, self.kind.name()));
+            // That an entry can be read does not make it durable (see `SyncedLocal`). A put that succeeds, or
+            // meets it, does: so only after one of these is an entry looked for.
+            if !matches!(error, object_store::Error::AlreadyExists { .. }) {
+                if std::mem::replace(&mut retried, true) {
+                    return Err(failed(error));
+                }
+                continue;
+            }
             match self.catch_up(Some(&change)).await {
                 Ok(Since::Landed) => {
                     self.check_end(self.version).await?;
@@ -478,6 +488,21 @@ async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()> {
     let mut log = store.list(Some(&Path::from("_delta_log")));
     if log.try_next().await.map_err(failed())?.is_some() {
         return Ok(());
+    }
+    // Files of ours without a log are orphans, and harmless. Anything else is somebody's, who would find a
+    // table around it.
+    let mut objects = store.list(None);
+    while let Some(object) = objects.try_next().await.map_err(failed())? {
+        if ObjectName::parse(object.location.as_ref()).is_none() {
+            return Err(Error::Setting {
+                setting: "storage".to_owned(),
+                value: storage.table_url(kind).to_string(),
+                accepted: format!(
+                    "an empty folder or a table of Highwater: it has no _delta_log, but {}",
+                    object.location
+                ),
+            });
+        }
     }
     let entry = log::to_bytes(&log::creation(kind, Utc::now().timestamp_millis()));
     match store.put_opts(&entry_path(0), entry.into(), PutMode::Create.into()).await {

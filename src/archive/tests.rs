@@ -111,7 +111,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::new());
+        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::open(folder.path()).unwrap());
         let (requests, lose_next_answer) = (AtomicU64::new(0), AtomicBool::new(false));
         let observed = Arc::new(Observed { inner, requests, lose_next_answer });
         let url = format!("file://{}/", folder.path().display());
@@ -414,9 +414,8 @@ async fn a_merge_keeps_every_row_and_changes_none() {
             .unwrap();
     }
     let before = table.totals();
-    let later = later();
     assert!(table.merge_candidates(NOON, Duration::ZERO, WindowWidth::DAY).is_empty(), "the day is not over");
-    let plans = table.merge_candidates(later, Duration::ZERO, WindowWidth::DAY);
+    let plans = table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
     assert_eq!((plans.len(), plans[0].inputs.len()), (1, 60));
     let merged = merge(&place.storage, &place.namer, &plans[0]).await.unwrap();
     assert!(table.commit_merge(&merged).await.unwrap());
@@ -445,7 +444,7 @@ async fn a_merge_keeps_every_row_and_changes_none() {
     assert!(!entry.contains(r#""dataChange":true"#));
 
     table.commit(&[place.file(rows(10), 300).await], Lsn(300), &note()).await.unwrap();
-    let plans = table.merge_candidates(later, Duration::ZERO, WindowWidth::DAY);
+    let plans = table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
     let merged = merge(&place.storage, &place.namer, &plans[0]).await.unwrap();
     assert!(table.commit_merge(&merged).await.unwrap());
     drop(table);
@@ -478,6 +477,161 @@ async fn vacuum_spares_what_may_still_be_needed() {
     // With no patience at all they go, and the young orphan with them.
     assert_eq!(table.vacuum(&place.namer, Duration::ZERO).await.unwrap(), 3);
     assert!(merged.outputs.iter().all(|file| exists(&file.path)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vacuum_leaves_alone_what_is_not_ours() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let ours = place.file_with(&Namer::new(), rows(1), 200).await.path;
+    let store = place.storage.table_store(Kind::Psi);
+    let foreign = ["custom/mymodel/x.parquet", "README", "_mine/x.parquet", ".mine/x.parquet"];
+    // What was a file of the table goes; in a folder that readers don't look at it stays.
+    let (dropped, hidden) = ("part-0.parquet", "_change_data/part-0.parquet");
+    let nested = format!("_backup/{ours}");
+    let all = foreign.iter().copied().chain([dropped, hidden, nested.as_str()]);
+    for path in all.clone() {
+        store.put(&Path::from(path), "x".into()).await.unwrap();
+    }
+    let remove = |path| {
+        format!(
+            r#"{{"remove":{{"path":"{path}","deletionTimestamp":1,"dataChange":true,"partitionValues":{{}},"size":1}}}}"#
+        )
+    };
+    let entry = format!("{}\n{}", remove(dropped), remove(hidden));
+    store.put(&entry_path(table.version() + 1), entry.into()).await.unwrap();
+    place.age(Duration::from_hours(48));
+    assert_eq!(table.vacuum(&place.namer, Duration::from_hours(24)).await.unwrap(), 2);
+    let exists = |path: &str| place.folder.path().join("psi").join(path).exists();
+    assert!(!exists(&ours) && !exists(dropped));
+    assert!(all.filter(|path| *path != dropped).all(exists));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_row_counts_that_went_to_another_folder() {
+    let base = tempfile::tempdir().unwrap();
+    let (folder, away) = (base.path().join("archive"), base.path().join("away"));
+    let settings = ObjectStorageSettings::new(folder.to_str().unwrap(), "").unwrap();
+    let storage = Storage::open(&settings).unwrap();
+    let mut table = Table::claim(&storage, Kind::Psi, APP, "one", Lsn(100)).await.unwrap();
+    let file = |lsn| {
+        let file = encode(Kind::Psi, [rows(5)]).unwrap().unwrap();
+        upload(&storage, Kind::Psi, Namer::new().name(Window::of(NOON, WindowWidth::DAY), Lsn(lsn)), file)
+    };
+    let uploaded = file(200).await.unwrap();
+    std::fs::rename(&folder, &away).unwrap();
+    let vanished = |error: Error| {
+        let text = error.chain();
+        assert!(text.contains("replaced or unmounted"), "{text}");
+        assert!(matches!(error, Error::Storage { .. }) && error.is_transient(), "{text}");
+    };
+    vanished(table.commit(std::slice::from_ref(&uploaded), Lsn(200), &note()).await.unwrap_err());
+    vanished(file(300).await.unwrap_err());
+    assert!(!folder.exists(), "the path was made anew");
+    // The mount point without its volume, even with a log that could go on.
+    std::fs::create_dir_all(folder.join("psi/_delta_log")).unwrap();
+    vanished(table.commit(std::slice::from_ref(&uploaded), Lsn(200), &note()).await.unwrap_err());
+    assert_eq!(std::fs::read_dir(folder.join("psi/_delta_log")).unwrap().count(), 0);
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::rename(&away, &folder).unwrap();
+    table.commit(&[uploaded], Lsn(200), &note()).await.unwrap();
+    assert_eq!((table.totals().row_count, table.lsn()), (5, Lsn(200)));
+    // Only the table's part of it is gone.
+    std::fs::rename(folder.join("psi"), &away).unwrap();
+    let error = table.commit(&[], Lsn(300), &note()).await.unwrap_err();
+    assert!(error.is_transient() && error.chain().contains("has vanished"), "{}", error.chain());
+    assert!(!folder.join("psi").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_counts_once_its_name_is_synced() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let file = place.file(rows(5), 200).await;
+    let log = place.folder.path().join("psi/_delta_log");
+    synced::tests::fail_syncs(&log, 3);
+    for _ in 0..4 {
+        let landed = table.commit(std::slice::from_ref(&file), Lsn(200), &note()).await.is_ok();
+        assert!(log.join("00000000000000000002.json").exists(), "the entry can be read");
+        assert_eq!(landed, synced::tests::failures_left(&log) == 0);
+        if landed {
+            break;
+        }
+    }
+    assert_eq!((table.totals().row_count, table.version()), (5, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_unreadable_file_does_not_stop_other_merges() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let mut broken = String::new();
+    for day in [0, 1] {
+        for lsn in 200..202 {
+            let file = place.file(psi(&[(NOON + day * MICROS_PER_DAY, "a", 1)]), lsn).await;
+            if day == 0 {
+                broken.clone_from(&file.path);
+            }
+            table.commit(&[file], Lsn(201), &note()).await.unwrap();
+        }
+    }
+    std::fs::write(place.folder.path().join("psi").join(&broken), "broken").unwrap();
+    let plans = || table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
+    let mut turns = MergeTurns::default();
+    let mut now = std::time::Instant::now();
+    let first = turns.choose(plans(), now).unwrap();
+    let error = merge(&place.storage, &place.namer, &first).await.unwrap_err();
+    assert!(error.chain().contains(&broken), "{}", error.chain());
+    assert_eq!(turns.failed(now), Some((first.window.clone(), Duration::from_mins(10))));
+    let second = turns.choose(plans(), now).unwrap();
+    assert_ne!(second.window, first.window);
+    merge(&place.storage, &place.namer, &second).await.unwrap();
+    turns.succeeded();
+    // The failed one comes back, less and less often.
+    for minutes in [20, 40, 80, 160, 320, 360, 360] {
+        let pause = turns.failed.values().map(|(again_at, _)| *again_at - now).next().unwrap();
+        assert_eq!(turns.choose(plans().into_iter().take(1), now + pause / 2), None);
+        now += pause;
+        assert_eq!(turns.choose(plans(), now).map(|plan| plan.window), Some(first.window.clone()));
+        assert_eq!(turns.failed(now).unwrap().1, Duration::from_mins(minutes));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_table_is_made_around_the_files_of_others() {
+    let place = Place::new();
+    let orphan = place.file(rows(1), 200).await;
+    let store = place.storage.table_store(Kind::Psi);
+    let foreign = Path::from("models/x.parquet");
+    store.put(&foreign, "x".into()).await.unwrap();
+    let claim = || Table::claim(&place.storage, Kind::Psi, APP, "one", Lsn(100));
+    let error = claim().await.unwrap_err();
+    assert!(!error.is_transient());
+    let folder = place.storage.table_url(Kind::Psi).to_string();
+    assert!(error.chain().contains(&folder) && error.chain().contains(foreign.as_ref()), "{}", error.chain());
+    assert!(!place.folder.path().join("psi/_delta_log").exists());
+    store.delete(&foreign).await.unwrap();
+    claim().await.unwrap();
+    assert!(place.folder.path().join("psi").join(orphan.path).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vacuum_removes_what_a_killed_put_left() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let ours = place.file(rows(1), 200).await.path;
+    let folder = place.folder.path().join("psi");
+    let left = |name: String| {
+        let path = folder.join(name);
+        std::fs::write(&path, "x").unwrap();
+        path
+    };
+    let old = left(format!("{ours}#17"));
+    let foreign = [left("x.parquet#17".to_owned()), left(format!("{ours}#x"))];
+    place.age(Duration::from_hours(48));
+    let young = left(format!("{ours}#18"));
+    assert_eq!(table.vacuum(&place.namer, Duration::from_hours(24)).await.unwrap(), 1);
+    assert!(!old.exists() && young.exists() && foreign.iter().all(|path| path.exists()));
 }
 
 /// `moto_server` on a free port; ends with the value.
