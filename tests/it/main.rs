@@ -12,6 +12,7 @@
 mod support;
 
 mod big;
+mod connection;
 mod crash;
 mod idle;
 mod partition;
