@@ -205,7 +205,8 @@ fn io_policy(source: &io::Error) -> Policy {
         io::ErrorKind::PermissionDenied => {
             Policy::Stop { advice: "give the process access to the socket or file that the error names" }
         }
-        // rustls reports certificates that it refuses this way.
+        // rustls reports certificates that it refuses this way. What goes wrong after the handshake has another
+        // kind (`postgres::Socket`).
         io::ErrorKind::InvalidData => {
             Policy::Stop { advice: "check sslmode, sslrootcert and the server's certificate" }
         }
@@ -217,6 +218,9 @@ fn io_policy(source: &io::Error) -> Policy {
 /// retry; what needs a grant, a password or another name is not.
 fn server_policy(code: &str) -> Policy {
     let advice = match code {
+        // Of its class, the others name something that is in use. This one is a setting (`wal_level`) or a slot
+        // that was invalidated.
+        _ if code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE.code() => "run `highwater check`",
         // Answers while a server starts, stops or is being promoted belong to 57P0x; those of a
         // standby that can't write yet, to 25006.
         _ if ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) => {
@@ -271,10 +275,10 @@ mod tests {
 
     #[test]
     fn a_restarting_server_is_waited_for_and_a_wrong_password_is_not() {
-        for code in ["57P01", "57P03", "53300", "55006", "08006", "25006"] {
+        for code in ["57P01", "57P03", "53300", "55006", "55P03", "08006", "25006"] {
             assert_eq!(server(code).policy(), Policy::Retry, "{code}");
         }
-        for code in ["28P01", "3D000", "42501", "42704", "22023"] {
+        for code in ["28P01", "3D000", "42501", "42704", "22023", "55000"] {
             assert!(matches!(server(code).policy(), Policy::Stop { .. }), "{code}");
         }
     }

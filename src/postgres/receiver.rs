@@ -24,6 +24,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
+use tokio_postgres::error::SqlState;
 use tracing::warn;
 
 use super::frame::{self, Chunk, Cut, FRAME_BYTES_MAX, STREAM};
@@ -40,6 +41,9 @@ const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
 const REPLY_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// A report is a few bytes; a socket that doesn't take them for so long is dead.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the server may say nothing while we read before it is asked for an answer, and how long it then has
+/// for it. TCP's own checks don't see a walsender that hangs, or a load balancer that has lost its server.
+const SILENCE: Duration = Duration::from_secs(30);
 /// How long the server may take to end the stream.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -64,6 +68,13 @@ pub(super) fn status_interval(wal_sender_timeout: Duration) -> Duration {
     }
 }
 
+/// How long a server may be silent. One that decodes a long transaction of which nothing is published reads our
+/// messages only every half `wal_sender_timeout`; it must not be taken for dead, or it would begin the
+/// transaction again and again.
+pub(super) fn silence(wal_sender_timeout: Duration) -> Duration {
+    SILENCE.max(wal_sender_timeout.saturating_mul(3) / 4)
+}
+
 impl ReplicationStream {
     /// Starts the task that reads the stream. It sends whole frames, in order and without a gap, into
     /// `chunks`, and reports `durable` as written, flushed and applied: at once when it changes, when the
@@ -73,6 +84,8 @@ impl ReplicationStream {
     /// A full queue stops the reading only; at most one chunk waits beside it. A chunk is 0.5 MiB or one
     /// frame, whichever is larger. When the other end of `chunks` is gone nothing more is read, but the
     /// reports go on until [`Receiver::finish`]: the last checkpoint may still be on its way.
+    ///
+    /// A server that says nothing while we read is asked for an answer, and given up if none comes.
     pub fn spawn(self, chunks: mpsc::Sender<Chunk>, durable: watch::Receiver<Lsn>) -> Receiver {
         let (finish, finished) = oneshot::channel();
         let pump = Pump {
@@ -82,6 +95,10 @@ impl ReplicationStream {
             reported: Lsn::ZERO,
             reported_at: Instant::now(),
             reply_owed: false,
+            silence: self.silence,
+            silent_at: Instant::now() + self.silence,
+            is_asked: false,
+            slot: self.slot,
         };
         Receiver { task: Some(tokio::spawn(pump.run(chunks, finished))), finish: Some(finish) }
     }
@@ -102,7 +119,9 @@ impl Receiver {
     /// # Errors
     ///
     /// Always an error, since only [`finish`](Self::finish) ends a stream as it should: [`Error::Server`] or
-    /// [`Error::Io`] as the server or the network ended it, [`Error::Protocol`] for bytes that make no sense.
+    /// [`Error::Io`] as the server or the network ended it (of kind `TimedOut` if it fell silent),
+    /// [`Error::Slot`] if the publication is missing where the slot stands, [`Error::Protocol`] for bytes that
+    /// make no sense.
     pub async fn ended(&mut self) -> Result<()> {
         let Some(task) = &mut self.task else { return pending().await };
         let result = task.await;
@@ -151,6 +170,14 @@ struct Pump {
     reported_at: Instant,
     /// The server has asked since.
     reply_owed: bool,
+    /// How long the server may say nothing.
+    silence: Duration,
+    /// When that time is over. Counts only while we read.
+    silent_at: Instant,
+    /// It was over once, and the server has been asked for an answer.
+    is_asked: bool,
+    /// For messages: the slot's name.
+    slot: String,
 }
 
 impl Pump {
@@ -160,15 +187,21 @@ impl Pump {
     /// 2. a new durable position: it frees WAL on the server, and a server that shuts down waits for it;
     /// 3. a report that is due: without it the server gives up;
     /// 4. the waiting chunk goes into the queue;
-    /// 5. only with no chunk waiting: more bytes.
+    /// 5. only with no chunk waiting: more bytes;
+    /// 6. while there are none: the server's silence. Bytes that are there disprove it, so it comes after them.
     ///
-    /// The first three are rare, so they can't starve the last two; and these exclude each other.
-    async fn run(mut self, chunks: mpsc::Sender<Chunk>, mut finished: oneshot::Receiver<()>) -> Result<()> {
+    /// The first three are rare, so they can't starve 4 and 5; and these exclude each other.
+    async fn run(mut self, chunks: mpsc::Sender<Chunk>, finished: oneshot::Receiver<()>) -> Result<()> {
+        let slot = std::mem::take(&mut self.slot);
+        self.pump(chunks, finished).await.map_err(|error| name_missing_publication(&slot, error))
+    }
+
+    async fn pump(mut self, chunks: mpsc::Sender<Chunk>, mut finished: oneshot::Receiver<()>) -> Result<()> {
         let mut waiting = None;
         let mut resume_at = Instant::now();
         let mut is_published = true;
         // Tells the server at once that somebody is there.
-        self.report().await?;
+        self.report(Reply::Unneeded).await?;
         loop {
             if waiting.is_none() && !chunks.is_closed() {
                 let Cut { chunk, reply_requested } = frame::cut(&mut self.wire.inbox)?;
@@ -176,6 +209,7 @@ impl Pump {
                 waiting = chunk;
             }
             let report_at = self.report_at();
+            let is_reading = waiting.is_none() && !chunks.is_closed();
             tokio::select! {
                 biased;
                 // 1. An error means that the handle is gone, and then this task is, too.
@@ -185,26 +219,51 @@ impl Pump {
                     // Without a publisher the last value stands.
                     is_published = changed.is_ok();
                     if self.durable_position() > self.reported {
-                        self.report().await?;
+                        self.report(Reply::Unneeded).await?;
                     }
                 }
                 // 3.
-                () = sleep_until(report_at) => self.report().await?,
+                () = sleep_until(report_at) => self.report(Reply::Unneeded).await?,
                 // 4.
                 permit = chunks.reserve(), if waiting.is_some() => {
                     // Otherwise nobody takes chunks any more.
                     if let (Ok(permit), Some(chunk)) = (permit, waiting.take()) {
                         permit.send(chunk);
                     }
+                    // Nobody listened until now.
+                    self.restart_silence();
                 }
                 // 5.
-                count = read(&mut self.wire, resume_at), if waiting.is_none() && !chunks.is_closed() => {
+                count = read(&mut self.wire, resume_at), if is_reading => {
                     if count? >= BEHIND_BYTES {
                         resume_at = Instant::now() + BEHIND_PAUSE;
                     }
+                    self.restart_silence();
                 }
+                // 6.
+                () = sleep_until(self.silent_at), if is_reading => self.break_silence().await?,
             }
         }
+    }
+
+    fn restart_silence(&mut self) {
+        self.silent_at = Instant::now() + self.silence;
+        self.is_asked = false;
+    }
+
+    /// Asks the server for an answer; gives it up if it has been asked.
+    async fn break_silence(&mut self) -> Result<()> {
+        if self.is_asked {
+            let detail = format!(
+                "the server has sent nothing for {:?}, and not answered a request",
+                self.silence.saturating_mul(2)
+            );
+            return Err(Error::io(STREAM)(io::Error::new(io::ErrorKind::TimedOut, detail)));
+        }
+        self.report(Reply::Requested).await?;
+        self.restart_silence();
+        self.is_asked = true;
+        Ok(())
     }
 
     fn durable_position(&self) -> Lsn {
@@ -216,9 +275,9 @@ impl Pump {
         self.reported_at + if self.reply_owed { REPLY_INTERVAL_MIN } else { self.status_interval }
     }
 
-    async fn report(&mut self) -> Result<()> {
+    async fn report(&mut self, reply: Reply) -> Result<()> {
         let position = self.durable.borrow_and_update().max(self.reported);
-        let message = standby_status(position, SystemTime::now());
+        let message = standby_status(position, SystemTime::now(), reply);
         self.write(&message).await?;
         self.reported = position;
         self.reported_at = Instant::now();
@@ -235,7 +294,7 @@ impl Pump {
     }
 
     async fn finish(mut self) -> Result<()> {
-        self.report().await?;
+        self.report(Reply::Unneeded).await?;
         let mut message = BytesMut::new();
         frontend::copy_done(&mut message);
         self.write(&message).await?;
@@ -282,6 +341,24 @@ impl Pump {
     }
 }
 
+/// A publication is looked for in the catalog as it was where the decoder stands. So if it is missing there,
+/// making it now doesn't help: the same place of the log fails for ever. Nothing else that `pgoutput` looks up by
+/// name can be missing.
+fn name_missing_publication(slot: &str, error: Error) -> Error {
+    match error {
+        Error::Server { message, code, .. } if code == SqlState::UNDEFINED_OBJECT.code() => Error::Slot {
+            slot: slot.to_owned(),
+            detail: format!(
+                "{message}: it did not exist at this point of the log, so the slot can't go on. Drop the slot with \
+                 `select pg_drop_replication_slot('{slot}')`, then make the publication and a new slot with \
+                 `highwater setup`; rows since the publication was dropped are then a gap"
+            ),
+            transient: false,
+        },
+        other => other,
+    }
+}
+
 /// Reads what there is, once `resume_at` has come. Cancelling it loses nothing.
 async fn read(wire: &mut Wire, resume_at: Instant) -> Result<usize> {
     if resume_at > Instant::now() {
@@ -320,9 +397,16 @@ fn poll_fill(
     Poll::Ready(Ok(inbox.len() - before))
 }
 
+/// Whether a status update wants an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reply {
+    Unneeded,
+    Requested,
+}
+
 /// A standby status update in its `CopyData` (manual 55.4): everything before `position` is written, flushed
 /// and applied.
-fn standby_status(position: Lsn, now: SystemTime) -> [u8; 39] {
+fn standby_status(position: Lsn, now: SystemTime, reply: Reply) -> [u8; 39] {
     let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let clock = u64::try_from(since_1970.saturating_sub(EPOCH_2000).as_micros()).unwrap_or_default();
     let mut message = [0; 39];
@@ -334,7 +418,7 @@ fn standby_status(position: Lsn, now: SystemTime) -> [u8; 39] {
         out.put_u64(position.0);
     }
     out.put_u64(clock);
-    // The last byte stays zero: no answer is wanted.
+    out.put_u8(u8::from(reply == Reply::Requested));
     message
 }
 
@@ -344,16 +428,39 @@ mod tests {
 
     #[test]
     fn a_status_update_has_the_layout_of_the_manual() {
-        let message = standby_status(
-            Lsn(0x1_0000_0002),
-            SystemTime::UNIX_EPOCH + EPOCH_2000 + Duration::from_micros(5),
-        );
+        let now = SystemTime::UNIX_EPOCH + EPOCH_2000 + Duration::from_micros(5);
+        let message = |reply| standby_status(Lsn(0x1_0000_0002), now, reply);
         let mut expected = b"d\0\0\0\x26r".to_vec();
         for number in [0x1_0000_0002_u64, 0x1_0000_0002, 0x1_0000_0002, 5] {
             expected.extend_from_slice(&number.to_be_bytes());
         }
         expected.push(0);
-        assert_eq!(&message[..], expected);
+        assert_eq!(&message(Reply::Unneeded)[..], expected);
+        expected.pop();
+        expected.push(1);
+        assert_eq!(&message(Reply::Requested)[..], expected);
+    }
+
+    #[test]
+    fn a_server_may_be_silent_for_longer_than_it_needs_to_read_a_request() {
+        for (timeout, seconds) in [(0, 30), (2, 30), (60, 45), (300, 225)] {
+            let timeout = Duration::from_secs(timeout);
+            assert_eq!(silence(timeout).as_secs(), seconds, "{timeout:?}");
+            assert!(silence(timeout) > timeout / 2);
+        }
+    }
+
+    #[test]
+    fn only_a_missing_object_is_laid_to_the_publication() {
+        let refusal = |code: &str| Error::Server {
+            context: STREAM.to_owned(),
+            message: "publication \"p\" does not exist".to_owned(),
+            code: code.to_owned(),
+        };
+        let named = name_missing_publication("s", refusal("42704"));
+        assert!(!named.is_transient());
+        assert!(named.to_string().contains("pg_drop_replication_slot('s')"), "{named}");
+        assert!(matches!(name_missing_publication("s", refusal("57P01")), Error::Server { .. }));
     }
 
     #[test]

@@ -29,6 +29,12 @@ const COPY_BOTH_RESPONSE_TAG: u8 = b'W';
 const SLOT_WAIT: Duration = Duration::from_secs(10);
 const SLOT_RETRY: Duration = Duration::from_millis(500);
 
+/// How long one answer may take. All of them are a few rows of the catalog, so one that takes longer comes from
+/// a server that hangs, or not at all.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The one command that waits for others, however long they take: for the transactions that run when it is given.
+const WAITS: &str = "CREATE_REPLICATION_SLOT";
+
 /// Bound of the rows of one answer.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
@@ -39,6 +45,10 @@ pub struct ReplicationConnection {
     wire: Wire,
     /// For messages: user, server and database.
     place: String,
+    process_id: i32,
+    answer_timeout: Duration,
+    /// An exchange was left before its end. What comes next on the wire answers that one.
+    answer_due: bool,
 }
 
 impl ReplicationConnection {
@@ -53,11 +63,19 @@ impl ReplicationConnection {
         let context = format!("logging in to {config} for replication");
         let mut wire = Wire::new(socket);
         let login = log_in(&mut wire, config, endpoint.password.as_ref(), &context);
-        match tokio::time::timeout(config.connect_timeout, login).await {
+        let process_id = match tokio::time::timeout(config.connect_timeout, login).await {
             Ok(result) => result?,
             Err(_) => return Err(Error::io(context)(io::ErrorKind::TimedOut.into())),
-        }
-        Ok(Self { wire, place: config.to_string() })
+        };
+        let place = config.to_string();
+        Ok(Self { wire, place, process_id, answer_timeout: ANSWER_TIMEOUT, answer_due: false })
+    }
+
+    /// The server's process that serves this connection, as `pg_replication_slots.active_pid` names it. Zero if
+    /// the server didn't tell.
+    #[must_use]
+    pub const fn process_id(&self) -> i32 {
+        self.process_id
     }
 
     /// Runs a statement or replication command; the rows of all its results, as text.
@@ -65,32 +83,44 @@ impl ReplicationConnection {
     /// # Errors
     ///
     /// [`Error::Server`] if the server refuses it (the connection stays usable), [`Error::Io`] or
-    /// [`Error::Protocol`] if the connection is lost. Answers above 64 MiB are refused.
+    /// [`Error::Protocol`] if the connection is lost. Answers above 64 MiB are refused, and so are those that take
+    /// more than 30 s, except that of `CREATE_REPLICATION_SLOT`, which waits for other transactions. After that, or
+    /// if the call was dropped, the connection can't be used any more.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>> {
         let context = format!("{} at {}", abridged(sql), self.place);
-        self.send_query(sql, &context).await?;
+        if sql.starts_with(WAITS) {
+            return self.answer(sql, &context).await;
+        }
+        bounded(self.answer_timeout, &context, self.answer(sql, &context)).await
+    }
+
+    async fn answer(&mut self, sql: &str, context: &str) -> Result<Vec<Vec<Option<String>>>> {
+        self.send_query(sql, context).await?;
         let mut rows = Vec::new();
         let mut byte_count = 0_usize;
         let mut refusal = None;
         loop {
-            let message = self.wire.receive(&context).await?;
+            let message = self.wire.receive(context).await?;
             byte_count = byte_count.saturating_add(message.body.len());
             if byte_count > ANSWER_BYTES_MAX {
                 let detail = format!("an answer of more than {ANSWER_BYTES_MAX} bytes");
-                return Err(Error::Protocol { context, detail });
+                return Err(Error::Protocol { context: context.to_owned(), detail });
             }
             match message.tag {
-                DATA_ROW_TAG => rows.push(parse_row(&message, &context)?),
+                DATA_ROW_TAG => rows.push(parse_row(&message, context)?),
                 ROW_DESCRIPTION_TAG | COMMAND_COMPLETE_TAG | EMPTY_QUERY_RESPONSE_TAG => {}
-                ERROR_RESPONSE_TAG => refusal = Some(server_error(&message.body, &context)),
-                READY_FOR_QUERY_TAG => return refusal.map_or(Ok(rows), Err),
-                _ => return Err(unexpected(&message, &context)),
+                ERROR_RESPONSE_TAG => refusal = Some(server_error(&message.body, context)),
+                READY_FOR_QUERY_TAG => {
+                    self.answer_due = false;
+                    return refusal.map_or(Ok(rows), Err);
+                }
+                _ => return Err(unexpected(&message, context)),
             }
         }
     }
 
     /// Starts streaming from the slot's confirmed position, with the binary form of `pgoutput`. A slot that
-    /// another process holds is waited for, at most 10 s.
+    /// another process holds is waited for, at most 10 s; each answer of the server, at most 30 s.
     ///
     /// # Errors
     ///
@@ -105,7 +135,7 @@ impl ReplicationConnection {
                 transient: false,
             });
         }
-        let status_interval = self.status_interval().await?;
+        let wal_sender_timeout = self.wal_sender_timeout().await?;
         let command = format!(
             "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0 (proto_version '1', publication_names {}, binary 'true')",
             literal(&quote_identifier(publication)),
@@ -114,7 +144,15 @@ impl ReplicationConnection {
         let mut told = false;
         loop {
             let refusal = match self.try_start(&command, slot).await {
-                Ok(()) => return Ok(ReplicationStream { wire: self.wire, status_interval }),
+                Ok(()) => {
+                    return Ok(ReplicationStream {
+                        wire: self.wire,
+                        process_id: self.process_id,
+                        slot: slot.to_owned(),
+                        status_interval: receiver::status_interval(wal_sender_timeout),
+                        silence: receiver::silence(wal_sender_timeout),
+                    });
+                }
                 Err(refusal) => refusal,
             };
             let Error::Server { code, message, .. } = &refusal else { return Err(refusal) };
@@ -138,15 +176,22 @@ impl ReplicationConnection {
 
     async fn try_start(&mut self, command: &str, slot: &str) -> Result<()> {
         let context = format!("starting replication from slot {slot:?} at {}", self.place);
-        self.send_query(command, &context).await?;
+        bounded(self.answer_timeout, &context, self.answer_to_start(command, &context)).await
+    }
+
+    async fn answer_to_start(&mut self, command: &str, context: &str) -> Result<()> {
+        self.send_query(command, context).await?;
         let mut refusal = None;
         loop {
-            let message = self.wire.receive(&context).await?;
+            let message = self.wire.receive(context).await?;
             match (message.tag, refusal) {
                 (COPY_BOTH_RESPONSE_TAG, _) => return Ok(()),
-                (ERROR_RESPONSE_TAG, _) => refusal = Some(server_error(&message.body, &context)),
-                (READY_FOR_QUERY_TAG, Some(refusal)) => return Err(refusal),
-                _ => return Err(unexpected(&message, &context)),
+                (ERROR_RESPONSE_TAG, _) => refusal = Some(server_error(&message.body, context)),
+                (READY_FOR_QUERY_TAG, Some(refusal)) => {
+                    self.answer_due = false;
+                    return Err(refusal);
+                }
+                _ => return Err(unexpected(&message, context)),
             }
         }
     }
@@ -174,18 +219,25 @@ impl ReplicationConnection {
         Error::Slot { slot: slot.to_owned(), detail, transient: true }
     }
 
-    /// How often to report: three times as often as the server demands, so that two reports may be late.
-    async fn status_interval(&mut self) -> Result<Duration> {
+    /// After how long without a report the server gives up; zero if never.
+    async fn wal_sender_timeout(&mut self) -> Result<Duration> {
         let rows = self
             .query("select setting from pg_catalog.pg_settings where name = 'wal_sender_timeout'")
             .await?;
         let milliseconds = rows.first().and_then(|row| row.first()?.as_deref()?.parse::<u64>().ok());
-        Ok(receiver::status_interval(Duration::from_millis(milliseconds.unwrap_or_default())))
+        Ok(Duration::from_millis(milliseconds.unwrap_or_default()))
     }
 
     async fn send_query(&mut self, sql: &str, context: &str) -> Result<()> {
+        if self.answer_due {
+            return Err(Error::io(context)(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "an earlier answer is still due on this connection",
+            )));
+        }
         let mut message = BytesMut::new();
         frontend::query(sql, &mut message).map_err(Error::io(context))?;
+        self.answer_due = true;
         self.wire.send(&message, context).await
     }
 }
@@ -195,6 +247,37 @@ impl ReplicationConnection {
 pub struct ReplicationStream {
     pub(super) wire: Wire,
     pub(super) status_interval: Duration,
+    pub(super) silence: Duration,
+    pub(super) slot: String,
+    process_id: i32,
+}
+
+impl ReplicationStream {
+    /// The server's process that serves this stream; see [`ReplicationConnection::process_id`].
+    #[must_use]
+    pub const fn process_id(&self) -> i32 {
+        self.process_id
+    }
+
+    /// Changes how long the server may say nothing before it is asked for an answer, and again before it is given
+    /// up. By default 30 s, or three quarters of `wal_sender_timeout` if that is more. Less than half of that
+    /// setting takes a server that decodes a long transaction for a dead one.
+    #[must_use]
+    pub fn with_silence(mut self, silence: Duration) -> Self {
+        self.silence = silence;
+        self
+    }
+}
+
+/// Bounds an exchange. One that is cut off leaves its answer due.
+async fn bounded<T>(limit: Duration, context: &str, exchange: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(limit, exchange).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::io(context)(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("no answer within {limit:?}"),
+        ))),
+    }
 }
 
 fn parse_row(message: &Message, context: &str) -> Result<Vec<Option<String>>> {
@@ -238,7 +321,9 @@ fn abridged(sql: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::postgres::Socket;
     use bytes::Bytes;
+    use tokio::io::AsyncWriteExt as _;
 
     fn row(body: &'static [u8]) -> Result<Vec<Option<String>>> {
         parse_row(&Message { tag: DATA_ROW_TAG, body: Bytes::from_static(body) }, "test")
@@ -254,6 +339,33 @@ mod tests {
         for body in [&b""[..], b"\0", b"\0\x01", b"\0\x01\0\0\0\x02a", b"\xff\xff\x7f\xff\xff\xff"] {
             assert!(matches!(row(body), Err(Error::Protocol { .. })), "{body:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_hangs_is_given_up_and_its_late_answer_is_nobody_elses() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        let mut connection = ReplicationConnection {
+            wire: Wire::new(Socket::Tcp(stream)),
+            place: "test".to_owned(),
+            process_id: 1,
+            answer_timeout: Duration::from_millis(50),
+            answer_due: false,
+        };
+        let is_io =
+            |error: &Error, wanted| matches!(error, Error::Io { source, .. } if source.kind() == wanted);
+        let error = connection.query("IDENTIFY_SYSTEM").await.unwrap_err();
+        assert!(is_io(&error, io::ErrorKind::TimedOut) && error.is_transient(), "{error:?}");
+        server.write_all(b"D\0\0\0\x0b\0\x01\0\0\0\x01xZ\0\0\0\x05I").await.unwrap();
+        let error = connection.query("select 1").await.unwrap_err();
+        assert!(is_io(&error, io::ErrorKind::ConnectionAborted), "{error:?}");
+
+        connection.answer_due = false;
+        connection.wire.inbox.clear();
+        assert_eq!(connection.query("select 1").await.unwrap(), [[Some("x".to_owned())]]);
+        let error = connection.start("s", "p").await.unwrap_err();
+        assert!(is_io(&error, io::ErrorKind::TimedOut), "{error:?}");
     }
 
     #[test]

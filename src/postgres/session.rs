@@ -31,26 +31,33 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As [`connect`] and the work itself; and [`Error::Io`] if it takes longer than 30 s, after which the
-    /// connection is given up.
+    /// As [`connect`] and the work itself; and [`Error::Io`] if the work, or what comes before it, takes longer than
+    /// 30 s (a connection: than its own time-outs allow), after which the connection is given up.
     pub(crate) async fn run<T>(&mut self, work: impl AsyncFnOnce(&Client) -> Result<T>) -> Result<T> {
         let client = match self.client.take() {
             Some(client) if !client.is_closed() => client,
-            _ => {
-                let client = connect(&self.source).await?;
-                client
-                    .batch_execute(SESSION_SETTINGS)
-                    .await
-                    .map_err(Error::sql("starting an SQL session"))?;
-                client
-            }
+            _ => self.bounded(self.connect_limit(), open(&self.source)).await??,
         };
-        let Ok(result) = tokio::time::timeout(STATEMENT_TIMEOUT, work(&client)).await else {
-            return Err(Error::io(format!("waiting for an answer of {}", self.source))(
-                io::ErrorKind::TimedOut.into(),
-            ));
-        };
+        let result = self.bounded(STATEMENT_TIMEOUT, work(&client)).await?;
         self.client = Some(client);
         result
     }
+
+    /// Each server has the user's time to connect, and the one that answers has it again for the login.
+    fn connect_limit(&self) -> Duration {
+        let steps = u32::try_from(self.source.endpoints.len()).unwrap_or(u32::MAX).saturating_add(1);
+        self.source.connect_timeout.saturating_mul(steps).saturating_add(STATEMENT_TIMEOUT)
+    }
+
+    async fn bounded<T>(&self, limit: Duration, work: impl Future<Output = T>) -> Result<T> {
+        tokio::time::timeout(limit, work).await.map_err(|_| {
+            Error::io(format!("waiting for an answer of {}", self.source))(io::ErrorKind::TimedOut.into())
+        })
+    }
+}
+
+async fn open(source: &SourceConfig) -> Result<Client> {
+    let client = connect(source).await?;
+    client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("starting an SQL session"))?;
+    Ok(client)
 }

@@ -144,13 +144,39 @@ async fn encrypt(
     }
 }
 
+/// After the handshake, bytes that TLS can't accept were damaged on their way, or the server was cut off: a new
+/// connection may cure that. [`Error::policy`] takes `InvalidData` for a certificate that was refused, so that
+/// kind is kept for the handshake, and for the one part of it that TLS 1.3 tells later: what the server thinks of
+/// our certificate.
+fn established(error: io::Error) -> io::Error {
+    use rustls::AlertDescription as Alert;
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let is_verdict = matches!(
+        cause,
+        Some(rustls::Error::AlertReceived(
+            Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::AccessDenied
+                | Alert::CertificateRequired
+        ))
+    );
+    match error.kind() {
+        io::ErrorKind::InvalidData if !is_verdict => io::Error::new(io::ErrorKind::ConnectionAborted, error),
+        _ => error,
+    }
+}
+
 macro_rules! delegate {
     ($self:ident, $stream:ident => $call:expr) => {
         match $self.get_mut() {
             Socket::Tcp($stream) => $call,
             #[cfg(unix)]
             Socket::Unix($stream) => $call,
-            Socket::Tls($stream) => $call,
+            Socket::Tls($stream) => $call.map_err(established),
         }
     };
 }
@@ -172,5 +198,27 @@ impl AsyncWrite for Socket {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         delegate!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_in_mid_stream_is_worth_a_retry_and_a_refused_certificate_is_not() {
+        let wrap = |error: rustls::Error| {
+            Error::io("test")(established(io::Error::new(io::ErrorKind::InvalidData, error)))
+        };
+        for error in [
+            rustls::Error::DecryptError,
+            rustls::Error::AlertReceived(rustls::AlertDescription::BadRecordMac),
+        ] {
+            let text = error.to_string();
+            let wrapped = wrap(error);
+            assert!(wrapped.is_transient() && wrapped.chain().contains(&text), "{wrapped:?}");
+        }
+        let refused = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateRequired);
+        assert!(!wrap(refused).is_transient());
     }
 }

@@ -19,13 +19,14 @@ const SASL: u32 = 10;
 const SASL_CONTINUE: u32 = 11;
 const SASL_FINAL: u32 = 12;
 
-/// Sends the start-up message and answers until the server is ready for a query.
+/// Sends the start-up message and answers until the server is ready for a query. Gives the id of the server's
+/// process, or zero.
 pub(super) async fn log_in(
     wire: &mut Wire,
     config: &SourceConfig,
     password: Option<&Password>,
     context: &str,
-) -> Result<()> {
+) -> Result<i32> {
     let mut parameters = vec![
         ("user", config.user.as_str()),
         ("database", config.database.as_str()),
@@ -44,11 +45,19 @@ pub(super) async fn log_in(
     frontend::startup_message(parameters, &mut message).map_err(Error::io(context))?;
     wire.send(&message, context).await?;
     authenticate(wire, config, password, context).await?;
+    // Poolers may leave the message out.
+    let mut process_id = 0;
     loop {
-        let message = wire.receive(context).await?;
+        let mut message = wire.receive(context).await?;
         match message.tag {
-            BACKEND_KEY_DATA_TAG => {}
-            READY_FOR_QUERY_TAG => return Ok(()),
+            // The key to cancel with follows; nothing here is cancelled.
+            BACKEND_KEY_DATA_TAG => {
+                process_id = message
+                    .body
+                    .try_get_i32()
+                    .map_err(|_| refuse(context, "the key data has no process id"))?;
+            }
+            READY_FOR_QUERY_TAG => return Ok(process_id),
             // A server that doesn't know our minor version (`v`) would negotiate; we ask for 3.0, which all
             // know.
             _ => return Err(unexpected(&message, context)),

@@ -5,12 +5,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use highwater::config::SourceConfig;
-use highwater::postgres::{Frame, ReplicationConnection, sql};
+use highwater::postgres::{Frame, ReplicationConnection, ReplicationStream, sql};
 use highwater::{Error, Lsn};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 
-use crate::support::cluster::Cluster;
+use crate::support::cluster::{Cluster, Stop};
 use crate::support::wait::until;
 
 /// A cluster that wants a password of everybody but the tests' own superuser.
@@ -178,6 +178,8 @@ async fn stuck(config: &SourceConfig) {
     assert!(missing.to_string().contains("highwater setup"));
 
     let stream = ReplicationConnection::connect(config).await.unwrap().start("s", "p").await.unwrap();
+    // Shorter than the time in which nobody takes anything: a server that we don't listen to is not silent.
+    let stream = stream.with_silence(Duration::from_secs(3));
     let (chunks, mut queue) = mpsc::channel(1);
     let (durable, watched) = watch::channel(Lsn::ZERO);
     let mut receiver = stream.spawn(chunks, watched);
@@ -226,4 +228,82 @@ async fn stuck(config: &SourceConfig) {
     .await;
     receiver.finish().await.unwrap();
     client.query("select pg_drop_replication_slot('s')", &[]).await.unwrap();
+}
+
+/// A table, its publication `p` and the slot `s`, and the stream from them.
+async fn published(config: &SourceConfig) -> (tokio_postgres::Client, ReplicationStream) {
+    let client = sql::connect(config).await.unwrap();
+    client.batch_execute("create table t (a int); create publication p for table t").await.unwrap();
+    client.query("select pg_create_logical_replication_slot('s', 'pgoutput')", &[]).await.unwrap();
+    let stream = ReplicationConnection::connect(config).await.unwrap().start("s", "p").await.unwrap();
+    (client, stream)
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_is_noticed() {
+    let cluster = Guarded::start(false, &[]).await;
+    let (client, stream) = published(&cluster.config("localhost", "")).await;
+    let holder = "select active_pid from pg_replication_slots where slot_name = 's'";
+    let process: i32 = client.query_one(holder, &[]).await.unwrap().get(0);
+    assert_eq!(stream.process_id(), process);
+
+    let (chunks, _queue) = mpsc::channel(64);
+    let (_durable, watched) = watch::channel(Lsn::ZERO);
+    let mut receiver = stream.with_silence(Duration::from_secs(1)).spawn(chunks, watched);
+    // One that has nothing to say answers when it is asked.
+    let early = tokio::time::timeout(Duration::from_secs(5), receiver.ended()).await;
+    assert!(early.is_err(), "{early:?}");
+
+    let signal = |name: &str| {
+        assert!(Command::new("kill").args([name, &process.to_string()]).status().unwrap().success());
+    };
+    signal("-STOP");
+    let ended = tokio::time::timeout(Duration::from_secs(30), receiver.ended()).await;
+    signal("-CONT");
+    let error = ended.unwrap().unwrap_err();
+    assert!(
+        matches!(&error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut),
+        "{error:?}"
+    );
+    assert!(error.is_transient() && error.chain().contains("has sent nothing"), "{}", error.chain());
+}
+
+#[tokio::test]
+async fn a_publication_that_is_dropped_under_the_stream() {
+    let cluster = Guarded::start(false, &[]).await;
+    let config = cluster.config("localhost", "");
+    let (client, stream) = published(&config).await;
+    client.batch_execute("insert into t values (1)").await.unwrap();
+    client.batch_execute("drop publication p").await.unwrap();
+    client.batch_execute("insert into t values (2)").await.unwrap();
+    client.batch_execute("create publication p for table t").await.unwrap();
+    let end = async |stream: ReplicationStream| {
+        let (chunks, _queue) = mpsc::channel(64);
+        let (_durable, watched) = watch::channel(Lsn::ZERO);
+        let mut receiver = stream.spawn(chunks, watched);
+        tokio::time::timeout(Duration::from_secs(30), receiver.ended()).await.unwrap().unwrap_err()
+    };
+    let error = end(stream).await;
+    assert!(matches!(&error, Error::Slot { slot, transient: false, .. } if slot == "s"), "{error:?}");
+    assert!(error.to_string().contains("pg_drop_replication_slot('s')"), "{error}");
+    // The new publication doesn't help.
+    let again = ReplicationConnection::connect(&config).await.unwrap().start("s", "p").await.unwrap();
+    assert!(matches!(end(again).await, Error::Slot { transient: false, .. }));
+}
+
+#[tokio::test]
+async fn the_history_of_a_timeline() {
+    let cluster = Guarded::start(false, &[]).await;
+    cluster.cluster.stop(Stop::Fast);
+    cluster.cluster.install("standby.signal", b"");
+    cluster.cluster.start();
+    let client = cluster.cluster.connect("postgres").await;
+    client.query("select pg_promote()", &[]).await.unwrap();
+    let config = cluster.config("localhost", "");
+    let mut connection = ReplicationConnection::connect(&config).await.unwrap();
+    let rows = connection.query("TIMELINE_HISTORY 2").await.unwrap();
+    let [row] = rows.as_slice() else { panic!("{rows:?}") };
+    let [Some(file), Some(content)] = row.as_slice() else { panic!("{row:?}") };
+    assert_eq!(file, "00000002.history");
+    assert!(content.starts_with("1\t") && content.contains('/'), "{content:?}");
 }
