@@ -175,10 +175,12 @@ fn new_folder() -> TempDir {
 
 /// A transaction for each of so many minutes up to now, with the same numbers every time.
 async fn write_rows(client: &Client, transactions: u64) {
+    // Each by itself: a block commits only where no transaction has been begun for it.
+    for sql in ["set synchronous_commit = off", "select setseed(0.5)"] {
+        client.batch_execute(sql).await.expect("settings");
+    }
     let sql = format!(
-        "set synchronous_commit = off;
-         select setseed(0.5);
-         do $$
+        "do $$
          declare base timestamptz := date_trunc('minute', now());
          begin
             for minute in reverse {transactions}..1 loop
