@@ -13,19 +13,28 @@ use super::support::sidecar::{Launch, Sidecar};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
     Highwater,
+    /// Another build of the sidecar, to see what a change of it brings.
+    Baseline,
     PgRecvlogical,
     /// The sidecar's receiver, and nothing behind it.
     Receiver,
     PlainRecv,
 }
 
-pub(crate) const CONTENDERS: [Contender; 4] =
-    [Contender::Highwater, Contender::PgRecvlogical, Contender::Receiver, Contender::PlainRecv];
+impl Contender {
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Highwater, Self::Baseline, Self::PgRecvlogical, Self::Receiver, Self::PlainRecv];
+
+    pub(crate) fn is_sidecar(self) -> bool {
+        matches!(self, Self::Highwater | Self::Baseline)
+    }
+}
 
 impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Highwater => "highwater",
+            Self::Baseline => "baseline",
             Self::PgRecvlogical => "pg_recvlogical",
             Self::Receiver => "our receiver",
             Self::PlainRecv => "plain recv",
@@ -77,6 +86,7 @@ pub(crate) struct Task<'a> {
     pub(crate) publication: &'a str,
     pub(crate) end: Lsn,
     pub(crate) max_lag: &'a str,
+    pub(crate) baseline: Option<&'a Path>,
     /// A folder for this run alone.
     pub(crate) folder: &'a Path,
 }
@@ -91,9 +101,10 @@ pub(crate) enum Running {
 impl Running {
     pub(crate) fn start(contender: Contender, task: &Task<'_>) -> Self {
         let program = match contender {
-            Contender::Highwater => {
-                let launch = task.launch().with("HIGHWATER_MAX_LAG", task.max_lag);
-                return Self::Sidecar(launch.start());
+            Contender::Highwater => return Self::Sidecar(task.launch().start()),
+            Contender::Baseline => {
+                let program = task.baseline.expect("BENCH_BASELINE names the binary");
+                return Self::Sidecar(task.launch().program(program).start());
             }
             Contender::PgRecvlogical => task.pg_recvlogical(),
             Contender::Receiver => task.drain(drain::RECEIVER),
@@ -111,10 +122,11 @@ impl Running {
 }
 
 impl Task<'_> {
-    pub(crate) fn launch(&self) -> Launch {
+    fn launch(&self) -> Launch {
         let uri = self.transport.uri(self.cluster, self.database);
         Launch::new(&uri, &self.folder.join("archive"), self.slot, &self.folder.join("log"))
             .with("HIGHWATER_PUBLICATION", self.publication)
+            .with("HIGHWATER_MAX_LAG", self.max_lag)
     }
 
     fn pg_recvlogical(&self) -> Command {

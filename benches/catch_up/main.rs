@@ -11,8 +11,9 @@
 //! plain recv       a blocking `recv` in a loop
 //! ```
 //!
-//! `BENCH_ROWS` (2,000,000), `BENCH_ROUNDS` (3), `BENCH_MAX_LAG` (1s) and `BENCH_ONLY` (a part of the contenders' names)
-//! change what is run.
+//! `BENCH_ROWS` (2,000,000), `BENCH_ROUNDS` (3), `BENCH_MAX_LAG` (1s) and `BENCH_ONLY` (a part of the contenders' names,
+//! as in `highwater, Unix`) change what is run. `BENCH_BASELINE`, the path of another build of the sidecar, lets it run in
+//! turns with this one.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,9 +33,10 @@ mod source;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use contender::{CONTENDERS, Contender, Transport};
+use contender::{Contender, Transport};
 use report::{Outcome, Report};
 use source::Source;
 
@@ -45,6 +47,7 @@ struct Wish {
     rounds: usize,
     max_lag: String,
     only: String,
+    baseline: Option<PathBuf>,
 }
 
 impl Wish {
@@ -60,6 +63,7 @@ impl Wish {
             rounds: usize::try_from(number("BENCH_ROUNDS", 3)).expect("few rounds"),
             max_lag: text("BENCH_MAX_LAG").unwrap_or_else(|| "1s".to_owned()),
             only: text("BENCH_ONLY").unwrap_or_default(),
+            baseline: text("BENCH_BASELINE").map(PathBuf::from),
         }
     }
 }
@@ -78,10 +82,11 @@ fn main() {
 
 async fn compare(wish: &Wish) {
     println!("catch-up of {} PSI rows, {} rounds; load average {}", wish.rows, wish.rounds, load_average());
-    let source = Source::new(wish.rows, &wish.max_lag).await;
-    let chosen: Vec<(Contender, Transport)> = CONTENDERS
-        .iter()
-        .flat_map(|contender| Transport::ALL.map(|transport| (*contender, transport)))
+    let source = Source::new(wish).await;
+    let chosen: Vec<(Contender, Transport)> = Contender::ALL
+        .into_iter()
+        .flat_map(|contender| Transport::ALL.map(|transport| (contender, transport)))
+        .filter(|(contender, _)| *contender != Contender::Baseline || wish.baseline.is_some())
         .filter(|(contender, transport)| format!("{contender}, {transport}").contains(&wish.only))
         .collect();
     // The first to read the WAL would read it from the disk.

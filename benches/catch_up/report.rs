@@ -73,6 +73,7 @@ impl Report {
         let best = |rates: &mut dyn Iterator<Item = f64>| rates.reduce(f64::max);
         let same = best(&mut drains.iter().filter_map(|drain| self.rate(*drain, transport)));
         against(&format!("the best bare drain over {transport}"), same, f)?;
+        against("the baseline", self.rate(Contender::Baseline, transport), f)?;
         against("pg_recvlogical", self.rate(Contender::PgRecvlogical, transport), f)
     }
 }

@@ -1,5 +1,6 @@
 //! The server, and one run against it.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use highwater::Lsn;
@@ -12,7 +13,7 @@ use super::process::Watched;
 use super::support::cluster::Cluster;
 use super::support::schema::{self, Partitions, Shape};
 use super::support::sidecar::Launch;
-use super::{Outcome, RUN_DEADLINE};
+use super::{Outcome, RUN_DEADLINE, Wish};
 
 const DATABASE: &str = "bench";
 
@@ -34,11 +35,12 @@ pub(crate) struct Source {
     /// Beyond the last transaction; one more row lies beyond it, so that every reader sees that it is passed.
     end: Lsn,
     max_lag: String,
+    baseline: Option<PathBuf>,
 }
 
 impl Source {
-    /// A new server with so many rows to drain.
-    pub(crate) async fn new(rows: u64, max_lag: &str) -> Self {
+    /// A new server with rows to drain.
+    pub(crate) async fn new(wish: &Wish) -> Self {
         // Writing the rows is not what is measured, and nothing else should write while something is.
         let cluster = Cluster::start_new(&[("fsync", "off"), ("autovacuum", "off")]);
         let admin = cluster.connect("postgres").await;
@@ -53,14 +55,15 @@ impl Source {
             &folder.path().join("log"),
         )
         .must(&["setup"]);
-        let transactions = rows.div_ceil(TRANSACTION_ROWS).max(1);
+        let transactions = wish.rows.div_ceil(TRANSACTION_ROWS).max(1);
         write_rows(&client, transactions).await;
         let sql = "select pg_current_wal_insert_lsn()";
         let end: PgLsn = client.query_one(sql, &[]).await.expect("position").get(0);
         write_rows(&client, 1).await;
         client.batch_execute("checkpoint").await.expect("checkpoint");
         let rows = transactions * TRANSACTION_ROWS;
-        Self { cluster, client, rows, end: Lsn(end.into()), max_lag: max_lag.to_owned() }
+        let (max_lag, baseline) = (wish.max_lag.clone(), wish.baseline.clone());
+        Self { cluster, client, rows, end: Lsn(end.into()), max_lag, baseline }
     }
 
     /// Lets a contender drain a copy of the slot.
@@ -75,13 +78,14 @@ impl Source {
             publication: NAME,
             end: self.end,
             max_lag: &self.max_lag,
+            baseline: self.baseline.as_deref(),
             folder: folder.path(),
         };
         let copy = "select from pg_copy_logical_replication_slot($1, $2)";
         self.client.execute(copy, &[&NAME, &slot]).await.expect("copy of the slot");
         self.forget_archive(slot).await;
         let outcome = self.watch(Running::start(contender, &task), slot).await;
-        if contender == Contender::Highwater {
+        if contender.is_sidecar() {
             let sql = "select row_count from highwater.watermark where kind = 'psi'";
             let archived: i64 = self.client.query_one(sql, &[]).await.expect("watermark").get(0);
             assert_eq!(u64::try_from(archived), Ok(self.rows + TRANSACTION_ROWS), "rows in the archive");
