@@ -22,6 +22,7 @@ lint:
 	cargo clippy --all-targets $(FEATURES) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps $(FEATURES)
 
+# Figures of a busy machine mean little; see benches/README.md.
 bench:
 	scripts/setup
-	cargo bench
+	cargo bench --bench hops --bench catch_up

@@ -51,10 +51,11 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 const READ_BYTES: usize = 512 << 10;
 /// A read is not worth while with less space than this.
 const READ_BYTES_MIN: usize = 64 << 10;
-/// After a read of this much we are behind, and wait a little so that the next one brings more. A walsender
-/// tries a `send` per row, and if we always wait in `recv` then each of them wakes us: that halves its speed.
-const BEHIND_BYTES: usize = 16 << 10;
-const BEHIND_PAUSE: Duration = Duration::from_millis(1);
+/// How long to let data pile up after a read; on average twice that, since the runtime's clock ticks in
+/// milliseconds. A walsender tries a `send` per row, and if we always wait for it then each of them wakes us: that
+/// costs both sides more than the row itself. Nobody misses a millisecond: acknowledgements and replies have
+/// clocks of their own.
+const PAUSE: Duration = Duration::from_micros(500);
 
 /// 2000-01-01 in seconds of Unix time: the protocol's clock starts there.
 const EPOCH_2000: Duration = Duration::from_secs(946_684_800);
@@ -235,9 +236,9 @@ impl Pump {
                 }
                 // 5.
                 count = read(&mut self.wire, resume_at), if is_reading => {
-                    if count? >= BEHIND_BYTES {
-                        resume_at = Instant::now() + BEHIND_PAUSE;
-                    }
+                    count?;
+                    self.wire.socket.unwatch().map_err(Error::io(STREAM))?;
+                    resume_at = Instant::now() + PAUSE;
                     self.restart_silence();
                 }
                 // 6.

@@ -40,6 +40,19 @@ pub enum Socket {
     Unix(UnixStream),
     /// TLS over TCP.
     Tls(Box<TlsStream<TcpStream>>),
+    /// A plain socket that the runtime doesn't watch, until it is next used. Without one it is lost: the
+    /// runtime refused to watch it again.
+    Unwatched(Option<Unwatched>),
+}
+
+/// A plain socket outside the runtime.
+#[derive(Debug)]
+pub enum Unwatched {
+    /// TCP.
+    Tcp(std::net::TcpStream),
+    /// A Unix socket.
+    #[cfg(unix)]
+    Unix(std::os::unix::net::UnixStream),
 }
 
 impl Socket {
@@ -53,6 +66,29 @@ impl Socket {
     /// can't be used.
     pub async fn connect(config: &SourceConfig) -> Result<Self> {
         connect(config).await.map(|(socket, _)| socket)
+    }
+
+    /// Keeps what arrives from waking anybody, until the socket is next used. Not to ask for data isn't enough for that:
+    /// the runtime watches a socket edge-triggered, so that each piece of data wakes a thread, whoever waits for it.
+    /// Does nothing for TLS.
+    pub(super) fn unwatch(&mut self) -> io::Result<()> {
+        *self = match std::mem::replace(self, Self::Unwatched(None)) {
+            Self::Tcp(stream) => Self::Unwatched(Some(Unwatched::Tcp(stream.into_std()?))),
+            #[cfg(unix)]
+            Self::Unix(stream) => Self::Unwatched(Some(Unwatched::Unix(stream.into_std()?))),
+            other => other,
+        };
+        Ok(())
+    }
+
+    fn watch(&mut self) -> io::Result<()> {
+        let Self::Unwatched(stream) = self else { return Ok(()) };
+        *self = match stream.take().ok_or(io::ErrorKind::NotConnected)? {
+            Unwatched::Tcp(stream) => Self::Tcp(TcpStream::from_std(stream)?),
+            #[cfg(unix)]
+            Unwatched::Unix(stream) => Self::Unix(UnixStream::from_std(stream)?),
+        };
+        Ok(())
     }
 }
 
@@ -171,14 +207,20 @@ fn established(error: io::Error) -> io::Error {
 }
 
 macro_rules! delegate {
-    ($self:ident, $stream:ident => $call:expr) => {
-        match $self.get_mut() {
+    ($self:ident, $stream:ident => $call:expr) => {{
+        let socket = $self.get_mut();
+        if let Err(error) = socket.watch() {
+            return Poll::Ready(Err(error));
+        }
+        match socket {
             Socket::Tcp($stream) => $call,
             #[cfg(unix)]
             Socket::Unix($stream) => $call,
             Socket::Tls($stream) => $call.map_err(established),
+            // It is watched.
+            Socket::Unwatched(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
-    };
+    }};
 }
 
 impl AsyncRead for Socket {

@@ -10,6 +10,7 @@ use super::wait::{until, within};
 /// How the sidecar is started: the binary with settings in its environment, and nothing else of ours.
 #[derive(Clone, Debug)]
 pub struct Launch {
+    program: PathBuf,
     settings: Vec<(String, String)>,
     log: PathBuf,
 }
@@ -28,7 +29,7 @@ pub fn binary() -> PathBuf {
 impl Launch {
     /// Archives the database into a folder; the log is appended to a file.
     pub fn new(database_uri: &str, storage: &Path, slot: &str, log: &Path) -> Self {
-        Self { settings: Vec::new(), log: log.to_owned() }
+        Self { program: binary(), settings: Vec::new(), log: log.to_owned() }
             .with("DATABASE_URI", database_uri)
             .with("SCOUTER_STORAGE_URI", &storage.display().to_string())
             .with("HIGHWATER_SLOT", slot)
@@ -42,6 +43,13 @@ impl Launch {
     pub fn with(mut self, name: &str, value: &str) -> Self {
         self.settings.retain(|(known, _)| known != name);
         self.settings.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The same with another build of the sidecar.
+    #[must_use]
+    pub fn program(mut self, program: &Path) -> Self {
+        program.clone_into(&mut self.program);
         self
     }
 
@@ -59,7 +67,7 @@ impl Launch {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(&self.program);
         command.args(arguments).stdin(Stdio::null());
         // Settings of whoever runs the tests must not reach the sidecar.
         for (name, _) in std::env::vars_os() {
@@ -79,7 +87,7 @@ impl Launch {
     pub fn output(&self, arguments: &[&str]) -> Output {
         let mut command = self.command(arguments);
         command.env_remove("FAILPOINTS");
-        command.output().unwrap_or_else(|error| panic!("{}: {error}", binary().display()))
+        command.output().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()))
     }
 
     /// Runs a subcommand that must succeed; what it printed.
@@ -108,7 +116,7 @@ impl Launch {
     fn spawn(&self, log: File) -> Child {
         let mut command = self.command(&["run"]);
         command.stdout(log.try_clone().expect("log file")).stderr(log);
-        command.spawn().unwrap_or_else(|error| panic!("{}: {error}", binary().display()))
+        command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()))
     }
 }
 

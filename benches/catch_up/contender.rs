@@ -1,0 +1,152 @@
+//! Who drains the slot, and over what.
+
+use std::fmt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use highwater::Lsn;
+
+use super::drain;
+use super::support::cluster::Cluster;
+use super::support::sidecar::{Launch, Sidecar};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Contender {
+    Highwater,
+    /// Another build of the sidecar, to see what a change of it brings.
+    Baseline,
+    PgRecvlogical,
+    /// The sidecar's receiver, and nothing behind it.
+    Receiver,
+    PlainRecv,
+}
+
+impl Contender {
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Highwater, Self::Baseline, Self::PgRecvlogical, Self::Receiver, Self::PlainRecv];
+
+    pub(crate) fn is_sidecar(self) -> bool {
+        matches!(self, Self::Highwater | Self::Baseline)
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Highwater => "highwater",
+            Self::Baseline => "baseline",
+            Self::PgRecvlogical => "pg_recvlogical",
+            Self::Receiver => "our receiver",
+            Self::PlainRecv => "plain recv",
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Transport {
+    Tcp,
+    Unix,
+}
+
+impl Transport {
+    pub(crate) const ALL: [Self; 2] = [Self::Tcp, Self::Unix];
+
+    pub(crate) fn uri(self, cluster: &Cluster, database: &str) -> String {
+        match self {
+            // The cluster has no TLS; asking for it would cost a round trip and nothing else.
+            Self::Tcp => cluster.uri_tcp(database) + "?sslmode=disable",
+            Self::Unix => cluster.uri_unix(database),
+        }
+    }
+
+    fn host(self, cluster: &Cluster) -> String {
+        match self {
+            Self::Tcp => "127.0.0.1".to_owned(),
+            Self::Unix => cluster.socket_folder().display().to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Tcp => "TCP",
+            Self::Unix => "Unix",
+        })
+    }
+}
+
+/// What a run drains.
+#[derive(Debug)]
+pub(crate) struct Task<'a> {
+    pub(crate) cluster: &'a Cluster,
+    pub(crate) database: &'a str,
+    pub(crate) transport: Transport,
+    pub(crate) slot: &'a str,
+    pub(crate) publication: &'a str,
+    pub(crate) end: Lsn,
+    pub(crate) max_lag: &'a str,
+    pub(crate) baseline: Option<&'a Path>,
+    /// A folder for this run alone.
+    pub(crate) folder: &'a Path,
+}
+
+/// A contender at work.
+pub(crate) enum Running {
+    Sidecar(Sidecar),
+    /// Ends by itself at the end of its task.
+    Program(Child),
+}
+
+impl Running {
+    pub(crate) fn start(contender: Contender, task: &Task<'_>) -> Self {
+        let program = match contender {
+            Contender::Highwater => return Self::Sidecar(task.launch().start()),
+            Contender::Baseline => {
+                let program = task.baseline.expect("BENCH_BASELINE names the binary");
+                return Self::Sidecar(task.launch().program(program).start());
+            }
+            Contender::PgRecvlogical => task.pg_recvlogical(),
+            Contender::Receiver => task.drain(drain::RECEIVER),
+            Contender::PlainRecv => task.drain(drain::PLAIN),
+        };
+        Self::Program({ program }.stdin(Stdio::null()).spawn().expect("a program"))
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        match self {
+            Self::Sidecar(sidecar) => sidecar.pid(),
+            Self::Program(child) => child.id(),
+        }
+    }
+}
+
+impl Task<'_> {
+    fn launch(&self) -> Launch {
+        let uri = self.transport.uri(self.cluster, self.database);
+        Launch::new(&uri, &self.folder.join("archive"), self.slot, &self.folder.join("log"))
+            .with("HIGHWATER_PUBLICATION", self.publication)
+            .with("HIGHWATER_MAX_LAG", self.max_lag)
+    }
+
+    fn pg_recvlogical(&self) -> Command {
+        let mut command = Command::new(self.cluster.bin().join("pg_recvlogical"));
+        command
+            .args(["--start", "--no-loop", "--file=/dev/null", "--username=postgres"])
+            .arg(format!("--host={}", self.transport.host(self.cluster)))
+            .arg(format!("--port={}", self.cluster.port()))
+            .arg(format!("--dbname={}", self.database))
+            .arg(format!("--slot={}", self.slot))
+            .arg(format!("--endpos={}", self.end))
+            .args(["--option=proto_version=1", "--option=binary=true"])
+            .arg(format!("--option=publication_names={}", self.publication));
+        command
+    }
+
+    fn drain(&self, reading: &str) -> Command {
+        let mut command = Command::new(std::env::current_exe().expect("own path"));
+        let uri = self.transport.uri(self.cluster, self.database);
+        command.args([drain::COMMAND, reading, &uri, self.slot, &self.end.to_string()]);
+        command
+    }
+}
