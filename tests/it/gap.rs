@@ -221,3 +221,127 @@ async fn tables_added_to_the_publication_later() {
         assert!(archived_rows(&stage.storage().join(kind))[0].contains("\"new\""));
     }
 }
+
+/// Waits until the custom table is in a state.
+async fn becomes(client: &Client, state: &str) {
+    let is_it = async || (mark(client).await.0 == state).then_some(());
+    until(&format!("the state is {state}"), DEADLINE, is_it).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_taken_out_of_the_publication_is_a_gap_that_setup_does_not_hide() {
+    let stage = Stage::shared(Shape::Named).await;
+    let sidecar = stage.start().await;
+    let client = stage.connect().await;
+    stage.insert_one(&client, "first", None).await;
+    archived(&stage, "first").await;
+    let publication = &stage.name;
+    let without = format!("alter publication {publication} drop table scouter.custom_drift");
+    client.batch_execute(&without).await.unwrap();
+    stage.insert_one(&client, "unseen", None).await;
+    // Put back before the sidecar looks: setup is what notices.
+    stage.launch().must(&["setup"]);
+    becomes(&client, "gap").await;
+    stage.insert_one(&client, "seen again", None).await;
+    archived(&stage, "seen again").await;
+    drop(sidecar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_sidecar_notices_a_table_that_is_not_published_any_more() {
+    let stage = Stage::shared(Shape::Named).await;
+    let sidecar = stage.start().await;
+    let client = stage.connect().await;
+    let publication = &stage.name;
+    client.batch_execute(&format!("alter publication {publication} drop table scouter.custom_drift")).await.unwrap();
+    // Rows of another table move the watermarks.
+    let psi = "insert into scouter.psi_drift (space, name, version, feature, bin_id, bin_count)
+               values ('s', 'n', 'v', 'f', 1, 2)";
+    client.batch_execute(psi).await.unwrap();
+    becomes(&client, "gap").await;
+    sidecar.says("the publication does not send the table's inserts", DEADLINE).await;
+    let psi = "select state from highwater.watermark where source_table = 'scouter.psi_drift'";
+    assert_eq!(client.query_one(psi, &[]).await.unwrap().get::<_, String>(0), "streaming");
+}
+
+/// By its oid a table is known whatever it is called, and a partition whatever it is published as.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_a_renamed_table_and_of_partitions_published_as_themselves_are_archived() {
+    let stage = Stage::shared(Shape::Named).await;
+    let sidecar = stage.start().await;
+    let client = stage.connect().await;
+    stage.insert_one(&client, "first", None).await;
+    archived(&stage, "first").await;
+    let publication = &stage.name;
+    let via_root = async |value: bool| {
+        let sql = format!("alter publication {publication} set (publish_via_partition_root = {value})");
+        client.batch_execute(&sql).await.unwrap();
+    };
+    via_root(false).await;
+    stage.insert_one(&client, "as a partition", None).await;
+    archived(&stage, "as a partition").await;
+    via_root(true).await;
+
+    client.batch_execute("alter table scouter.custom_drift rename to custom_drift_old").await.unwrap();
+    let renamed = "insert into scouter.custom_drift_old (space, name, version, metric) values ('s', 'n', 'v', 'renamed')";
+    client.batch_execute(renamed).await.unwrap();
+    archived(&stage, "renamed").await;
+    client.batch_execute("alter table scouter.custom_drift_old rename to custom_drift").await.unwrap();
+    stage.insert_one(&client, "named back", None).await;
+    archived(&stage, "named back").await;
+    assert_eq!(mark(&client).await.0, "streaming");
+    stage.assert_same().await;
+    drop(sidecar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_without_its_publication_is_refused_by_setup_with_the_way_out() {
+    let stage = Stage::shared(Shape::Named).await;
+    archived_once(&stage).await;
+    let client = stage.connect().await;
+    client.batch_execute(&format!("drop publication {}", stage.name)).await.unwrap();
+    stage.insert_one(&client, "unseen", None).await;
+    refuses(&stage.launch().logging_to(&stage.folder().join("refused.log")), &["publication"]).await;
+    let output = stage.launch().output(&["setup"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("pg_drop_replication_slot"), "{said}");
+    client.execute("select pg_drop_replication_slot($1)", &[&stage.name]).await.unwrap();
+    stage.launch().must(&["setup"]);
+    becomes(&client, "gap").await;
+    let sidecar = stage.launch().start();
+    stage.streaming().await;
+    stage.insert_one(&client, "after", None).await;
+    archived(&stage, "after").await;
+    drop(sidecar);
+}
+
+/// Whose answer was lost is tried again, and counted once.
+#[tokio::test(flavor = "multi_thread")]
+async fn entities_are_counted_once_when_sql_is_slow() {
+    let stage = Stage::shared(Shape::Named).await;
+    stage.launch().must(&["setup"]);
+    let client = stage.connect().await;
+    // Longer than the sidecar waits for a statement; it goes on in the server, and takes effect.
+    let slow = "create function slow() returns trigger language plpgsql as
+                    'begin if pg_sleep(case when (select count(*) from slept) = 0 then 33 else 0 end) is not null
+                     then insert into slept values (1); end if; return null; end';
+                create table slept (n int);
+                create trigger slow after insert on highwater.entity_watermark for each row execute function slow()";
+    client.batch_execute(slow).await.unwrap();
+    let sidecar = stage.launch().start();
+    stage.streaming().await;
+    for number in 0..10 {
+        stage.insert_one(&client, &format!("metric {number}"), None).await;
+    }
+    let counted = async || {
+        let sql = "select sum(row_count)::bigint from highwater.entity_watermark having count(*) > 0";
+        client.query_opt(sql, &[]).await.unwrap().map(|row| row.get::<_, i64>(0))
+    };
+    until("the entities are counted", DEADLINE * 2, counted).await;
+    let target = stage.insert_one(&client, "last", None).await;
+    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
+    until("everything is acknowledged", DEADLINE * 2, acknowledged).await;
+    let whole = async || (counted().await? >= 11).then_some(());
+    until("every row is counted", DEADLINE * 2, whole).await;
+    assert_eq!(counted().await, Some(11), "{}", sidecar.log());
+}
