@@ -253,7 +253,10 @@ async fn a_running_sidecar_notices_a_table_that_is_not_published_any_more() {
     let sidecar = stage.start().await;
     let client = stage.connect().await;
     let publication = &stage.name;
-    client.batch_execute(&format!("alter publication {publication} drop table scouter.custom_drift")).await.unwrap();
+    client
+        .batch_execute(&format!("alter publication {publication} drop table scouter.custom_drift"))
+        .await
+        .unwrap();
     // Rows of another table move the watermarks.
     let psi = "insert into scouter.psi_drift (space, name, version, feature, bin_id, bin_count)
                values ('s', 'n', 'v', 'f', 1, 2)";
