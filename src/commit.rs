@@ -12,15 +12,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
-use crate::archive::{self, CommitNote, DataFile, EncodedFile, MergeTurns, Merged, Namer, Storage, Table};
+use crate::archive::{
+    self, CommitNote, DataFile, EncodedFile, MergeTurns, Merged, Namer, Storage, Table, Totals,
+};
 use crate::batch::{Batches, EntitySpan};
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::{Kind, Window, WindowWidth};
-use crate::watermark::{self, Advance, Horizon, TableTotals, Watermark};
+use crate::watermark::{self, Advance, Horizon};
 
 /// Uploads of one checkpoint under way at once: enough to hide a round trip, few enough for any store.
 const UPLOADS_MAX: usize = 4;
@@ -299,7 +300,7 @@ impl Committer {
 
     async fn mirror(&mut self, lsn: Lsn) -> Result<()> {
         self.check_publication().await?;
-        let tables: Vec<(String, TableTotals)> = self.totals();
+        let tables: Vec<(String, Totals)> = self.totals();
         let mut mirrored = Lsn::ZERO;
         while let Some((at, spans)) = self.unmirrored.front() {
             let advance = Advance { lsn: *at, archived_before: None, tables: &tables, spans };
@@ -346,11 +347,11 @@ impl Committer {
         Ok(())
     }
 
-    fn totals(&self) -> Vec<(String, TableTotals)> {
+    fn totals(&self) -> Vec<(String, Totals)> {
         let tables = self.parts.tables.iter();
         tables
             .filter_map(|table| {
-                Some((watermark::source_table(&self.parts.schema, table.kind())?, totals(table)))
+                Some((watermark::source_table(&self.parts.schema, table.kind())?, table.totals()))
             })
             .collect()
     }
@@ -432,7 +433,7 @@ impl Committer {
             "merged a window"
         );
         if let Some(name) = watermark::source_table(&self.parts.schema, kind) {
-            let totals = totals(table);
+            let totals = table.totals();
             let written =
                 self.parts.sql.run(async |client| watermark::update_files(client, &name, totals).await).await;
             if let Err(error) = written {
@@ -529,86 +530,4 @@ async fn storage_failed(what: &str, error: &Error, pause: &mut Duration) {
     let jitter = rand::rng().random_range(0.5..1.0);
     sleep(pause.mul_f64(jitter)).await;
     *pause = (*pause * 2).min(RETRY_PAUSE.1);
-}
-
-fn totals(table: &Table) -> TableTotals {
-    let totals = table.totals();
-    TableTotals {
-        max_created_at: totals.max_created_at,
-        row_count: totals.row_count,
-        file_count: totals.file_count,
-        byte_count: totals.byte_count,
-    }
-}
-
-/// Brings the watermark rows up to the logs: a session that ended between the two left them behind. Must be
-/// called before the first commit of a session.
-///
-/// # Errors
-///
-/// The rows can't be read or written, or the files of the entities in between can't be read.
-pub(crate) async fn recover(
-    storage: &Storage,
-    tables: &[Table],
-    sql: &mut Session,
-    config: &Config,
-) -> Result<()> {
-    let watermarks = sql.run(watermark::read).await?;
-    for table in tables {
-        let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
-        let Some(row) = watermarks.iter().find(|row| row.source_table == name) else { continue };
-        check_archive_is_whole(table, row, config)?;
-        if row.flushed_lsn >= table.lsn() {
-            continue;
-        }
-        let since =
-            table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
-        let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
-        tracing::info!(
-            table = name,
-            files = paths.len(),
-            from = %row.flushed_lsn,
-            to = %table.lsn(),
-            "bringing the watermark up to the archive"
-        );
-        let entities = archive::entity_stats(storage, table.kind(), &paths).await?;
-        let spans: Vec<_> =
-            entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
-        let tables = [(name, totals(table))];
-        let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
-        sql.run(async |client| watermark::advance(client, &advance).await).await?;
-    }
-    Ok(())
-}
-
-/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,
-/// or a part of it was deleted; to go on would let a purge delete rows that nobody has any more.
-fn check_archive_is_whole(table: &Table, row: &Watermark, config: &Config) -> Result<()> {
-    let held = table.totals().row_count;
-    // A foreign writer that merged our files need not have said how many rows its own hold.
-    if table.files().any(|file| file.row_count.is_none()) {
-        return Ok(());
-    }
-    if u64::try_from(row.row_count).is_ok_and(|expected| expected <= held) {
-        return Ok(());
-    }
-    Err(Error::Setting {
-        setting: "storage".to_owned(),
-        value: config.storage.storage_uri.clone(),
-        accepted: format!(
-            "the archive that the watermark of {} speaks of: it has {} rows there, and {held} here (if rows were \
-             deleted from the archive on purpose, lower row_count in highwater.watermark to that)",
-            row.source_table, row.row_count
-        ),
-    })
-}
-
-fn span(kind: Kind, stats: archive::EntityStats) -> EntitySpan {
-    EntitySpan {
-        kind,
-        entity: stats.entity,
-        min_created_at: stats.min_created_at,
-        max_created_at: stats.max_created_at,
-        row_count: stats.row_count,
-    }
 }

@@ -87,6 +87,7 @@ pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;
 pub mod record;
+mod recover;
 pub mod setup;
 mod sidecar;
 mod slot;

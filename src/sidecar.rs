@@ -10,13 +10,14 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::archive::{self, Namer, Storage, Table};
-use crate::commit::{self, Committer, Parts, Work};
+use crate::commit::{Committer, Parts, Work};
 use crate::config::Config;
 use crate::decode::{Decoder, Settled};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session};
 use crate::record::Kind;
+use crate::recover;
 use crate::slot::{self, Slot};
 use crate::stream::Builder;
 use crate::watermark::{self, Watermark};
@@ -214,7 +215,7 @@ async fn open(config: &Config) -> Result<Tasks> {
         tables.push(Table::claim(&storage, kind, &app_id, &session_id, start).await?);
     }
     check_timeline(config, &mut sql, &tables, &switches).await?;
-    commit::recover(&storage, &tables, &mut sql, config).await?;
+    recover::watermarks(&storage, &tables, &mut sql, config).await?;
     check_gap(config, &mut sql, &slot).await?;
     let timeline = identity.timeline_id;
     sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline).await).await?;

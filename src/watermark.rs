@@ -13,6 +13,7 @@ use chrono::{DateTime, Utc};
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Row};
 
+use crate::archive::Totals;
 use crate::batch::EntitySpan;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
@@ -80,19 +81,6 @@ pub struct Watermark {
     pub updated_at: DateTime<Utc>,
 }
 
-/// How much a table of the archive holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TableTotals {
-    /// The newest `created_at`, microseconds since the epoch.
-    pub max_created_at: Option<i64>,
-    /// Rows.
-    pub row_count: u64,
-    /// Files.
-    pub file_count: u64,
-    /// Bytes of those files.
-    pub byte_count: u64,
-}
-
 /// A move of the watermark of some tables.
 #[derive(Debug)]
 pub struct Advance<'a> {
@@ -101,7 +89,7 @@ pub struct Advance<'a> {
     /// The horizon to publish, if one has been passed.
     pub archived_before: Option<u64>,
     /// The tables with what their archives hold now.
-    pub tables: &'a [(String, TableTotals)],
+    pub tables: &'a [(String, Totals)],
     /// What the archive holds more than at the last move: table and entity.
     pub spans: &'a [(String, EntitySpan)],
 }
@@ -337,7 +325,7 @@ pub async fn rebase(
 /// The statement failed; whether it took effect is then unknown.
 pub async fn advance(client: &Client, advance: &Advance<'_>) -> Result<()> {
     let names: Vec<&str> = advance.tables.iter().map(|(name, _)| name.as_str()).collect();
-    let totals: Totals = advance.tables.iter().map(|(_, totals)| totals).collect();
+    let totals: TotalColumns = advance.tables.iter().map(|(_, totals)| totals).collect();
     let spans = Spans::new(advance.spans);
     let horizon = advance.archived_before.map(|xmin| xmin.to_string());
     client
@@ -399,15 +387,15 @@ set min_created_at = least(e.min_created_at, excluded.min_created_at),
 
 /// The totals of several tables, a vector for each column.
 #[derive(Default)]
-struct Totals {
+struct TotalColumns {
     max_created_at: Vec<Option<DateTime<Utc>>>,
     row_count: Vec<i64>,
     file_count: Vec<i64>,
     byte_count: Vec<i64>,
 }
 
-impl<'a> FromIterator<&'a TableTotals> for Totals {
-    fn from_iter<T: IntoIterator<Item = &'a TableTotals>>(totals: T) -> Self {
+impl<'a> FromIterator<&'a Totals> for TotalColumns {
+    fn from_iter<T: IntoIterator<Item = &'a Totals>>(totals: T) -> Self {
         let mut columns = Self::default();
         for table in totals {
             columns.max_created_at.push(table.max_created_at.and_then(DateTime::from_timestamp_micros));
@@ -457,7 +445,7 @@ fn signed(count: u64) -> i64 {
 /// # Errors
 ///
 /// The statement failed.
-pub async fn update_files(client: &Client, table: &str, totals: TableTotals) -> Result<()> {
+pub async fn update_files(client: &Client, table: &str, totals: Totals) -> Result<()> {
     client
         .execute(
             "update highwater.watermark set file_count = $2, byte_count = $3, updated_at = clock_timestamp()

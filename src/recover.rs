@@ -1,0 +1,81 @@
+//! What a session mends before it begins: the watermark rows that an earlier one left behind the logs.
+
+use crate::archive::{self, Storage, Table};
+use crate::batch::EntitySpan;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::postgres::Session;
+use crate::record::Kind;
+use crate::watermark::{self, Advance, Watermark};
+
+/// Brings the watermark rows up to the logs: a session that ended between the two left them behind. Must be
+/// called before the first commit of a session.
+///
+/// # Errors
+///
+/// The rows can't be read or written, or the files of the entities in between can't be read.
+pub(crate) async fn watermarks(
+    storage: &Storage,
+    tables: &[Table],
+    sql: &mut Session,
+    config: &Config,
+) -> Result<()> {
+    let watermarks = sql.run(watermark::read).await?;
+    for table in tables {
+        let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
+        let Some(row) = watermarks.iter().find(|row| row.source_table == name) else { continue };
+        check_archive_is_whole(table, row, config)?;
+        if row.flushed_lsn >= table.lsn() {
+            continue;
+        }
+        let since =
+            table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
+        let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
+        tracing::info!(
+            table = name,
+            files = paths.len(),
+            from = %row.flushed_lsn,
+            to = %table.lsn(),
+            "bringing the watermark up to the archive"
+        );
+        let entities = archive::entity_stats(storage, table.kind(), &paths).await?;
+        let spans: Vec<_> =
+            entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
+        let tables = [(name, table.totals())];
+        let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
+        sql.run(async |client| watermark::advance(client, &advance).await).await?;
+    }
+    Ok(())
+}
+
+/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,
+/// or a part of it was deleted; to go on would let a purge delete rows that nobody has any more.
+fn check_archive_is_whole(table: &Table, row: &Watermark, config: &Config) -> Result<()> {
+    let held = table.totals().row_count;
+    // A foreign writer that merged our files need not have said how many rows its own hold.
+    if table.files().any(|file| file.row_count.is_none()) {
+        return Ok(());
+    }
+    if u64::try_from(row.row_count).is_ok_and(|expected| expected <= held) {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        setting: "storage".to_owned(),
+        value: config.storage.storage_uri.clone(),
+        accepted: format!(
+            "the archive that the watermark of {} speaks of: it has {} rows there, and {held} here (if rows were \
+             deleted from the archive on purpose, lower row_count in highwater.watermark to that)",
+            row.source_table, row.row_count
+        ),
+    })
+}
+
+fn span(kind: Kind, stats: archive::EntityStats) -> EntitySpan {
+    EntitySpan {
+        kind,
+        entity: stats.entity,
+        min_created_at: stats.min_created_at,
+        max_created_at: stats.max_created_at,
+        row_count: stats.row_count,
+    }
+}
