@@ -6,6 +6,7 @@
 //! Must not know drift tables, batches or the archive.
 
 mod frame;
+mod pace;
 mod receiver;
 mod replication;
 mod session;

@@ -28,6 +28,7 @@ use tokio_postgres::error::SqlState;
 use tracing::warn;
 
 use super::frame::{self, Chunk, Cut, FRAME_BYTES_MAX, STREAM};
+use super::pace::{self, Pace};
 use super::replication::ReplicationStream;
 use super::socket::Socket;
 use super::wire::{HEADER_BYTES, Wire, header, server_error};
@@ -51,12 +52,6 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 const READ_BYTES: usize = 512 << 10;
 /// A read is not worth while with less space than this.
 const READ_BYTES_MIN: usize = 64 << 10;
-/// How long to let data pile up after a read; on average twice that, since the runtime's clock ticks in
-/// milliseconds. A walsender tries a `send` per row, and if we always wait for it then each of them wakes us: that
-/// costs both sides more than the row itself. Nobody misses a millisecond: acknowledgements and replies have
-/// clocks of their own.
-const PAUSE: Duration = Duration::from_micros(500);
-
 /// 2000-01-01 in seconds of Unix time: the protocol's clock starts there.
 const EPOCH_2000: Duration = Duration::from_secs(946_684_800);
 
@@ -199,7 +194,7 @@ impl Pump {
 
     async fn pump(mut self, chunks: mpsc::Sender<Chunk>, mut finished: oneshot::Receiver<()>) -> Result<()> {
         let mut waiting = None;
-        let mut resume_at = Instant::now();
+        let mut pace = Pace::new(&self.wire.socket);
         let mut is_published = true;
         // Tells the server at once that somebody is there.
         self.report(Reply::Unneeded).await?;
@@ -235,10 +230,8 @@ impl Pump {
                     self.restart_silence();
                 }
                 // 5.
-                count = read(&mut self.wire, resume_at), if is_reading => {
-                    count?;
-                    self.wire.socket.unwatch().map_err(Error::io(STREAM))?;
-                    resume_at = Instant::now() + PAUSE;
+                result = read(&mut self.wire, &mut pace), if is_reading => {
+                    result?;
                     self.restart_silence();
                 }
                 // 6.
@@ -316,6 +309,7 @@ impl Pump {
 
     /// Reads, and drops, what is still on its way, up to the server's readiness for a next command.
     async fn drain(&mut self) -> Result<()> {
+        let mut pace = Pace::hurried();
         loop {
             while let Some((tag, whole)) = header(&self.wire.inbox, FRAME_BYTES_MAX, STREAM)? {
                 if self.wire.inbox.len() < whole {
@@ -330,8 +324,8 @@ impl Pump {
                     _ => {}
                 }
             }
-            match read(&mut self.wire, Instant::now()).await {
-                Ok(_) => {}
+            match read(&mut self.wire, &mut pace).await {
+                Ok(()) => {}
                 // A server that shuts down leaves without a farewell.
                 Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::UnexpectedEof => {
                     return Ok(());
@@ -360,20 +354,34 @@ fn name_missing_publication(slot: &str, error: Error) -> Error {
     }
 }
 
-/// Reads what there is, once `resume_at` has come. Cancelling it loses nothing.
-async fn read(wire: &mut Wire, resume_at: Instant) -> Result<usize> {
-    if resume_at > Instant::now() {
-        sleep_until(resume_at).await;
-    }
+/// Reads at this pace until something worth handing on is there. Cancelling it loses nothing: all is in the inbox.
+async fn read(wire: &mut Wire, pace: &mut Pace) -> Result<()> {
     let Wire { socket, inbox } = wire;
-    if inbox.capacity() - inbox.len() < READ_BYTES_MIN {
-        // A fixed step, whatever length the frame at the end of the inbox claims.
-        inbox.reserve(READ_BYTES);
-    }
-    match poll_fn(|cx| poll_fill(socket, inbox, cx)).await {
-        Ok(0) => Err(frame::closed()),
-        Ok(count) => Ok(count),
-        Err(source) => Err(Error::io(STREAM)(source)),
+    let begin = Instant::now();
+    let before = inbox.len();
+    loop {
+        pace.pause().await;
+        if inbox.capacity() - inbox.len() < READ_BYTES_MIN {
+            // A fixed step, whatever length the frame at the end of the inbox claims.
+            inbox.reserve(READ_BYTES);
+        }
+        let has_some = inbox.len() > before;
+        let count = poll_fn(|cx| match poll_fill(socket, inbox, cx) {
+            Poll::Pending if has_some => Poll::Ready(Ok(None)),
+            other => other.map_ok(Some),
+        });
+        match count.await.map_err(Error::io(STREAM))? {
+            Some(0) => return Err(frame::closed()),
+            None => return Ok(()),
+            Some(count) if pace.wants_pause(count) => {
+                socket.unwatch().map_err(Error::io(STREAM))?;
+                pace.start_pause();
+            }
+            Some(_) => {}
+        }
+        if inbox.len() - before >= pace.batch_bytes() || begin.elapsed() > pace::GATHER_MAX {
+            return Ok(());
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio_rustls::client::TlsStream;
 use tracing::warn;
 
-use super::tls;
+use super::{pace, tls};
 use crate::config::SourceConfig;
 use crate::config::{Address, Endpoint, SslMode};
 use crate::error::{Error, Result};
@@ -68,6 +68,17 @@ impl Socket {
         connect(config).await.map(|(socket, _)| socket)
     }
 
+    /// The server is on this machine.
+    pub(super) fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => is_local(stream),
+            Self::Tls(stream) => is_local(stream.get_ref().0),
+            #[cfg(unix)]
+            Self::Unix(_) => true,
+            Self::Unwatched(_) => false,
+        }
+    }
+
     /// Keeps what arrives from waking anybody, until the socket is next used. Not to ask for data isn't enough for that:
     /// the runtime watches a socket edge-triggered, so that each piece of data wakes a thread, whoever waits for it.
     /// Does nothing for TLS.
@@ -89,6 +100,14 @@ impl Socket {
             Unwatched::Unix(stream) => Self::Unix(UnixStream::from_std(stream)?),
         };
         Ok(())
+    }
+}
+
+/// Nothing that can't be told is taken for local.
+fn is_local(stream: &TcpStream) -> bool {
+    match (stream.peer_addr(), stream.local_addr()) {
+        (Ok(server), Ok(own)) => server.ip() == own.ip(),
+        _ => false,
     }
 }
 
@@ -145,6 +164,9 @@ async fn open(config: &SourceConfig, address: &Address) -> Result<Socket> {
 fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
+    if is_local(stream) {
+        socket.set_recv_buffer_size(pace::LOCAL_RECEIVE_BUFFER)?;
+    }
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     #[cfg(target_os = "linux")]
     socket.set_tcp_user_timeout(Some(UNCONFIRMED_MAX))?;
