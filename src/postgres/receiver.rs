@@ -366,11 +366,17 @@ async fn read(wire: &mut Wire, pace: &mut Pace) -> Result<()> {
             inbox.reserve(READ_BYTES);
         }
         let has_some = inbox.len() > before;
-        let count = poll_fn(|cx| match poll_fill(socket, inbox, cx) {
-            Poll::Pending if has_some => Poll::Ready(Ok(None)),
-            other => other.map_ok(Some),
-        });
-        match count.await.map_err(Error::io(STREAM))? {
+        let count = match read_unwatched(socket, inbox) {
+            Some(result) => result.map(Some),
+            None => {
+                poll_fn(|cx| match poll_fill(socket, inbox, cx) {
+                    Poll::Pending if has_some => Poll::Ready(Ok(None)),
+                    other => other.map_ok(Some),
+                })
+                .await
+            }
+        };
+        match count.map_err(Error::io(STREAM))? {
             Some(0) => return Err(frame::closed()),
             None => return Ok(()),
             Some(count) if pace.wants_pause(count) => {
@@ -383,6 +389,17 @@ async fn read(wire: &mut Wire, pace: &mut Pace) -> Result<()> {
             return Ok(());
         }
     }
+}
+
+/// Reads once from a Unix socket that is not watched: to have the runtime watch it again costs more than such a read.
+/// `None` if it has to be watched first, because nothing is there, and for all other sockets.
+fn read_unwatched(socket: &mut Socket, inbox: &mut BytesMut) -> Option<io::Result<usize>> {
+    let before = inbox.len();
+    inbox.resize(before + READ_BYTES_MIN, 0);
+    let result = socket.read_unwatched(inbox.get_mut(before..).unwrap_or_default());
+    let count = result.as_ref().and_then(|result| result.as_ref().ok());
+    inbox.truncate(before + count.copied().unwrap_or_default());
+    result
 }
 
 /// Reads until the socket is empty or the space is full, because a single read of a TLS stream gives one

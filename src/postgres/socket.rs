@@ -1,6 +1,6 @@
 //! [`Socket`]: a byte stream to a server, plain or TLS.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -90,6 +90,25 @@ impl Socket {
             other => other,
         };
         Ok(())
+    }
+
+    /// Reads from a Unix socket that is not watched, without watching it. `None` if there is nothing, or it is another
+    /// socket. (TCP's pauses are so long that watching costs nothing; and the moment that it takes lets the sender
+    /// fill the buffer again.)
+    pub(super) fn read_unwatched(&mut self, buffer: &mut [u8]) -> Option<io::Result<usize>> {
+        match self {
+            #[cfg(unix)]
+            Self::Unwatched(Some(Unwatched::Unix(stream))) => match stream.read(buffer) {
+                // The runtime has made it non-blocking.
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
+                {
+                    None
+                }
+                other => Some(other),
+            },
+            _ => None,
+        }
     }
 
     fn watch(&mut self) -> io::Result<()> {
