@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -13,11 +13,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 use crate::archive::{
-    self, CommitNote, DataFile, EncodedFile, MergeTurns, Merged, Namer, Storage, Table, Totals,
+    self, CommitNote, DataFile, EncodedFile, MergeTurns, Merged, Multiset, Namer, Storage, Table, Totals,
 };
 use crate::batch::{Batches, EntitySpan};
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::gap;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::{Kind, Window, WindowWidth};
@@ -30,7 +31,7 @@ const UPLOADS_MAX: usize = 4;
 const ENCODED_MAX: usize = 2;
 
 /// First and longest pause between attempts at storage that fails.
-const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
+pub(crate) const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
 
 /// How often merges and maintenance are looked at.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
@@ -184,42 +185,12 @@ impl Committer {
 
     /// Encodes and uploads; step 1 of an advance.
     async fn write_files(&mut self, batches: Box<Batches>, lsn: Lsn) -> Result<()> {
-        if batches.is_empty() {
-            return Ok(());
-        }
         self.spans.extend(batches.entity_spans());
-        let (sender, encoded) = mpsc::channel(ENCODED_MAX);
-        let encoder = tokio::task::spawn_blocking(move || encode_files(&batches, &sender));
-        let encoded = stream::unfold(encoded, |mut encoded| async {
-            let file = encoded.recv().await?;
-            Some((file, encoded))
-        });
-        let uploads = encoded.map(|(kind, window, file)| self.upload(kind, window, lsn, file));
-        let files: Vec<(Kind, DataFile)> = uploads.buffer_unordered(UPLOADS_MAX).try_collect().await?;
-        encoder.await.map_err(|error| Error::Internal(format!("the encoder failed: {error}")))??;
+        let files = write_files(&self.parts.storage, &self.parts.namer, batches, lsn, None).await?;
         for (kind, file) in files {
             self.uploaded.entry(kind).or_default().push(file);
         }
         Ok(())
-    }
-
-    async fn upload(
-        &self,
-        kind: Kind,
-        window: Window,
-        lsn: Lsn,
-        file: EncodedFile,
-    ) -> Result<(Kind, DataFile)> {
-        failpoint::hit("after-encode");
-        // A new name for each attempt: one that failed may still arrive.
-        let attempt = || {
-            let path = self.parts.namer.name(window, lsn);
-            archive::upload(&self.parts.storage, kind, path, file.clone())
-        };
-        let uploaded =
-            until_stored(&format!("uploading {} rows of {}", file.stats.row_count, kind.name()), attempt)
-                .await?;
-        Ok((kind, uploaded))
     }
 
     /// One log entry for each table that got rows, the quarantine's first; step 2 of an advance.
@@ -265,10 +236,7 @@ impl Committer {
         let mut pause = RETRY_PAUSE.0;
         // A commit that is repeated recognises itself in the log.
         while let Err(error) = table.commit(files, lsn, note).await {
-            if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
-                return Err(error);
-            }
-            storage_failed(&format!("committing {}", kind.name()), &error, &mut pause).await;
+            wait_for_storage(&format!("committing {}", kind.name()), error, &mut pause).await?;
         }
         Ok(())
     }
@@ -299,7 +267,7 @@ impl Committer {
     }
 
     async fn mirror(&mut self, lsn: Lsn) -> Result<()> {
-        self.check_publication().await?;
+        gap::notice(&mut self.parts.sql, &self.parts.slot, &self.parts.publication).await?;
         let tables: Vec<(String, Totals)> = self.totals();
         let mut mirrored = Lsn::ZERO;
         while let Some((at, spans)) = self.unmirrored.front() {
@@ -326,23 +294,6 @@ impl Committer {
                 tracing::debug!(error = error.chain(), "no horizon");
                 None
             });
-        }
-        Ok(())
-    }
-
-    /// A table that the publication no longer sends has a gap from now on; that must be known before its
-    /// watermark moves.
-    async fn check_publication(&mut self) -> Result<()> {
-        let (slot, publication) = (self.parts.slot.as_str(), self.parts.publication.as_str());
-        let marked =
-            self.parts.sql.run(async |client| watermark::mark_unpublished(client, slot, publication).await);
-        for table in marked.await? {
-            tracing::error!(
-                table,
-                publication,
-                "gap: the publication does not send the table's inserts; its purge is blocked. `highwater setup` mends \
-                 the publication, the gap stays until it is healed"
-            );
         }
         Ok(())
     }
@@ -375,7 +326,25 @@ impl Committer {
         }
         self.vacuum().await?;
         self.start_merge();
-        Ok(())
+        self.look_for_gaps().await
+    }
+
+    /// Ends the session if a table can be completed: its successor does that before it streams.
+    async fn look_for_gaps(&mut self) -> Result<()> {
+        let (slot, publication) = (self.parts.slot.as_str(), self.parts.publication.as_str());
+        let mut looked = gap::notice_partitions(&mut self.parts.sql, slot).await.map(|()| Vec::new());
+        if looked.is_ok() {
+            looked = self.parts.sql.run(async |client| gap::mendable(client, slot, publication).await).await;
+        }
+        match looked {
+            Ok(mendable) if mendable.is_empty() => Ok(()),
+            Ok(mendable) => Err(gap::to_be_mended(slot, &mendable)),
+            // The next look is in a few seconds.
+            Err(error) => {
+                tracing::debug!(error = error.chain(), "could not look for gaps");
+                Ok(())
+            }
+        }
     }
 
     fn start_merge(&mut self) {
@@ -470,29 +439,92 @@ impl Committer {
 /// must have it first.
 const COMMIT_ORDER: [Kind; 4] = [Kind::Quarantine, Kind::Custom, Kind::Psi, Kind::Spc];
 
-fn encode_files(batches: &Batches, sender: &mpsc::Sender<(Kind, Window, EncodedFile)>) -> Result<()> {
+/// Encodes the rows and uploads their files; with `present`, only the rows that are not among these. Storage that fails
+/// is tried for ever.
+///
+/// # Errors
+///
+/// The rows can't be encoded.
+pub(crate) async fn write_files(
+    storage: &Storage,
+    namer: &Namer,
+    batches: Box<Batches>,
+    lsn: Lsn,
+    present: Option<Arc<Mutex<Multiset>>>,
+) -> Result<Vec<(Kind, DataFile)>> {
+    if batches.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (sender, encoded) = mpsc::channel(ENCODED_MAX);
+    let encoder = tokio::task::spawn_blocking(move || encode_files(&batches, present.as_deref(), &sender));
+    let encoded = stream::unfold(encoded, |mut encoded| async {
+        let file = encoded.recv().await?;
+        Some((file, encoded))
+    });
+    let uploads = encoded.map(|(kind, window, file)| upload(storage, namer, kind, window, lsn, file));
+    let files = uploads.buffer_unordered(UPLOADS_MAX).try_collect().await?;
+    encoder.await.map_err(|error| Error::Internal(format!("the encoder failed: {error}")))??;
+    Ok(files)
+}
+
+async fn upload(
+    storage: &Storage,
+    namer: &Namer,
+    kind: Kind,
+    window: Window,
+    lsn: Lsn,
+    file: EncodedFile,
+) -> Result<(Kind, DataFile)> {
+    failpoint::hit("after-encode");
+    // A new name for each attempt: one that failed may still arrive.
+    let attempt = || {
+        let path = namer.name(window, lsn);
+        archive::upload(storage, kind, path, file.clone())
+    };
+    let uploaded =
+        until_stored(&format!("uploading {} rows of {}", file.stats.row_count, kind.name()), attempt).await?;
+    Ok((kind, uploaded))
+}
+
+fn encode_files(
+    batches: &Batches,
+    present: Option<&Mutex<Multiset>>,
+    sender: &mpsc::Sender<(Kind, Window, EncodedFile)>,
+) -> Result<()> {
     for rows in batches.files() {
-        let mut failure = None;
+        let kind = rows.kind();
+        let (mut failure, mut left_out) = (None, 0);
         // Built one by one as the encoder wants them, so that only one sorted copy exists at a time.
-        let record_batches =
-            rows.record_batches().map_while(|batch| batch.map_err(|error| failure = Some(error)).ok());
-        let file = archive::encode(rows.kind(), record_batches)?;
+        let record_batches = rows.record_batches().map_while(|batch| {
+            let batch = batch.map_err(|error| {
+                let context = format!("building the columns of {}", kind.name());
+                Error::Encode { context, source: Box::new(error) }
+            });
+            let missing = batch.and_then(|batch| match present {
+                // A quarantined row was compared before it got here.
+                Some(present) if kind != Kind::Quarantine => {
+                    let missing =
+                        present.lock().unwrap_or_else(PoisonError::into_inner).missing(kind, &batch)?;
+                    left_out += (batch.num_rows() - missing.num_rows()) as u64;
+                    Ok(missing)
+                }
+                _ => Ok(batch),
+            });
+            missing.map_err(|error| failure = Some(error)).ok()
+        });
+        let file = archive::encode(kind, record_batches)?;
         if let Some(error) = failure {
-            let context = format!("building the columns of {}", rows.kind().name());
-            return Err(Error::Encode { context, source: Box::new(error) });
+            return Err(error);
         }
-        let Some(file) = file else { continue };
-        if file.stats.row_count != rows.row_count() {
-            let detail = format!(
-                "{} rows of {} became {}",
-                rows.row_count(),
-                rows.kind().name(),
-                file.stats.row_count
-            );
+        let encoded = file.as_ref().map_or(0, |file| file.stats.row_count);
+        if encoded + left_out != rows.row_count() {
+            let detail =
+                format!("{} rows of {} became {encoded} and {left_out}", rows.row_count(), kind.name());
             return Err(Error::Internal(detail));
         }
+        let Some(file) = file else { continue };
         // Nobody receives any more: the checkpoint has failed and said why.
-        if sender.blocking_send((rows.kind(), rows.window(), file)).is_err() {
+        if sender.blocking_send((kind, rows.window(), file)).is_err() {
             return Ok(());
         }
     }
@@ -518,6 +550,15 @@ async fn until_stored<T, F: Future<Output = Result<T>>>(what: &str, attempt: imp
             result => return result,
         }
     }
+}
+
+/// Waits after an error of storage; hands on any other.
+pub(crate) async fn wait_for_storage(what: &str, error: Error, pause: &mut Duration) -> Result<()> {
+    if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
+        return Err(error);
+    }
+    storage_failed(what, &error, pause).await;
+    Ok(())
 }
 
 /// Logs and waits, longer every time, with jitter so that many sidecars don't come back at once.

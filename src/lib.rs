@@ -75,14 +75,18 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
 pub mod archive;
+mod backfill;
 pub mod batch;
 pub mod check;
 pub mod cli;
 mod commit;
 pub mod config;
+mod coverage;
 pub mod decode;
 pub mod error;
 mod failpoint;
+mod gap;
+mod lookup;
 pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;

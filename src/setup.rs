@@ -11,6 +11,7 @@
 use tokio_postgres::Client;
 
 use crate::config::Config;
+use crate::coverage::{self, LEAVES};
 use crate::decode::ENTITY_TABLE;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
@@ -28,6 +29,9 @@ const SETUP_LOCK: i64 = 0x6869_6768_7761_7472;
 
 /// How long to wait for writers of a table that is added to a live publication.
 const LOCK_TIMEOUT: &str = "10s";
+
+/// The tables that the rows of a drift table are in: oid, and name with its schema.
+type Leaves = Vec<(u32, String)>;
 
 /// What setup did, or found done: a line each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,7 +78,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
             let fed = Some((&identity, found.confirmed_flush_lsn));
             alter_publication(&mut client, config, fed, &mut report).await?;
             // Nobody knows any more what the tables held when the slot was made.
-            let all = tables.iter().map(|table| (table, State::Snapshot)).collect();
+            let all = tables.iter().map(|table| (table, State::Snapshot, Leaves::new())).collect();
             make_watermarks(&client, config, &identity, found.confirmed_flush_lsn, all, &mut report).await?;
         }
         (None, _) => {
@@ -120,8 +124,8 @@ async fn check_history(client: &Client, config: &Config, identity: &Identity) ->
     });
     let Some(other) = other else { return Ok(()) };
     let detail = format!(
-        "{} was archived through a slot of this name on timeline {}, and the server is on timeline {}; choose another \
-         name with HIGHWATER_SLOT, so that the positions of the two can't be confused",
+        "{} was archived through a slot of this name on timeline {}, and the server is on timeline {}; if it has taken the \
+         place of the other for good, nothing is to be set up: start `highwater run --accept-new-system` once",
         other.source_table, other.timeline_id, identity.timeline_id
     );
     Err(Error::Slot { slot: config.slot.clone(), detail, transient: false })
@@ -304,6 +308,9 @@ async fn alter_publication(
                 report.done.push(format!("marked a gap in {source}: the publication lacked it"));
             } else if let Some(new) = new_watermark(config, table, &source, identity, state, start) {
                 watermark::create(&transaction, &new).await?;
+                if !holds_rows {
+                    coverage::cover(&transaction, &source, &leaves(&transaction, table.oid).await?).await?;
+                }
             }
         }
         transaction.commit().await.map_err(Error::sql(&context))?;
@@ -320,7 +327,7 @@ async fn create_slot<'a>(
     replication: &mut ReplicationConnection,
     config: &Config,
     tables: &'a [SourceTable],
-) -> Result<(Lsn, Vec<(&'a SourceTable, State)>)> {
+) -> Result<(Lsn, Vec<(&'a SourceTable, State, Leaves)>)> {
     replication.query("begin transaction isolation level repeatable read read only").await?;
     let command = format!(
         "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'use')",
@@ -337,10 +344,32 @@ async fn create_slot<'a>(
         let rows =
             replication.query(&format!("select exists (select from {})", qualified(config, table))).await?;
         let empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("f");
-        states.push((table, if empty { State::Streaming } else { State::Snapshot }));
+        if !empty {
+            states.push((table, State::Snapshot, Leaves::new()));
+            continue;
+        }
+        let rows = replication.query(&LEAVES.replace("$1", &table.oid.to_string())).await?;
+        let leaf = |row: Vec<Option<String>>| match <[_; 3]>::try_from(row) {
+            Ok([Some(oid), Some(schema), Some(name)]) => {
+                Some((oid.parse().ok()?, format!("{schema}.{name}")))
+            }
+            _ => None,
+        };
+        states.push((table, State::Streaming, rows.into_iter().filter_map(leaf).collect()));
     }
     replication.query("commit").await?;
     Ok((start, states))
+}
+
+async fn leaves(client: &impl tokio_postgres::GenericClient, oid: u32) -> Result<Leaves> {
+    let failed = || Error::sql("reading the partitions of a table");
+    let mut leaves = Leaves::new();
+    for row in client.query(LEAVES, &[&oid]).await.map_err(failed())? {
+        let (schema, name): (String, String) =
+            (row.try_get(1).map_err(failed())?, row.try_get(2).map_err(failed())?);
+        leaves.push((row.try_get(0).map_err(failed())?, format!("{schema}.{name}")));
+    }
+    Ok(leaves)
 }
 
 async fn make_watermarks(
@@ -348,17 +377,20 @@ async fn make_watermarks(
     config: &Config,
     identity: &Identity,
     start: Lsn,
-    states: Vec<(&SourceTable, State)>,
+    states: Vec<(&SourceTable, State, Leaves)>,
     report: &mut Report,
 ) -> Result<()> {
-    for (table, state) in states {
+    for (table, state, leaves) in states {
         let name = format!("{}.{}", config.schema, table.name);
         let Some(new) = new_watermark(config, table, &name, identity, state, start) else { continue };
         let made = watermark::create(client, &new).await?;
+        if made {
+            coverage::cover(client, &name, &leaves).await?;
+        }
         match (made, state) {
             (false, _) => report.left.push(format!("watermark of {name}")),
             (true, State::Snapshot) => report.done.push(format!(
-                "made the watermark of {name}: it holds rows from before the slot, which are not archived yet"
+                "made the watermark of {name}: it holds rows from before the slot, which `highwater run` copies first"
             )),
             (true, _) => report.done.push(format!("made the watermark of {name}")),
         }

@@ -10,15 +10,18 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::archive::{self, Namer, Storage, Table};
+use crate::backfill::Backfill;
 use crate::commit::{Committer, Parts, Work};
 use crate::config::Config;
 use crate::decode::{Decoder, Settled};
 use crate::error::{Error, Result};
+use crate::failpoint;
+use crate::gap;
 use crate::lsn::Lsn;
-use crate::postgres::{Receiver, ReplicationConnection, Session};
+use crate::postgres::{Receiver, ReplicationConnection, Session, quote_identifier};
 use crate::record::Kind;
 use crate::recover;
-use crate::slot::{self, Slot};
+use crate::slot::{self, Identity, Slot};
 use crate::stream::Builder;
 use crate::watermark::{self, Watermark};
 
@@ -157,7 +160,7 @@ async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> 
         // The committer's own error says more than that its queue is closed.
         result = &mut committer.0 => return Err(early_end(result)),
         result = builder.run(chunks, stop(shutdown)) => result,
-        result = receiver.ended() => Err(result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))),
+        result = receiver.ended() => Err(ended_early(result)),
         // The queue to the committer is full, and storage takes nothing.
         () = async { stop(shutdown).await; sleep(STOP_TIMEOUT).await } => Err(late_stop()),
     };
@@ -192,33 +195,33 @@ fn early_end(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
     }
 }
 
-/// Gets the slot, claims the tables, brings the watermarks up to them, and starts the tasks. The order
-/// matters, see ARCHITECTURE.md ("One writer").
+/// Gets the slot, claims the tables, brings the watermarks up to them, adds what the archive lacks, and starts the tasks.
+/// The order matters, see ARCHITECTURE.md ("One writer", "Gaps").
 async fn open(config: &Config) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
     let mut connection = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut connection).await?;
     let found = slot::find(&mut sql, &config.slot).await?;
-    let watermarks = check_slot(config, &mut sql, found, &identity.system_identifier).await?;
-    let switches = switch_points(&mut connection, &watermarks, identity.timeline_id).await?;
+    let watermarks = sql.run(watermark::read).await?;
+    let history = history(config, &mut connection, &watermarks, &identity, found.as_ref()).await?;
+    ensure_slot(config, &mut sql, &mut connection, found).await?;
     let stream = connection.start(&config.slot, &config.publication).await?;
 
     // Only now nobody else moves the slot or the archive.
     let (slot, holder) = held_slot(config, &mut sql).await?;
     let start = slot.confirmed_flush_lsn;
-    let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
+    let (durable_sender, durable) = watch::channel(start);
+    let (chunk_sender, chunks) = mpsc::channel(CHUNKS_MAX);
+    // What follows may take hours; somebody must answer the server meanwhile.
+    let mut receiver = stream.spawn(chunk_sender, durable);
     let namer = Arc::new(Namer::new());
-    let session_id = format!("{:032x}", rand::rng().random::<u128>());
-    let mut tables = Vec::new();
-    for kind in Kind::ALL {
-        tables.push(Table::claim(&storage, kind, &app_id, &session_id, start).await?);
-    }
-    check_timeline(config, &mut sql, &tables, &switches).await?;
-    recover::watermarks(&storage, &tables, &mut sql, config).await?;
-    check_gap(config, &mut sql, &slot).await?;
-    let timeline = identity.timeline_id;
-    sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline).await).await?;
+    let prepared = prepare(config, &mut sql, &storage, &namer, &identity, &history, &slot);
+    let tables = tokio::select! {
+        biased;
+        result = receiver.ended() => return Err(ended_early(result)),
+        tables = prepared => tables?,
+    };
 
     let mut decoder = Decoder::new(&config.schema);
     decoder.settle(settled(&storage, &tables, start).await?);
@@ -230,11 +233,8 @@ async fn open(config: &Config) -> Result<Tasks> {
         slot = config.slot,
         from = %start,
         storage = config.storage.storage_uri,
-        session = session_id,
         "archiving"
     );
-    let (durable_sender, durable) = watch::channel(start);
-    let (chunk_sender, chunks) = mpsc::channel(CHUNKS_MAX);
     let (work_sender, work) = mpsc::channel::<Work>(CHECKPOINTS_WAITING_MAX);
     let parts = Parts {
         storage,
@@ -250,11 +250,68 @@ async fn open(config: &Config) -> Result<Tasks> {
         durable: durable_sender,
     };
     Ok(Tasks {
-        receiver: stream.spawn(chunk_sender, durable),
+        receiver,
         chunks,
         committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
         builder: Builder::new(config, sql, table_lsn, start, work_sender, decoder),
     })
+}
+
+fn ended_early(result: Result<()>) -> Error {
+    result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))
+}
+
+/// Claims the tables and makes them fit for the stream.
+async fn prepare(
+    config: &Config,
+    sql: &mut Session,
+    storage: &Storage,
+    namer: &Arc<Namer>,
+    identity: &Identity,
+    history: &History,
+    slot: &Slot,
+) -> Result<Vec<Table>> {
+    let start = slot.confirmed_flush_lsn;
+    let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
+    let session_id = format!("{:032x}", rand::rng().random::<u128>());
+    let mut tables = Vec::new();
+    for kind in Kind::ALL {
+        tables.push(Table::claim(storage, kind, &app_id, &session_id, start).await?);
+    }
+    match history {
+        History::Same { switches } => check_timeline(config, sql, &tables, switches).await?,
+        History::Accepted => {
+            // The positions so far belong to another log. First in the Delta logs: until the watermarks follow, this
+            // history has to be accepted again.
+            for table in tables.iter_mut().filter(|table| table.lsn() > start) {
+                table.rebase(start).await?;
+            }
+            let (system, timeline) = (identity.system_identifier.as_str(), identity.timeline_id);
+            let accepted = sql
+                .run(async |client| watermark::accept(client, &config.slot, system, timeline).await)
+                .await?;
+            for table in accepted {
+                tracing::warn!(
+                    table,
+                    system,
+                    timeline,
+                    "accepted as told; every row of the table will be compared with the archive"
+                );
+            }
+        }
+    }
+    recover::watermarks(storage, &tables, sql, config).await?;
+    check_gap(config, sql, slot).await?;
+    let timeline_id = identity.timeline_id;
+    sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline_id).await).await?;
+    gap::notice(sql, &config.slot, &config.publication).await?;
+    let incomplete =
+        sql.run(async |client| gap::mendable(client, &config.slot, &config.publication).await).await?;
+    if !incomplete.is_empty() {
+        let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
+        backfill.run(&incomplete).await?;
+    }
+    Ok(tables)
 }
 
 /// The slot as it stands now that we hold it, and the server process that streams from it.
@@ -285,48 +342,99 @@ async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Sett
     Ok(settled)
 }
 
-/// Refuses a slot that can't feed the archive, and leaves word of it in the watermarks.
-async fn check_slot(
-    config: &Config,
-    sql: &mut Session,
-    slot: Option<Slot>,
-    system_identifier: &str,
-) -> Result<Vec<Watermark>> {
-    let watermarks = sql.run(watermark::read).await?;
-    if watermarks.is_empty() {
-        let detail = "no table is archived through it yet; run `highwater setup`".to_owned();
-        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
-    }
-    if let Some(other) = watermarks.iter().find(|row| row.system_identifier != system_identifier) {
-        let detail = format!(
-            "this server is system {system_identifier}, but {} is archived from system {}: a restored or promoted copy, \
-             or the wrong database",
-            other.source_table, other.system_identifier
-        );
-        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
-    }
-    if let Some(other) = watermarks.iter().find(|row| row.slot_name != config.slot) {
-        let detail = format!("{} is archived through slot {:?}", other.source_table, other.slot_name);
-        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
-    }
-    let slot = match slot {
-        Some(slot) if slot.wal_status != "lost" => return Ok(watermarks),
-        slot => slot,
-    };
-    for table in sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await? {
-        tracing::error!(table, "gap: rows may have been written that no slot holds; its purge is blocked");
-    }
-    let detail = match slot {
-        None => "it does not exist; run `highwater setup` to make a new one",
-        Some(_) => {
-            "the server has removed WAL that it still needed (wal_status is lost); drop it and run `highwater setup`"
-        }
-    };
-    Err(Error::Slot { slot: config.slot.clone(), detail: detail.to_owned(), transient: false })
+/// What the server has to do with the one that the watermarks speak of.
+enum History {
+    /// It is that server. Where the timelines ended that the watermarks speak of, by table, if they are not its own.
+    Same { switches: Vec<(String, Lsn)> },
+    /// It is another one, or has lost a part of the log, and whoever runs us says that it takes its place.
+    Accepted,
 }
 
-/// A slot ahead of the archive means that rows were skipped. What comes is archived, and the gap stays
-/// marked.
+/// Refuses a server that the watermarks don't speak of, unless told otherwise: it may be the wrong one.
+async fn history(
+    config: &Config,
+    connection: &mut ReplicationConnection,
+    watermarks: &[Watermark],
+    identity: &Identity,
+    slot: Option<&Slot>,
+) -> Result<History> {
+    let refuse = |detail: String| Error::Slot { slot: config.slot.clone(), detail, transient: false };
+    if watermarks.is_empty() {
+        return Err(refuse("no table is archived through it yet; run `highwater setup`".to_owned()));
+    }
+    if let Some(other) = watermarks.iter().find(|row| row.slot_name != config.slot) {
+        return Err(refuse(format!("{} is archived through slot {:?}", other.source_table, other.slot_name)));
+    }
+    let system = &identity.system_identifier;
+    if let Some(other) = watermarks.iter().find(|row| row.system_identifier != *system) {
+        if config.accept_new_system {
+            return Ok(History::Accepted);
+        }
+        return Err(refuse(format!(
+            "this server is system {system}, but {} is archived from system {}: a restored or promoted copy, or the wrong \
+             database; if it has taken the place of the other for good, start once with --accept-new-system",
+            other.source_table, other.system_identifier
+        )));
+    }
+    let switches = switch_points(connection, watermarks, identity.timeline_id).await?;
+    if switches.is_empty() || config.accept_new_system {
+        return Ok(if switches.is_empty() { History::Same { switches } } else { History::Accepted });
+    }
+    if slot.is_none() {
+        return Err(refuse(format!(
+            "the server is on timeline {}, the archive's position on an earlier one, and the slot is not here: a promoted \
+             copy; if it has taken the place of the other for good, start once with --accept-new-system, which makes the \
+             slot and compares every row with the archive",
+            identity.timeline_id
+        )));
+    }
+    Ok(History::Same { switches })
+}
+
+/// Makes a new slot where the old one is gone or of no more use. What was written meanwhile is a gap; that is on record
+/// before the new slot can hide it.
+async fn ensure_slot(
+    config: &Config,
+    sql: &mut Session,
+    connection: &mut ReplicationConnection,
+    found: Option<Slot>,
+) -> Result<()> {
+    let what = match &found {
+        Some(slot) if slot.wal_status != "lost" => return Ok(()),
+        Some(_) => "the server has removed WAL that the slot still needed (wal_status is lost)",
+        None => "the slot does not exist",
+    };
+    for table in sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await? {
+        tracing::error!(table, "gap: {what}, so rows may have passed unseen; its purge is blocked");
+    }
+    tracing::warn!(
+        slot = config.slot,
+        "{what}: making a new one, then adding the rows that the archive lacks"
+    );
+    let published = "select from pg_publication where pubname = $1";
+    let is_published = sql
+        .run(async |client| {
+            let row = client.query_opt(published, &[&config.publication]).await;
+            row.map(|row| row.is_some()).map_err(Error::sql("looking for the publication"))
+        })
+        .await?;
+    if !is_published {
+        let detail =
+            format!("{what}, and publication {:?} neither; run `highwater setup`", config.publication);
+        return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
+    }
+    if found.is_some() {
+        connection.query(&format!("DROP_REPLICATION_SLOT {}", quote_identifier(&config.slot))).await?;
+    }
+    failpoint::hit("before-new-slot");
+    let command = format!(
+        "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing')",
+        quote_identifier(&config.slot)
+    );
+    connection.query(&command).await.map(drop)
+}
+
+/// A slot ahead of the archive means that rows were skipped.
 async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()> {
     let watermarks = sql.run(watermark::read).await?;
     if watermarks.iter().all(|row| slot.confirmed_flush_lsn <= row.flushed_lsn) {
@@ -336,7 +444,7 @@ async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()
         tracing::error!(
             table,
             slot_at = %slot.confirmed_flush_lsn,
-            "gap: the slot is ahead of the archive, so rows were skipped; what comes is archived, and the table's purge is blocked"
+            "gap: the slot is ahead of the archive, so rows were skipped; the table's purge is blocked until they are found"
         );
     }
     Ok(())
@@ -383,8 +491,8 @@ async fn check_timeline(
         let detail = format!(
             "the server's log holds what was written up to {end}, but the archive of {} reaches {reach}: the server has lost \
              what is archived (a promoted standby, a restored copy?), and new rows can't be told from archived ones by their \
-             position; give HIGHWATER_SLOT a new name and run `highwater setup`, which makes it and marks the gap; then drop \
-             the old slot",
+             position; if this server has taken the place of the other for good, start once with --accept-new-system, which \
+             compares every row with the archive",
             table.kind().name(),
         );
         return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });

@@ -25,12 +25,13 @@ use tokio::time::{Instant, sleep_until};
 use crate::batch::Batches;
 use crate::commit::{Range, Work};
 use crate::config::Config;
-use crate::decode::{Decoder, ENTITY_TABLE, Inserted};
+use crate::decode::{Decoder, Inserted};
 use crate::error::{Error, Result};
+use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
-use crate::postgres::{Chunk, Frame, Session, quote_identifier};
-use crate::record::{Entity, Kind, Window, WindowWidth};
+use crate::postgres::{Chunk, Frame, Session};
+use crate::record::{Kind, Window, WindowWidth};
 use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -41,17 +42,12 @@ const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row
-/// that passes the bound may have 1 GiB.
-const BATCH_BYTES_MAX: usize = 512 << 20;
-
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
 const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
 
 /// The builder's state.
 pub(crate) struct Builder {
-    sql: Session,
-    entity_query: String,
+    lookup: Lookup,
     decoder: Decoder,
     batches: Batches,
     window: WindowWidth,
@@ -91,16 +87,12 @@ impl Builder {
         decoder: Decoder,
     ) -> Self {
         Self {
-            sql,
-            entity_query: format!(
-                "select space, name, version from {}.{ENTITY_TABLE} where id = $1::bigint",
-                quote_identifier(&config.schema)
-            ),
+            lookup: Lookup::new(sql, &config.schema),
             decoder,
             batches: Batches::new(config.window, now()),
             window: config.window,
             max_lag: config.max_lag,
-            batch_bytes_max: (config.memory_bytes / 3).min(BATCH_BYTES_MAX),
+            batch_bytes_max: config.batch_bytes_max(),
             table_lsn,
             work,
             open: None,
@@ -235,27 +227,13 @@ impl Builder {
                         break;
                     }
                 }
-                Inserted::UnknownEntity(id) => self.look_up(id).await?,
+                Inserted::UnknownEntity(id) => {
+                    let entity = self.lookup.entity(id).await?;
+                    self.decoder.resolve(id, entity);
+                }
             }
         }
         if self.batches.byte_count() < self.batch_bytes_max { Ok(()) } else { self.cut_piece().await }
-    }
-
-    async fn look_up(&mut self, id: i64) -> Result<()> {
-        let query = self.entity_query.as_str();
-        let row = self
-            .sql
-            .run(async |client| {
-                client.query_opt(query, &[&id]).await.map_err(Error::sql(format!("looking up entity {id}")))
-            })
-            .await?;
-        let entity = row.map(|row| {
-            let column =
-                |index| row.try_get::<_, String>(index).map_err(Error::sql(format!("reading entity {id}")));
-            Ok::<_, Error>(Entity { space: column(0)?, name: column(1)?, version: column(2)? })
-        });
-        self.decoder.resolve(id, entity.transpose()?);
-        Ok(())
     }
 
     async fn commit(&mut self, commit: Commit) -> Result<()> {
@@ -342,7 +320,8 @@ impl Builder {
         if self.foreign.contains(&relation) {
             return Ok(false);
         }
-        let root = self.sql.run(async |client| watermark::archived_root(client, relation).await).await?;
+        let root =
+            self.lookup.sql().run(async |client| watermark::archived_root(client, relation).await).await?;
         let publication = &self.publication;
         let table = self.decoder.table_name(relation).unwrap_or_default();
         let kind =

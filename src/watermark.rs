@@ -230,20 +230,53 @@ pub async fn mark_table_gap(
 ///
 /// The statement failed.
 pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<String>> {
-    // `pg_publication_tables` names partitions where they are published as themselves; their rows are archived, too.
-    let statement = "
-        update highwater.watermark w set state = 'gap', updated_at = clock_timestamp()
-        where w.slot_name = $1 and w.state <> 'gap' and not exists (
-            select from pg_publication p join pg_publication_tables t using (pubname)
-            where p.pubname = $2 and p.pubinsert and t.rowfilter is null
-              and w.table_oid in (to_regclass(format('%I.%I', t.schemaname, t.tablename)),
-                                  pg_partition_root(to_regclass(format('%I.%I', t.schemaname, t.tablename)))))
-        returning w.source_table";
-    let rows = client
-        .query(statement, &[&slot, &publication])
-        .await
-        .map_err(Error::sql("comparing the publication with the watermarks"))?;
-    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+    let statement = format!(
+        "update highwater.watermark w set state = 'gap', updated_at = clock_timestamp()
+         where w.slot_name = $1 and w.state <> 'gap' and not {PUBLISHED} returning w.source_table"
+    );
+    names(client, &statement, &[&slot, &publication]).await
+}
+
+/// The tables of a slot whose inserts the publication does not send, as [`mark_unpublished`] has it.
+///
+/// # Errors
+///
+/// The query failed.
+pub async fn unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<String>> {
+    let query = format!(
+        "select w.source_table from highwater.watermark w where w.slot_name = $1 and not {PUBLISHED}"
+    );
+    names(client, &query, &[&slot, &publication]).await
+}
+
+/// Whether publication `$2` sends every insert into the table of `w`. `pg_publication_tables` names partitions where they
+/// are published as themselves; their rows are archived, too.
+const PUBLISHED: &str = "exists (
+    select from pg_publication p join pg_publication_tables t using (pubname)
+    where p.pubname = $2 and p.pubinsert and t.rowfilter is null
+      and w.table_oid in (to_regclass(format('%I.%I', t.schemaname, t.tablename)),
+                          pg_partition_root(to_regclass(format('%I.%I', t.schemaname, t.tablename)))))";
+
+async fn names(
+    client: &Client,
+    statement: &str,
+    parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+) -> Result<Vec<String>> {
+    let context = "comparing the publication with the watermarks";
+    let rows = client.query(statement, parameters).await.map_err(Error::sql(context))?;
+    rows.iter().map(|row| row.try_get(0).map_err(Error::sql(context))).collect()
+}
+
+/// Puts a table into state `gap`; whether it was in another one.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn mark_one_gap(client: &Client, source_table: &str) -> Result<bool> {
+    let statement = "update highwater.watermark set state = 'gap', updated_at = clock_timestamp()
+                     where source_table = $1 and state = 'streaming'";
+    let context = format!("marking a gap in the watermark of {source_table}");
+    client.execute(statement, &[&source_table]).await.map_err(Error::sql(context)).map(|marked| marked > 0)
 }
 
 /// The drift table that a relation is, or is a partition of, by its oid: its name and kind.
@@ -289,6 +322,36 @@ pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
         )
         .await
         .map_err(Error::sql("marking a gap in highwater.watermark"))?;
+    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+}
+
+/// Hands every table of a slot over to a server of another history. Nothing that is known of transactions or positions
+/// holds there: the tables get state `gap`, and each row will be compared. Returns them.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn accept(
+    client: &Client,
+    slot: &str,
+    system_identifier: &str,
+    timeline_id: i32,
+) -> Result<Vec<String>> {
+    let statement = "
+        with accepted as (
+            update highwater.watermark
+            set system_identifier = $2, timeline_id = $3, state = 'gap', flushed_lsn = '0/0', archived_before = null,
+                updated_at = clock_timestamp()
+            where slot_name = $1 returning source_table),
+        uncovered as (
+            delete from highwater.covered_partition using accepted a where covered_partition.source_table = a.source_table),
+        uncounted as (
+            delete from highwater.entity_watermark using accepted a where entity_watermark.source_table = a.source_table)
+        select source_table from accepted";
+    let rows = client
+        .query(statement, &[&slot, &system_identifier, &timeline_id])
+        .await
+        .map_err(Error::sql("handing the watermarks over to this server"))?;
     rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
 }
 

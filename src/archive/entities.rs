@@ -17,14 +17,14 @@ use crate::{Error, Result};
 
 /// Strings, dictionary-encoded or not.
 #[derive(Debug)]
-enum Strings<'a> {
+pub(super) enum Strings<'a> {
     Plain(&'a StringArray),
     Signed(&'a DictionaryArray<Int32Type>, &'a StringArray),
     Unsigned(&'a DictionaryArray<UInt32Type>, &'a StringArray),
 }
 
 impl<'a> Strings<'a> {
-    fn of(column: &'a ArrayRef) -> Option<Self> {
+    pub(super) fn of(column: &'a ArrayRef) -> Option<Self> {
         match column.data_type() {
             DataType::Utf8 => column.as_string_opt().map(Self::Plain),
             DataType::Dictionary(key, _) if **key == DataType::Int32 => {
@@ -39,7 +39,7 @@ impl<'a> Strings<'a> {
         }
     }
 
-    fn get(&self, row: usize) -> Option<&'a str> {
+    pub(super) fn get(&self, row: usize) -> Option<&'a str> {
         let (values, index) = match self {
             Self::Plain(values) => (*values, row),
             Self::Signed(strings, values) => (*values, strings.key(row)?),

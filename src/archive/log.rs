@@ -26,6 +26,8 @@ pub struct TableFile {
     pub modified_millis: i64,
     /// Rows; `None` if a foreign writer did not say.
     pub row_count: Option<u64>,
+    /// Lower bound of the time column, as `max_time`.
+    pub min_time: Option<i64>,
     /// Upper bound of the time column, microseconds since the epoch; exact for files of this session,
     /// else up to a millisecond above.
     pub max_time: Option<i64>,
@@ -44,18 +46,27 @@ impl TableFile {
     ) -> Self {
         let parsed: Value =
             stats.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
-        let max_time = parsed.pointer(&format!("/maxValues/{}", time_column(kind))).and_then(Value::as_str);
+        let time = |bound: &str| {
+            let text = parsed.pointer(&format!("/{bound}/{}", time_column(kind))).and_then(Value::as_str);
+            let time = text.and_then(|text| text.parse::<chrono::DateTime<chrono::Utc>>().ok());
+            time.map(|time| time.timestamp_micros())
+        };
         Self {
             name: ObjectName::parse(&path),
             size,
             modified_millis,
             row_count: parsed.get("numRecords").and_then(Value::as_u64),
-            max_time: max_time
-                .and_then(|text| text.parse::<chrono::DateTime<chrono::Utc>>().ok())
-                .map(|time| time.timestamp_micros()),
+            min_time: time("minValues"),
+            max_time: time("maxValues"),
             stats,
             path,
         }
+    }
+
+    /// Whether rows with `start <= time < end` may be in it. What the statistics don't say may be.
+    #[must_use]
+    pub fn may_hold(&self, start: i64, end: i64) -> bool {
+        self.max_time.is_none_or(|max| max >= start) && self.min_time.is_none_or(|min| min < end)
     }
 
     /// The `add` action (Delta protocol, "Add File and Remove File").

@@ -4,6 +4,7 @@
 //! the one step that archives rows, and [`Table::claim`] is what makes this process the only one that can
 //! take it. Must not know Postgres.
 
+mod digest;
 mod encode;
 mod entities;
 mod log;
@@ -24,6 +25,7 @@ use std::error::Error as StdError;
 
 use parquet::errors::ParquetError;
 
+pub use digest::Multiset;
 pub use encode::{EncodedFile, encode};
 pub use entities::{EntityStats, QuarantinedText, entity_stats, quarantined};
 pub use log::TableFile;

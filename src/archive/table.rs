@@ -97,6 +97,8 @@ struct Change {
     /// Paths that the change replaces; it is void if one of them is no longer active.
     removes: Vec<String>,
     lsn: Lsn,
+    /// More `txn` actions: application id and version.
+    marks: Vec<(String, i64)>,
     note: Map<String, Value>,
 }
 
@@ -244,6 +246,62 @@ impl Table {
         }
     }
 
+    /// Adds files that did not come by the stream, in one log entry with a mark, which [`Table::marks`] gives back. The
+    /// position stays. Otherwise as [`Table::commit`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`].
+    pub async fn commit_copy(
+        &mut self,
+        files: &[DataFile],
+        mark: (String, u64),
+        note: &CommitNote,
+    ) -> Result<()> {
+        let (name, value) = mark;
+        let value = i64::try_from(value)
+            .map_err(|_| Error::Internal(format!("mark {name} is past what a log holds: {value}")))?;
+        let mut change = self.change("WRITE", self.lsn);
+        change.adds = files.iter().map(|file| file.to_table_file(self.kind)).collect();
+        change.marks = vec![(self.mark_id(&name), value)];
+        change.note = note.to_json();
+        self.land(change).await.map(drop)
+    }
+
+    /// The newest values of these marks, where they were ever set.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Delta`] if the log can't be read.
+    pub async fn marks(&self, names: &[String]) -> Result<BTreeMap<String, u64>> {
+        let delta = open_delta(&self.storage, self.kind).await?;
+        let failed = || Error::delta(self.kind, "reading the log");
+        let state = delta.snapshot().map_err(failed())?;
+        let mut marks = BTreeMap::new();
+        for name in names {
+            let log_store = delta.log_store();
+            let value = state.transaction_version(log_store.as_ref(), self.mark_id(name)).await;
+            if let Some(value) = value.map_err(failed())?.and_then(|value| u64::try_from(value).ok()) {
+                marks.insert(name.clone(), value);
+            }
+        }
+        Ok(marks)
+    }
+
+    fn mark_id(&self, name: &str) -> String {
+        format!("{}/{name}", self.app_id)
+    }
+
+    /// Sets the position, even back: for a slot of another history, whose positions have nothing to do with the ones so
+    /// far.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`].
+    pub async fn rebase(&mut self, lsn: Lsn) -> Result<()> {
+        self.land(self.change("HIGHWATER REBASE", lsn)).await.map(drop)
+    }
+
     /// Replaces a merge's inputs by its outputs in one log entry that changes no row. `Ok(false)`: an
     /// input is no longer active, nothing was done, the outputs are orphans.
     ///
@@ -268,7 +326,8 @@ impl Table {
     }
 
     fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
-        Change { operation, adds: Vec::new(), removes: Vec::new(), lsn, note: Map::new() }
+        let (adds, removes, marks) = (Vec::new(), Vec::new(), Vec::new());
+        Change { operation, adds, removes, lsn, marks, note: Map::new() }
     }
 
     async fn land(&mut self, change: Change) -> Result<bool> {
@@ -374,6 +433,7 @@ impl Table {
         let id = CommitId { session: self.session_id.clone(), number: self.commit_number + 1 };
         let mut actions = vec![log::commit_info(&id, change.operation, now, change.note.clone())];
         actions.push(log::txn(&self.app_id, to_txn(change.lsn)?, now));
+        actions.extend(change.marks.iter().map(|(app_id, version)| log::txn(app_id, *version, now)));
         let removed = change.removes.iter().filter_map(|path| self.files.get(path));
         actions.extend(removed.map(|file| file.remove(now)));
         actions.extend(change.adds.iter().map(|file| file.add(change.removes.is_empty())));

@@ -53,6 +53,11 @@ struct Cli {
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
 
+    /// Archive a server of another history (restored, promoted) that has taken the place of the one archived so far: every
+    /// row is compared with the archive first. For the first start only
+    #[arg(long, global = true)]
+    accept_new_system: bool,
+
     #[command(flatten)]
     settings: SettingFlags,
 }
@@ -116,7 +121,8 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
     start_logging(cli)?;
     let env = environment_variable;
     let layers = Layers::collect(cli.settings.raw(), &env, cli.settings.config.as_deref())?;
-    let config = Config::from_layers(&layers, &env)?;
+    let mut config = Config::from_layers(&layers, &env)?;
+    config.accept_new_system = cli.accept_new_system;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -37,6 +37,10 @@ use raw::setting_error;
 /// day the slot holds WAL that nobody planned for.
 pub const MAX_LAG_RANGE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
 
+/// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row
+/// that passes the bound may have 1 GiB.
+const BATCH_BYTES_MAX: usize = 512 << 20;
+
 /// The least [`Config::memory_bytes`]: three checkpoints of 5 MiB, less than which no file pays.
 pub const MEMORY_BYTES_MIN: usize = 16 << 20;
 
@@ -69,6 +73,9 @@ pub struct Config {
     pub backfill_rows_per_second: Option<NonZeroU32>,
     /// Where the HTTP server listens.
     pub http: SocketAddr,
+    /// Whether a server of another history (restored, promoted) takes the place of the one that was archived so far: its
+    /// rows are compared with the archive, and what is missing is added. Only for the first start; not a setting.
+    pub accept_new_system: bool,
 }
 
 impl Config {
@@ -87,6 +94,7 @@ impl Config {
             publication: "highwater".to_owned(),
             backfill_rows_per_second: None,
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 9808)),
+            accept_new_system: false,
         }
     }
 
@@ -126,9 +134,15 @@ impl Config {
             publication: layers.text(Setting::Publication).to_owned(),
             backfill_rows_per_second: parse::rate(layers)?,
             http: parse::address(layers)?,
+            accept_new_system: false,
         };
         config.check_as(&|setting| layers.name(setting))?;
         Ok(config)
+    }
+
+    /// How many bytes of rows make a checkpoint, or a part of one: one is gathered, one waits, one is written.
+    pub(crate) fn batch_bytes_max(&self) -> usize {
+        (self.memory_bytes / 3).min(BATCH_BYTES_MAX)
     }
 
     /// Checks every field that a type alone can't keep right.

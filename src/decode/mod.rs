@@ -133,6 +133,17 @@ impl Decoder {
         };
     }
 
+    /// Begins the copy of a table: none of its rows is skipped, but for those of them that are in the quarantine, which
+    /// must have the position [`Lsn::ZERO`]. `micros` is the time that newly quarantined ones get.
+    pub(crate) fn begin_copy(&mut self, micros: i64, quarantined: Settled) {
+        let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
+        if let Some(lsn) = table_lsn.get_mut(Kind::Quarantine.index()) {
+            *lsn = Lsn(1);
+        }
+        self.begin(Begin { final_lsn: Lsn::ZERO, commit_micros: micros, xid: 0 }, table_lsn);
+        self.settled = quarantined;
+    }
+
     /// Takes over rows that an earlier session has put into the quarantine: their own tables may not have their
     /// transactions yet. Whether a row fits does not follow from the stream alone (an entity may have come or gone,
     /// this version may know more types), so those rows stay where they are, and all others are decided anew.

@@ -27,6 +27,12 @@ impl<'a> Tuple<'a> {
         Ok(Self { column_count, bytes: reader.rest() })
     }
 
+    /// A row of so many values, encoded as the protocol has them.
+    #[must_use]
+    pub const fn new(column_count: u16, bytes: &'a [u8]) -> Self {
+        Self { column_count, bytes }
+    }
+
     /// How many values the row says it has.
     #[must_use]
     pub const fn column_count(self) -> u16 {

@@ -14,7 +14,7 @@ const MICROS_PER_MINUTE: i64 = 60_000_000;
 pub const YEAR_RANGE: RangeInclusive<i32> = 1..=9999;
 
 /// Microseconds of 0001-01-01T00:00:00Z and of 10000-01-01T00:00:00Z.
-const CALENDAR: std::ops::Range<i64> = -62_135_596_800_000_000..253_402_300_800_000_000;
+pub const CALENDAR: std::ops::Range<i64> = -62_135_596_800_000_000..253_402_300_800_000_000;
 
 /// Whether a time (microseconds since the epoch) lies in [`YEAR_RANGE`].
 #[must_use]

@@ -6,7 +6,7 @@ use tokio_postgres::Client;
 
 use crate::support::archive::archived_rows;
 use crate::support::schema::Shape;
-use crate::support::sidecar::{Launch, Sidecar};
+use crate::support::sidecar::Launch;
 use crate::support::stage::Stage;
 use crate::support::wait::{throughout, until};
 
@@ -59,61 +59,6 @@ async fn archived_once(stage: &Stage) -> String {
     mark(&client).await.1.unwrap_or(horizon)
 }
 
-/// What comes is archived, and for a while the horizon is seen to stand still.
-async fn archives_with_a_frozen_horizon(stage: &Stage, sidecar: &mut Sidecar, horizon: &str) {
-    let client = stage.connect().await;
-    stage.insert_one(&client, "after the gap", None).await;
-    archived(stage, "after the gap").await;
-    let mut number = 0;
-    throughout("a gap with a frozen horizon", Duration::from_secs(14), async || {
-        number += 1;
-        stage.insert_one(&client, &format!("later {number}"), None).await;
-        mark(&client).await == ("gap".to_owned(), Some(horizon.to_owned()))
-    })
-    .await;
-    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
-    assert_eq!(states(&client).await, ["gap"], "of every table of the slot");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_slot_advanced_by_hand_is_a_gap() {
-    let stage = Stage::shared(Shape::Named).await;
-    let horizon = archived_once(&stage).await;
-    let client = stage.connect().await;
-    stage.insert_one(&client, "skipped", None).await;
-    let sql = "select pg_replication_slot_advance(slot_name, pg_current_wal_lsn()) from pg_replication_slots
-                where slot_name = $1";
-    client.query_one(sql, &[&stage.name]).await.unwrap();
-
-    let mut sidecar = stage.launch().start();
-    let marked = async || (mark(&client).await.0 == "gap").then_some(());
-    until("the gap is marked", DEADLINE, marked).await;
-    sidecar.says("gap: the slot is ahead of the archive", DEADLINE).await;
-    archives_with_a_frozen_horizon(&stage, &mut sidecar, &horizon).await;
-    let rows = archived_rows(&stage.storage().join("custom"));
-    assert!(!rows.iter().any(|row| row.contains("\"skipped\"")), "nobody could have archived it");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_slot_ends_the_sidecar_and_a_new_one_keeps_the_gap() {
-    let stage = Stage::shared(Shape::Named).await;
-    let horizon = archived_once(&stage).await;
-    let client = stage.connect().await;
-    client.execute("select pg_drop_replication_slot($1)", &[&stage.name]).await.unwrap();
-    stage.insert_one(&client, "skipped", None).await;
-    refuses(&stage.launch(), &[&stage.name, "does not exist", "highwater setup"]).await;
-    assert_eq!(states(&client).await, ["gap"]);
-
-    let said = stage.launch().must(&["setup"]);
-    assert!(said.contains("made replication slot"), "{said}");
-    assert_eq!(states(&client).await, ["gap"]);
-    // Setup again changes nothing.
-    stage.launch().must(&["setup"]);
-    assert_eq!(states(&client).await, ["gap"]);
-    let mut sidecar = stage.launch().start();
-    archives_with_a_frozen_horizon(&stage, &mut sidecar, &horizon).await;
-}
-
 /// The new slot is made before any sidecar has noticed that the old one is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn setup_marks_the_gap_of_a_slot_that_it_replaces() {
@@ -124,6 +69,13 @@ async fn setup_marks_the_gap_of_a_slot_that_it_replaces() {
     let said = stage.launch().must(&["setup"]);
     assert!(said.contains("marked a gap in scouter.custom_drift"), "{said}");
     assert_eq!(states(&client).await, ["gap"]);
+    // Setup again changes nothing.
+    stage.launch().must(&["setup"]);
+    assert_eq!(states(&client).await, ["gap"]);
+    stage.insert_one(&client, "before any sidecar", None).await;
+    let _sidecar = stage.launch().start();
+    becomes(&client, "streaming").await;
+    stage.assert_archived(DEADLINE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,28 +99,6 @@ async fn an_empty_storage_in_the_place_of_a_full_one_is_refused() {
     // With the right one it goes on.
     let _sidecar = stage.launch().start();
     stage.assert_archived(DEADLINE).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_held_rows_waits_for_its_first_copy() {
-    let stage = Stage::shared(Shape::Named).await;
-    let client = stage.connect().await;
-    stage.insert_one(&client, "older than the slot", None).await;
-    let said = stage.launch().must(&["setup"]);
-    assert!(said.contains("custom_drift: it holds rows from before the slot"), "{said}");
-    assert_eq!(mark(&client).await, ("snapshot".to_owned(), None));
-    assert_eq!(states(&client).await, ["snapshot", "streaming"], "the other tables were empty");
-
-    let _sidecar = stage.launch().start();
-    stage.insert_one(&client, "streamed", None).await;
-    archived(&stage, "streamed").await;
-    let streaming = "select count(*) from highwater.watermark
-                      where state = 'streaming' and archived_before is not null";
-    let known =
-        async || (client.query_one(streaming, &[]).await.unwrap().get::<_, i64>(0) == 2).then_some(());
-    until("the empty tables have a horizon", DEADLINE, known).await;
-    assert_eq!(mark(&client).await, ("snapshot".to_owned(), None));
-    assert_eq!(archived_rows(&stage.storage().join("custom")).len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -215,11 +145,13 @@ async fn tables_added_to_the_publication_later() {
         )
         .await
         .unwrap();
-    for kind in ["psi", "spc"] {
-        let there = async || (archived_rows(&stage.storage().join(kind)).len() == 1).then_some(());
-        until("the new rows are archived", DEADLINE, there).await;
-        assert!(archived_rows(&stage.storage().join(kind))[0].contains("\"new\""));
+    for (kind, count) in [("psi", 1), ("spc", 2)] {
+        let there = async || (archived_rows(&stage.storage().join(kind)).len() == count).then_some(());
+        until("the rows are archived, the earlier ones too", DEADLINE, there).await;
     }
+    stage.assert_archived(DEADLINE).await;
+    until("all are complete", DEADLINE, async || (states(&client).await == ["streaming"]).then_some(()))
+        .await;
 }
 
 /// Waits until the custom table is in a state.
@@ -240,10 +172,12 @@ async fn a_table_taken_out_of_the_publication_is_a_gap_that_setup_does_not_hide(
     client.batch_execute(&without).await.unwrap();
     stage.insert_one(&client, "unseen", None).await;
     // Put back before the sidecar looks: setup is what notices.
-    stage.launch().must(&["setup"]);
-    becomes(&client, "gap").await;
+    let said = stage.launch().must(&["setup"]);
+    assert!(said.contains("marked a gap in scouter.custom_drift"), "{said}");
+    archived(&stage, "unseen").await;
+    becomes(&client, "streaming").await;
     stage.insert_one(&client, "seen again", None).await;
-    archived(&stage, "seen again").await;
+    stage.assert_archived(DEADLINE).await;
     drop(sidecar);
 }
 
@@ -265,6 +199,13 @@ async fn a_running_sidecar_notices_a_table_that_is_not_published_any_more() {
     sidecar.says("the publication does not send the table's inserts", DEADLINE).await;
     let psi = "select state from highwater.watermark where source_table = 'scouter.psi_drift'";
     assert_eq!(client.query_one(psi, &[]).await.unwrap().get::<_, String>(0), "streaming");
+    // Not mended before it is published again: until then more rows would pass.
+    stage.insert_one(&client, "unseen", None).await;
+    throughout("the gap stays", Duration::from_secs(12), async || mark(&client).await.0 == "gap").await;
+    stage.launch().must(&["setup"]);
+    archived(&stage, "unseen").await;
+    becomes(&client, "streaming").await;
+    stage.assert_archived(DEADLINE).await;
 }
 
 /// By its oid a table is known whatever it is called, and a partition whatever it is published as.
@@ -312,9 +253,9 @@ async fn a_slot_without_its_publication_is_refused_by_setup_with_the_way_out() {
     stage.launch().must(&["setup"]);
     becomes(&client, "gap").await;
     let sidecar = stage.launch().start();
-    stage.streaming().await;
-    stage.insert_one(&client, "after", None).await;
-    archived(&stage, "after").await;
+    archived(&stage, "unseen").await;
+    becomes(&client, "streaming").await;
+    stage.assert_archived(DEADLINE).await;
     drop(sidecar);
 }
 

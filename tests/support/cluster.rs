@@ -185,6 +185,34 @@ impl Cluster {
         cluster
     }
 
+    /// A copy of this cluster (`pg_basebackup`) on a port of its own, promoted: the same system, another timeline, no slots.
+    pub fn promoted_copy(&self) -> Self {
+        let home = new_home();
+        let copy =
+            Self { port: free_port(), guard: start_guard(&self.bin, &home), bin: self.bin.clone(), home };
+        must(
+            as_server_user(self.bin.join("pg_basebackup"))
+                .args([
+                    "--host=127.0.0.1",
+                    "--username=postgres",
+                    "--write-recovery-conf",
+                    "--checkpoint=fast",
+                ])
+                .arg(format!("--port={}", self.port))
+                .arg("--pgdata")
+                .arg(copy.data()),
+            "pg_basebackup",
+        );
+        let (port, folder) = (copy.port.to_string(), copy.home.display().to_string());
+        copy.conf(&[("port", &port), ("unix_socket_directories", &folder)]);
+        copy.start();
+        must(
+            as_server_user(self.bin.join("pg_ctl")).arg("-w").arg("-D").arg(copy.data()).arg("promote"),
+            "promote",
+        );
+        copy
+    }
+
     /// The cluster that tests share unless they stop or configure the server.
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Cluster> = OnceLock::new();

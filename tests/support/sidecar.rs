@@ -107,14 +107,19 @@ impl Launch {
 
     /// Starts `highwater run`.
     pub fn start(&self) -> Sidecar {
+        self.start_with(&[])
+    }
+
+    /// Starts `highwater run` with these flags.
+    pub fn start_with(&self, flags: &[&str]) -> Sidecar {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("log file");
         let start = log.metadata().map(|metadata| metadata.len()).unwrap_or_default();
-        let child = self.spawn(log);
+        let child = self.spawn(flags, log);
         Sidecar { child, log: self.log.clone(), log_start: start }
     }
 
-    fn spawn(&self, log: File) -> Child {
-        let mut command = self.command(&["run"]);
+    fn spawn(&self, flags: &[&str], log: File) -> Child {
+        let mut command = self.command(&[&["run"], flags].concat());
         command.stdout(log.try_clone().expect("log file")).stderr(log);
         command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()))
     }

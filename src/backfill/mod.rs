@@ -1,0 +1,457 @@
+//! Rows that did not come by the stream: the first copy, and whatever a gap has left out.
+//!
+//! A table is made complete at one point of the log, while the stream stands still. A temporary slot gives that point,
+//! and a snapshot that sees exactly the transactions whose commit records begin before it (manual section 49.2.4). Every row
+//! that the snapshot sees and the archive lacks is added; then the table's position in its Delta log moves to the point, and
+//! the stream, which begins earlier, skips what lies between by the same rule as after a crash. So whatever snapshot is
+//! taken, nothing between it and the slot is missed or doubled, and a copy that was interrupted goes on with a new one.
+//!
+//! # Which rows are looked at
+//!
+//! A partition is finished by one log entry with its files and a *mark*, the snapshot's xmin: every row of the partition
+//! with a smaller xmin is archived, for ever. `archived_before` says the same of every covered partition. So of a partition
+//! with such a horizon only the rows at or above it may be missing; the days that they belong to are compared with the
+//! archive as multisets, and the rows that it lacks are added. A partition without a horizon is compared as a whole, or, if
+//! the archive holds nothing of its time, just copied.
+
+mod copy;
+mod partition;
+mod point;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
+
+use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
+use crate::batch::Batches;
+use crate::commit::{self, RETRY_PAUSE};
+use crate::config::Config;
+use crate::coverage;
+use crate::decode::{Decoder, Settled};
+use crate::error::{Error, Result};
+use crate::failpoint;
+use crate::lookup::Lookup;
+use crate::lsn::Lsn;
+use crate::postgres::Session;
+use crate::record::Kind;
+use crate::recover;
+use crate::watermark::Watermark;
+use copy::Source;
+use partition::{Partition, Slice};
+use point::Point;
+
+/// How often progress is told.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Memory that one digest of a row takes in a comparison, with its share of an unfilled table.
+const DIGEST_BYTES: usize = 64;
+
+/// Rows that are read between two looks at the clock.
+const STRIDE: u32 = 256;
+
+/// What a backfill works with: the session's own tables, while it holds the slot and does not decode yet.
+pub(crate) struct Backfill<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) storage: &'a Storage,
+    pub(crate) namer: &'a Arc<Namer>,
+    pub(crate) tables: &'a mut [Table],
+    pub(crate) sql: &'a mut Session,
+    /// Tells positions of one history from those of another.
+    pub(crate) timeline_id: i32,
+}
+
+impl Backfill<'_> {
+    /// Completes these tables, and puts them into state `streaming`.
+    ///
+    /// # Errors
+    ///
+    /// The snapshot was lost with its session, or a table can't be read. Partitions that were finished stay finished.
+    pub(crate) async fn run(mut self, incomplete: &[Watermark]) -> Result<()> {
+        let point = Point::take(self.config).await?;
+        for row in incomplete {
+            self.complete(&point, row).await?;
+        }
+        Ok(())
+    }
+
+    async fn complete(&mut self, point: &Point, row: &Watermark) -> Result<()> {
+        let Some(kind) = Kind::DRIFT.into_iter().find(|kind| kind.name() == row.kind) else { return Ok(()) };
+        let table = row.source_table.as_str();
+        let Some(source) = Source::find(&point.client, row).await? else {
+            tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());
+            return Ok(());
+        };
+        let partitions = partition::leaves(&point.client, row, source.oid).await?;
+        let mut horizons = self.marks(kind, &partitions).await?;
+        for (horizon, partition) in horizons.iter_mut().zip(&partitions) {
+            let covered = row.archived_before.filter(|_| partition.is_covered);
+            *horizon = covered.max(*horizon);
+        }
+        tracing::info!(
+            table,
+            state = row.state.name(),
+            partitions = partitions.len(),
+            at = %point.lsn,
+            "making the archive complete: rows that it lacks are copied, the stream waits meanwhile"
+        );
+        let mut work = Work::new(self, point, kind, &source, &partitions).await?;
+        for (partition, horizon) in partitions.iter().zip(horizons) {
+            // What waits for a lock of ours may keep others waiting: it is held for one partition at a time.
+            point.savepoint().await?;
+            let completed = work.complete(self, partition, horizon).await;
+            if let Err(error) = &completed
+                && is_gone(error)
+            {
+                tracing::error!(
+                    table,
+                    partition = partition.name,
+                    "the partition was dropped before it was copied: rows that only it held are lost"
+                );
+            } else {
+                completed?;
+            }
+            point.rollback_to_savepoint().await?;
+        }
+        let Work { progress, .. } = work;
+        // From here on the stream skips what the snapshot saw.
+        let archive = table_of(self.tables, kind)?;
+        let note = CommitNote { last_lsn: point.lsn, ..CommitNote::default() };
+        let mut pause = RETRY_PAUSE.0;
+        while let Err(error) = archive.commit(&[], point.lsn, &note).await {
+            commit::wait_for_storage(&format!("completing {table}"), error, &mut pause).await?;
+        }
+        failpoint::hit("after-copy");
+        recover::watermarks(self.storage, self.tables, self.sql, self.config).await?;
+        let covered: Vec<(u32, String)> =
+            partitions.iter().map(|partition| (partition.oid, partition.name.clone())).collect();
+        self.sql.run(async |client| coverage::complete(client, table, &covered).await).await?;
+        tracing::info!(
+            table,
+            read = progress.read,
+            added = progress.added,
+            seconds = progress.begun.elapsed().as_secs(),
+            "the archive is complete; state streaming"
+        );
+        Ok(())
+    }
+
+    /// The marks that earlier attempts have left, by partition.
+    async fn marks(&mut self, kind: Kind, partitions: &[Partition]) -> Result<Vec<Option<u64>>> {
+        let names: Vec<String> = partitions.iter().map(|partition| self.mark(partition)).collect();
+        let mut marks = table_of(self.tables, kind)?.marks(&names).await?;
+        Ok(names.iter().map(|name| marks.remove(name)).collect())
+    }
+
+    fn mark(&self, partition: &Partition) -> String {
+        format!("{}/{}", self.timeline_id, partition.oid)
+    }
+}
+
+/// Whether a relation does not exist.
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::Sql { source, .. } if source.code() == Some(&SqlState::UNDEFINED_TABLE))
+}
+
+fn table_of(tables: &mut [Table], kind: Kind) -> Result<&mut Table> {
+    let found = tables.iter_mut().find(|table| table.kind() == kind);
+    found.ok_or_else(|| Error::Internal(format!("no archive table for {}", kind.name())))
+}
+
+/// One table on its way to being complete.
+struct Work<'a> {
+    point: &'a Point,
+    kind: Kind,
+    source: &'a Source,
+    entities: Lookup,
+    decoder: Decoder,
+    /// The archive had no file of this kind, so that nothing need be compared.
+    is_fresh: bool,
+    limiter: Option<DefaultDirectRateLimiter>,
+    batch_bytes_max: usize,
+    progress: Progress,
+}
+
+/// The files of a part of the rows, written beside the reading of more. Dropping it ends that.
+type Writing = JoinSet<Result<Vec<(Kind, DataFile)>>>;
+
+impl<'a> Work<'a> {
+    async fn new(
+        backfill: &mut Backfill<'_>,
+        point: &'a Point,
+        kind: Kind,
+        source: &'a Source,
+        partitions: &[Partition],
+    ) -> Result<Self> {
+        let config = backfill.config;
+        let mut decoder = Decoder::new(&config.schema);
+        for notice in decoder.relation(&source.relation(kind)) {
+            tracing::warn!("{notice}");
+        }
+        decoder.adopt(source.oid, kind, &source.name);
+        let quarantine = table_of(backfill.tables, Kind::Quarantine)?;
+        let settled = settled(backfill.storage, quarantine, &source.name).await?;
+        decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
+        let rate = config.backfill_rows_per_second;
+        Ok(Self {
+            point,
+            kind,
+            source,
+            entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
+            decoder,
+            is_fresh: table_of(backfill.tables, kind)?.files().next().is_none(),
+            limiter: rate.map(|rate| RateLimiter::direct(Quota::per_second(rate))),
+            batch_bytes_max: config.batch_bytes_max(),
+            progress: Progress::new(&source.name, partitions),
+        })
+    }
+
+    /// Adds what the archive lacks of a partition, in one log entry.
+    async fn complete(
+        &mut self,
+        backfill: &mut Backfill<'_>,
+        partition: &Partition,
+        horizon: Option<u64>,
+    ) -> Result<()> {
+        self.progress.partition(partition);
+        let memory = backfill.config.memory_bytes;
+        let slices = self.slices(backfill, partition, horizon, memory / 3 / DIGEST_BYTES).await?;
+        let mut files = Vec::new();
+        for slice in &slices {
+            files.extend(self.copy(backfill, partition, slice).await?);
+        }
+        self.progress.partition_done(partition);
+        if slices.is_empty() {
+            return Ok(());
+        }
+        let (quarantined, own): (Vec<_>, Vec<_>) =
+            files.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
+        // The quarantine first: what it holds is recognised when the partition is copied again.
+        let at = self.point.lsn;
+        if !quarantined.is_empty() {
+            let (files, note) = named(quarantined, at);
+            let table = table_of(backfill.tables, Kind::Quarantine)?;
+            let lsn = table.lsn();
+            let mut pause = RETRY_PAUSE.0;
+            while let Err(error) = table.commit(&files, lsn, &note).await {
+                commit::wait_for_storage("committing the quarantine", error, &mut pause).await?;
+            }
+            failpoint::hit("between-tables");
+        }
+        let (files, note) = named(own, at);
+        let mark = (backfill.mark(partition), self.point.xmin);
+        let table = table_of(backfill.tables, self.kind)?;
+        let mut pause = RETRY_PAUSE.0;
+        while let Err(error) = table.commit_copy(&files, mark.clone(), &note).await {
+            commit::wait_for_storage(&format!("committing {}", partition.name), error, &mut pause).await?;
+        }
+        failpoint::hit("after-partition");
+        Ok(())
+    }
+
+    /// The parts of a partition that are to be copied, with what the archive holds of them.
+    async fn slices(
+        &self,
+        backfill: &mut Backfill<'_>,
+        partition: &Partition,
+        horizon: Option<u64>,
+        rows_max: usize,
+    ) -> Result<Vec<Slice>> {
+        let client = &self.point.client;
+        let time = &self.source.time;
+        let days = match horizon {
+            None if self.is_fresh => return Ok(vec![Slice::whole()]),
+            None => {
+                let table = table_of(backfill.tables, self.kind)?;
+                match partition.range(client, time).await? {
+                    Some((low, high))
+                        if !table.files().any(|file| file.may_hold(low, high.saturating_add(1))) =>
+                    {
+                        return Ok(vec![Slice::whole()]);
+                    }
+                    _ => None,
+                }
+            }
+            Some(horizon) => {
+                let days = partition.touched_days(client, time, horizon).await?;
+                if days.is_empty() {
+                    return Ok(Vec::new());
+                }
+                Some(days)
+            }
+        };
+        tracing::info!(
+            table = self.source.name,
+            partition = partition.name,
+            days = %days.as_ref().map_or_else(|| "all".to_owned(), |days| days.to_string()),
+            "comparing with the archive"
+        );
+        partition.slices(client, time, days.as_ref(), rows_max).await
+    }
+
+    /// Reads a slice and uploads the rows of it that the archive lacks.
+    async fn copy(
+        &mut self,
+        backfill: &mut Backfill<'_>,
+        partition: &Partition,
+        slice: &Slice,
+    ) -> Result<Vec<(Kind, DataFile)>> {
+        let present = if slice.ranges.is_empty() {
+            None
+        } else {
+            let table = table_of(backfill.tables, self.kind)?;
+            let may_hold =
+                |file: &&TableFile| slice.ranges.iter().any(|range| file.may_hold(range.0, range.1));
+            let paths: Vec<String> = table.files().filter(may_hold).map(|file| file.path.clone()).collect();
+            let mut present = Multiset::default();
+            present.read(backfill.storage, self.kind, &paths, &slice.ranges).await?;
+            Some(Arc::new(Mutex::new(present)))
+        };
+        let mut writing = Writing::new();
+        let lsn = self.point.lsn;
+        let write = |writing: &mut Writing, batches: Batches| {
+            let (storage, namer) = (backfill.storage.clone(), Arc::clone(backfill.namer));
+            let present = present.clone();
+            writing.spawn(async move {
+                commit::write_files(&storage, &namer, Box::new(batches), lsn, present).await
+            });
+        };
+        let window = backfill.config.window;
+        let new_batches = || Batches::new(window, chrono::Utc::now().timestamp_micros());
+        let mut rows = self.source.read(&self.point.client, partition, slice).await?;
+        let mut batches = new_batches();
+        let mut files = Vec::new();
+        let mut stride = 0;
+        while let Some(row) = rows.next().await? {
+            copy::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
+            stride += 1;
+            if stride < STRIDE {
+                continue;
+            }
+            self.throttle(stride).await;
+            self.progress.rows(stride);
+            stride = 0;
+            if batches.byte_count() >= self.batch_bytes_max {
+                self.decoder.forget_unresolved();
+                let full = std::mem::replace(&mut batches, new_batches());
+                // One is read, one is written.
+                written(&mut writing, &mut files).await?;
+                write(&mut writing, full);
+            }
+        }
+        self.throttle(stride).await;
+        self.progress.rows(stride);
+        written(&mut writing, &mut files).await?;
+        write(&mut writing, batches);
+        written(&mut writing, &mut files).await?;
+        self.progress.added += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
+        Ok(files)
+    }
+
+    async fn throttle(&self, rows: u32) {
+        let (Some(limiter), Some(mut rows)) = (&self.limiter, std::num::NonZeroU32::new(rows)) else {
+            return;
+        };
+        // A rate below the stride has room for fewer at once.
+        while let Err(most) = limiter.until_n_ready(rows).await {
+            let Some(part) = std::num::NonZeroU32::new(most.0) else { return };
+            let _ = limiter.until_n_ready(part).await;
+            match std::num::NonZeroU32::new(rows.get().saturating_sub(part.get())) {
+                Some(rest) => rows = rest,
+                None => return,
+            }
+        }
+    }
+}
+
+/// Waits for what is being written.
+async fn written(writing: &mut Writing, files: &mut Vec<(Kind, DataFile)>) -> Result<()> {
+    while let Some(result) = writing.join_next().await {
+        files.extend(result.map_err(|error| Error::Internal(format!("a copy's writer failed: {error}")))??);
+    }
+    Ok(())
+}
+
+/// The files, and what their commit says of itself.
+fn named(files: Vec<(Kind, DataFile)>, at: Lsn) -> (Vec<DataFile>, CommitNote) {
+    let files: Vec<DataFile> = files.into_iter().map(|(_, file)| file).collect();
+    let row_count = files.iter().map(|file| file.stats.row_count).sum();
+    (files, CommitNote { last_lsn: at, row_count, ..CommitNote::default() })
+}
+
+/// Every row of a table that is in the quarantine.
+async fn settled(storage: &Storage, quarantine: &Table, source_table: &str) -> Result<Settled> {
+    let paths: Vec<String> = quarantine.files().map(|file| file.path.clone()).collect();
+    let mut settled = Settled::default();
+    for row in archive::quarantined(storage, &paths).await? {
+        if row.source_table == source_table {
+            settled.add(&row.source_table, &row.row, &Lsn::ZERO.to_string());
+        }
+    }
+    Ok(settled)
+}
+
+/// How far a table is, told from time to time.
+struct Progress {
+    table: String,
+    begun: Instant,
+    told: Instant,
+    /// Rows that Postgres expects, of all partitions and of those done.
+    expected: f64,
+    done: f64,
+    read: u64,
+    added: u64,
+    read_before: u64,
+    partition: String,
+}
+
+impl Progress {
+    fn new(table: &str, partitions: &[Partition]) -> Self {
+        let now = Instant::now();
+        Self {
+            table: table.to_owned(),
+            begun: now,
+            told: now,
+            expected: partitions.iter().map(|partition| partition.rows_expected).sum(),
+            done: 0.0,
+            read: 0,
+            added: 0,
+            read_before: 0,
+            partition: String::new(),
+        }
+    }
+
+    fn partition(&mut self, partition: &Partition) {
+        partition.name.clone_into(&mut self.partition);
+        self.read_before = self.read;
+    }
+
+    fn partition_done(&mut self, partition: &Partition) {
+        self.done += partition.rows_expected;
+        self.read_before = self.read;
+        tracing::debug!(table = self.table, partition = partition.name, read = self.read, "partition done");
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "an estimate, told in per cent")]
+    fn rows(&mut self, rows: u32) {
+        self.read += u64::from(rows);
+        if self.told.elapsed() < PROGRESS_INTERVAL {
+            return;
+        }
+        self.told = Instant::now();
+        let seconds = self.begun.elapsed().as_secs_f64();
+        let share = ((self.done + (self.read - self.read_before) as f64) / self.expected.max(1.0)).min(0.99);
+        tracing::info!(
+            table = self.table,
+            partition = self.partition,
+            rows = self.read,
+            rows_per_second = (self.read as f64 / seconds).round(),
+            percent = (share * 100.0).round(),
+            seconds_left = (seconds / share.max(0.001) - seconds).round(),
+            "copying"
+        );
+    }
+}

@@ -1,0 +1,73 @@
+//! [`Point`]: a place in the log, and a session that sees what was committed before it.
+
+use tokio_postgres::Client;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::postgres::{ReplicationConnection, quote_identifier, sql};
+
+/// Nothing may cut a copy short, and no row may be hidden from it: a policy that would is an error instead. A copy shows
+/// numbers and times as the stream does.
+const SESSION_SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0;
+                                set lock_timeout = '10s'; set row_security = off; set datestyle = 'ISO';
+                                set timezone = 'UTC'; set extra_float_digits = 1";
+
+/// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
+#[derive(Debug)]
+pub(super) struct Point {
+    pub(super) client: Client,
+    pub(super) lsn: Lsn,
+    /// Every transaction with a smaller id had ended: what it committed is seen.
+    pub(super) xmin: u64,
+}
+
+impl Point {
+    /// Takes one by making a temporary slot (`CREATE_REPLICATION_SLOT`, manual section 55.4), which is gone when this
+    /// returns. Waits for the transactions that are running.
+    ///
+    /// # Errors
+    ///
+    /// No slot is free, or the connection was lost.
+    pub(super) async fn take(config: &Config) -> Result<Self> {
+        let mut replication = ReplicationConnection::connect(&config.source).await?;
+        let name: String = config.slot.chars().take(50).collect();
+        let name = format!("{name}_{:08x}", rand::random::<u32>());
+        tracing::info!("taking a snapshot; this waits for transactions that are running now");
+        let command = format!(
+            "CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')",
+            quote_identifier(&name)
+        );
+        let rows = replication.query(&command).await?;
+        let text = |column: usize| rows.first().and_then(|row| row.get(column)?.as_deref());
+        let (Some(lsn), Some(snapshot)) = (text(1).and_then(|text| text.parse().ok()), text(2)) else {
+            let detail = "the answer has no consistent point or snapshot".to_owned();
+            return Err(Error::Protocol { context: "CREATE_REPLICATION_SLOT".to_owned(), detail });
+        };
+        let client = sql::connect(&config.source).await?;
+        let failed = || Error::sql("taking over a snapshot");
+        client.batch_execute(SESSION_SETTINGS).await.map_err(failed())?;
+        let begin = format!(
+            "begin isolation level repeatable read read only; set transaction snapshot '{}'",
+            snapshot.replace('\'', "''")
+        );
+        client.batch_execute(&begin).await.map_err(failed())?;
+        // The import has taken hold, so that the exporter may go.
+        let query = "select pg_snapshot_xmin(pg_current_snapshot())::text";
+        let row = client.query_one(query, &[]).await.map_err(failed())?;
+        let xmin: String = row.try_get(0).map_err(failed())?;
+        let xmin = xmin.parse().map_err(|_| Error::Internal(format!("{xmin:?} is not a transaction id")))?;
+        Ok(Self { client, lsn, xmin })
+    }
+
+    /// Begins a part of the work whose locks [`Point::rollback_to_savepoint`] gives back.
+    pub(super) async fn savepoint(&self) -> Result<()> {
+        self.client.batch_execute("savepoint part").await.map_err(Error::sql("setting a savepoint"))
+    }
+
+    /// Ends a part, also one that has failed. The snapshot stays.
+    pub(super) async fn rollback_to_savepoint(&self) -> Result<()> {
+        let statements = "rollback to savepoint part; release savepoint part";
+        self.client.batch_execute(statements).await.map_err(Error::sql("going back to a savepoint"))
+    }
+}

@@ -1,0 +1,66 @@
+//! Gaps: noticing that rows may have passed the stream, and which of them can be mended now.
+
+use tokio_postgres::Client;
+
+use crate::coverage;
+use crate::error::{Error, Result};
+use crate::postgres::Session;
+use crate::watermark::{self, State, Watermark};
+
+/// Marks the tables whose rows the stream may not see: those that the publication does not send, and those with a partition
+/// that came with rows in it. Must come before every move of a watermark.
+///
+/// # Errors
+///
+/// A query failed.
+pub(crate) async fn notice(sql: &mut Session, slot: &str, publication: &str) -> Result<()> {
+    for table in sql.run(async |client| watermark::mark_unpublished(client, slot, publication).await).await? {
+        tracing::error!(
+            table,
+            publication,
+            "gap: the publication does not send the table's inserts; its purge is blocked. `highwater setup` mends the \
+             publication, then what was missed is added"
+        );
+    }
+    notice_partitions(sql, slot).await
+}
+
+/// Marks the tables with a partition that came with rows in it.
+///
+/// # Errors
+///
+/// A query failed.
+pub(crate) async fn notice_partitions(sql: &mut Session, slot: &str) -> Result<()> {
+    for found in sql.run(async |client| coverage::uncovered(client, slot).await).await? {
+        let table = found.source_table.as_str();
+        if sql.run(async |client| watermark::mark_one_gap(client, table).await).await? {
+            tracing::warn!(
+                table,
+                partition = found.partition,
+                "gap: the partition holds rows that may not have passed the stream; they will be compared with the archive"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The tables that lack rows and can be completed: the publication sends what is written to them from now on.
+///
+/// # Errors
+///
+/// A query failed.
+pub(crate) async fn mendable(client: &Client, slot: &str, publication: &str) -> Result<Vec<Watermark>> {
+    let unpublished = watermark::unpublished(client, slot, publication).await?;
+    let rows = watermark::read(client).await?;
+    let is_mendable = |row: &Watermark| {
+        row.slot_name == slot && row.state != State::Streaming && !unpublished.contains(&row.source_table)
+    };
+    Ok(rows.into_iter().filter(is_mendable).collect())
+}
+
+/// The error that ends a session whose successor has something to mend.
+pub(crate) fn to_be_mended(slot: &str, tables: &[Watermark]) -> Error {
+    let names: Vec<&str> = tables.iter().map(|row| row.source_table.as_str()).collect();
+    let detail = format!("rows of {} are to be added; the stream begins anew for that", names.join(", "));
+    Error::Slot { slot: slot.to_owned(), detail, transient: true }
+}

@@ -1,0 +1,303 @@
+//! Rows that did not come by the stream: what was there before, and what a gap has left out.
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+use tokio_postgres::Client;
+
+use crate::support::archive::{archived_rows, compare};
+use crate::support::cluster::Stop;
+use crate::support::load::{Load, create_entities};
+use crate::support::schema::{KINDS, Shape, entity_id};
+use crate::support::sidecar::Sidecar;
+use crate::support::stage::Stage;
+use crate::support::wait::{until, within};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Rows of each table that are there before the slot.
+const EARLIER: i64 = 40_000;
+
+/// Steps of a copy at which it is killed, and how often each is passed before. What was finished stays so, and the next
+/// step meets the rest.
+const STEPS: [(&str, u32); 8] = [
+    ("after-encode", 0),
+    ("after-partition", 0),
+    ("after-upload", 2),
+    ("after-delta-commit", 8),
+    ("after-copy", 0),
+    ("between-tables", 0),
+    ("after-partition", 2),
+    ("after-copy", 0),
+];
+
+/// Fills every table with rows of the last days and hours, some of them such that only the quarantine holds them.
+async fn fill(client: &Client, shape: Shape) {
+    let entity = match shape {
+        Shape::Named => "'old', 'shop', '1.0.0'".to_owned(),
+        Shape::Entity => entity_id(client, "shop", "old", "1.0.0").await.to_string(),
+    };
+    let columns = shape.entity_columns();
+    for (table, values) in [
+        ("custom_drift (created_at, metric, value", "'m' || n % 7, n * 0.1"),
+        ("psi_drift (created_at, feature, bin_id, bin_count", "'f' || n % 5, n % 10, n"),
+        ("spc_drift (created_at, feature, value", "nullif('f' || n % 3, 'f0'), nullif(n, 9)"),
+    ] {
+        let sql = format!(
+            "insert into scouter.{table}, {columns})
+             select now() - n * interval '7 seconds', {values}, {entity} from generate_series(1, {EARLIER}) n;
+             insert into scouter.{table}, {columns})
+             select case n when 1 then 'infinity'::timestamptz else '0044-03-15 00:00+00 BC' end, {values}, {entity}
+             from generate_series(1, 2) n"
+        );
+        client.batch_execute(&sql).await.unwrap();
+    }
+}
+
+/// Waits until every table is complete and has a horizon.
+async fn complete(client: &Client) {
+    let sql =
+        "select count(*) from highwater.watermark where state = 'streaming' and archived_before is not null";
+    let whole = async || (client.query_one(sql, &[]).await.ok()?.get::<_, i64>(0) == 3).then_some(());
+    until("every table is complete", DEADLINE, whole).await;
+}
+
+/// The entities' own counts add up to the rows of the archive.
+async fn assert_counted(client: &Client) {
+    let sql =
+        "select source_table, row_count, coalesce((select sum(row_count) from highwater.entity_watermark e
+                  where e.source_table = w.source_table), 0)::bigint from highwater.watermark w";
+    for row in client.query(sql, &[]).await.unwrap() {
+        let (table, rows, counted): (String, i64, i64) = (row.get(0), row.get(1), row.get(2));
+        assert_eq!(rows, counted, "{table}");
+    }
+}
+
+async fn stage_with_rows(shape: Shape) -> Stage {
+    let stage = Stage::partitioned(shape).await;
+    let client = stage.connect().await;
+    if shape == Shape::Entity {
+        create_entities(&client).await;
+    }
+    fill(&client, shape).await;
+    stage
+}
+
+/// Killed at each step of the copy, and at random, while rows keep coming.
+async fn copied_in_spite_of_kills(shape: Shape) {
+    let stage = stage_with_rows(shape).await;
+    let client = stage.connect().await;
+    let said = stage.launch().must(&["setup"]);
+    assert!(said.contains("custom_drift: it holds rows from before the slot"), "{said}");
+    let load = Load::start(&stage.cluster().uri_unix(&stage.name), shape);
+    let launch = stage.launch().with("HIGHWATER_MAX_LAG", "200ms");
+    for (step, passes) in STEPS {
+        let mut failing = launch.clone().failing(&format!("{step}={passes}*off->return")).start();
+        let status = failing.wait(Duration::from_secs(60)).await;
+        assert!(!status.success(), "{step}: ended with {status} instead of a crash");
+    }
+    for _ in 0..5 {
+        let mut sidecar = launch.start();
+        let life = Duration::from_millis(rand::rng().random_range(100..1_500));
+        let ended = within(life, async || sidecar.ended()).await;
+        assert!(ended.is_none(), "the sidecar ended by itself: {ended:?}\n{}", sidecar.log());
+        sidecar.kill();
+    }
+    let mut sidecar = launch.start();
+    load.stop().await;
+    stage.assert_archived(DEADLINE).await;
+    complete(&client).await;
+    assert_eq!(archived_rows(&stage.storage().join("quarantine")).len(), 6, "each once");
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    assert_counted(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn earlier_rows_are_copied_once_in_spite_of_kills_with_named_rows() {
+    copied_in_spite_of_kills(Shape::Named).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn earlier_rows_are_copied_once_in_spite_of_kills_with_entity_rows() {
+    copied_in_spite_of_kills(Shape::Entity).await;
+}
+
+/// The session that holds the snapshot goes with the server; the copy goes on with another.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_the_server_in_the_middle_of_a_copy() {
+    let stage = Stage::private(Shape::Named, &[]).await;
+    let client = stage.connect().await;
+    fill(&client, Shape::Named).await;
+    stage.launch().must(&["setup"]);
+    let load = Load::start(&stage.cluster().uri_tcp(&stage.name), Shape::Named);
+    // Slow enough to be in the middle.
+    let launch = stage.launch().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", "15000");
+    let mut sidecar = launch.start();
+    sidecar.says("making the archive complete", DEADLINE).await;
+    for stop in [Stop::Immediate, Stop::Fast] {
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        stage.cluster().restart(stop);
+        stage.cluster().ready(DEADLINE).await;
+    }
+    complete(&stage.connect().await).await;
+    load.stop().await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+}
+
+/// A sidecar that has archived what the load wrote, and was stopped in order.
+async fn archived_under_load(stage: &Stage) {
+    let client = stage.connect().await;
+    let mut sidecar = stage.start().await;
+    let load = Load::start(&stage.cluster().uri_unix(&stage.name), stage.shape);
+    until("some rows", DEADLINE, async || (load.committed() > 5_000).then_some(())).await;
+    load.stop().await;
+    complete(&client).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+/// Rows that no sidecar sees: of now, and late ones of three weeks ago.
+async fn write_unseen(stage: &Stage, client: &Client) {
+    let load = Load::start(&stage.cluster().uri_unix(&stage.name), stage.shape);
+    until("rows nobody sees", DEADLINE, async || (load.committed() > 2_000).then_some(())).await;
+    load.stop().await;
+    let late = "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                select now() - interval '21 days' + n * interval '1 second', 's', 'n', '1', 'late', n, n
+                from generate_series(1, 100) n";
+    client.batch_execute(late).await.unwrap();
+}
+
+/// The gap is noticed, and mended while rows keep coming.
+async fn heals(stage: &Stage, sidecar: &mut Sidecar, said: &str) {
+    let client = stage.connect().await;
+    let load = Load::start(&stage.cluster().uri_unix(&stage.name), stage.shape);
+    sidecar.says(said, DEADLINE).await;
+    let healed = async || {
+        let sql = "select bool_and(state = 'streaming') from highwater.watermark";
+        client.query_one(sql, &[]).await.unwrap().get::<_, bool>(0).then_some(())
+    };
+    sidecar.says("the archive is complete; state streaming", DEADLINE).await;
+    until("the gap is mended", DEADLINE, healed).await;
+    load.stop().await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    assert_counted(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_slot_is_mended_by_comparing_the_touched_days() {
+    let stage = Stage::partitioned(Shape::Named).await;
+    let client = stage.connect().await;
+    // Old rows that the gap doesn't touch.
+    let mut sidecar = stage.start().await;
+    let old = "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+               select '2020-02-03 12:00+00'::timestamptz + n * interval '1 second', 's', 'n', '1', 'f', n, n
+               from generate_series(1, 500) n";
+    client.batch_execute(old).await.unwrap();
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success());
+    archived_under_load(&stage).await;
+    client.execute("select pg_drop_replication_slot($1)", &[&stage.name]).await.unwrap();
+    write_unseen(&stage, &client).await;
+    let mut sidecar = stage.launch().logging_to(&stage.folder().join("mending.log")).start();
+    heals(&stage, &mut sidecar, "the slot does not exist").await;
+    let log = sidecar.log();
+    let compared: Vec<&str> =
+        log.lines().filter(|line| line.contains("comparing with the archive")).collect();
+    // The oldest day comes first in each line.
+    assert!(!compared.is_empty() && !compared.iter().any(|line| line.contains("2020-02-03")), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_the_server_has_invalidated_is_replaced() {
+    let settings = [("max_slot_wal_keep_size", "16MB"), ("min_wal_size", "32MB"), ("max_wal_size", "48MB")];
+    let stage = Stage::private(Shape::Named, &settings).await;
+    archived_under_load(&stage).await;
+    let client = stage.connect().await;
+    write_unseen(&stage, &client).await;
+    client.batch_execute("create table filler (text text)").await.unwrap();
+    let lost = async || {
+        let fill =
+            "insert into filler select repeat(md5(n::text), 30) from generate_series(1, 20000) n; checkpoint";
+        client.batch_execute(fill).await.unwrap();
+        let sql = "select wal_status from pg_replication_slots where slot_name = $1";
+        let status: Option<String> = client.query_one(sql, &[&stage.name]).await.unwrap().get(0);
+        (status.as_deref() == Some("lost")).then_some(())
+    };
+    until("the slot is lost", DEADLINE, lost).await;
+    let mut sidecar = stage.launch().logging_to(&stage.folder().join("mending.log")).start();
+    heals(&stage, &mut sidecar, "wal_status is lost").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_advanced_by_hand_is_noticed_and_mended() {
+    let stage = Stage::shared(Shape::Entity).await;
+    create_entities(&stage.connect().await).await;
+    archived_under_load(&stage).await;
+    let client = stage.connect().await;
+    stage.insert_one(&client, "skipped", None).await;
+    let sql = "select pg_replication_slot_advance(slot_name, pg_current_wal_lsn()) from pg_replication_slots
+                where slot_name = $1";
+    client.query_one(sql, &[&stage.name]).await.unwrap();
+    let mut sidecar = stage.launch().logging_to(&stage.folder().join("mending.log")).start();
+    heals(&stage, &mut sidecar, "gap: the slot is ahead of the archive").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_an_attached_partition_arrive() {
+    let stage = Stage::partitioned(Shape::Named).await;
+    let client = stage.connect().await;
+    let mut sidecar = stage.start().await;
+    stage.insert_one(&client, "first", None).await;
+    complete(&client).await;
+    let attach = "create table scouter.loaded (like scouter.psi_drift including all);
+                  insert into scouter.loaded (created_at, space, name, version, feature, bin_id, bin_count)
+                  select '2021-02-03 12:00+00'::timestamptz + n * interval '1 second', 's', 'n', '1', 'f', n, n
+                  from generate_series(1, 500) n;
+                  alter table scouter.psi_drift attach partition scouter.loaded
+                  for values from ('2021-02-03') to ('2021-02-04')";
+    client.batch_execute(attach).await.unwrap();
+    // By the stream, into the same partition.
+    let more = "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                values ('2021-02-03 13:00+00', 's', 'n', '1', 'streamed', 1, 1)";
+    client.batch_execute(more).await.unwrap();
+    heals(&stage, &mut sidecar, "scouter.loaded").await;
+    let sql = "select count(*) from highwater.covered_partition where partition_name = 'scouter.loaded'";
+    assert_eq!(client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0), 1);
+    let difference = compare(&client, &stage.storage(), stage.shape, KINDS[1]).await;
+    assert!(difference.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_copy_is_archived_only_when_told_to() {
+    let stage = Stage::private(Shape::Named, &[]).await;
+    archived_under_load(&stage).await;
+    let client = stage.connect().await;
+    stage.insert_one(&client, "before the copy", None).await;
+    let copy = stage.cluster().promoted_copy();
+    stage.cluster().stop(Stop::Fast);
+    let client = copy.connect(&stage.name).await;
+    // More WAL than the archive has seen of the other history.
+    stage.insert_one(&client, "after the copy", None).await;
+    let launch = stage.launch().logging_to(&stage.folder().join("copy.log"));
+    let launch = launch.with("DATABASE_URI", &copy.uri_unix(&stage.name));
+    let mut refused = launch.start();
+    assert!(!refused.wait(DEADLINE).await.success());
+    assert!(refused.log().contains("--accept-new-system"), "{}", refused.log());
+    let mut sidecar = launch.start_with(&["--accept-new-system"]);
+    complete(&client).await;
+    stage.insert_one(&client, "by the new slot", None).await;
+    let there = async || {
+        let difference = compare(&client, &stage.storage(), stage.shape, KINDS[0]).await;
+        (difference.missing == 0 || difference.extra > 0).then_some(difference)
+    };
+    let difference = until("everything is archived", DEADLINE, there).await;
+    assert!(difference.is_none(), "{difference:?}");
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    assert_counted(&client).await;
+    // Without being told again.
+    let mut sidecar = launch.start();
+    sidecar.says("archiving slot", DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
