@@ -89,12 +89,18 @@ async fn copied_in_spite_of_kills(shape: Shape) {
     let client = stage.connect().await;
     let said = stage.launch().must(&["setup"]);
     assert!(said.contains("custom_drift: it holds rows from before the slot"), "{said}");
-    let load = Load::start(&stage.cluster().uri_unix(&stage.name), shape);
+    let mut load = Some(Load::start(&stage.cluster().uri_unix(&stage.name), shape));
     let launch = stage.launch().with("HIGHWATER_MAX_LAG", "200ms");
     for (step, passes) in STEPS {
         let mut failing = launch.clone().failing(&format!("{step}={passes}*off->return")).start();
         let status = failing.wait(Duration::from_secs(60)).await;
         assert!(!status.success(), "{step}: ended with {status} instead of a crash");
+        // Enough for a test.
+        if step == "after-copy"
+            && let Some(load) = load.take()
+        {
+            load.stop().await;
+        }
     }
     for _ in 0..5 {
         let mut sidecar = launch.start();
@@ -104,7 +110,6 @@ async fn copied_in_spite_of_kills(shape: Shape) {
         sidecar.kill();
     }
     let mut sidecar = launch.start();
-    load.stop().await;
     stage.assert_archived(DEADLINE).await;
     complete(&client).await;
     assert_eq!(archived_rows(&stage.storage().join("quarantine")).len(), 6, "each once");
