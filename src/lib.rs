@@ -23,8 +23,8 @@
 //! - **Nothing is dropped silently.** A row that a column can't hold goes to the table `quarantine`, with the
 //!   reason.
 //!
-//! Rows that a table held before its slot was made are not archived yet; see the README for what else is
-//! still to come.
+//! Rows that did not come by the stream (earlier ones, those of a gap) are found by comparison and added; see the
+//! README for what is still to come.
 //!
 //! # Use
 //!
@@ -68,6 +68,7 @@
 //! | [`archive`] | Parquet, the Delta tables, commits, merges, vacuum |
 //! | [`watermark`] | the mirror of the Delta logs in Postgres |
 //! | [`setup`] | the publication, the slot, the migrations |
+//! | `gap`, `backfill` | rows that the stream did not bring |
 //! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
 //! | [`check`] | the preflight |
 //! | [`cli`] | the command line |

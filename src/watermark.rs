@@ -23,7 +23,7 @@ use crate::record::{Entity, Kind};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Rows from before the slot are not archived yet.
+    /// Rows from before the slot are being copied.
     Snapshot,
     /// Every row is archived or still to come.
     Streaming,

@@ -128,7 +128,7 @@ impl Server {
                 name,
                 "is -1: a stopped sidecar can fill the server's disk with log",
                 "alter system set max_slot_wal_keep_size = '64GB'; select pg_reload_conf(); \
-                 -- less than the disk has free; past it the slot is lost and a gap must be healed",
+                 -- less than the disk has free; past it the slot is lost, and rows deleted meanwhile with it",
             );
         } else {
             report.ok("wal-limit", name, format!("is {} MiB", self.wal_keep_mib));
@@ -137,7 +137,7 @@ impl Server {
             report.warning(
                 "idle-slot-timeout",
                 "idle_replication_slot_timeout",
-                "is on: a sidecar that is stopped for that long loses its slot, and a gap must be healed",
+                "is on: a sidecar that is stopped for that long loses its slot, and has to compare days",
                 "alter system set idle_replication_slot_timeout = 0; select pg_reload_conf();",
             );
         }

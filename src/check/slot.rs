@@ -79,7 +79,12 @@ async fn check_missing(client: &Client, name: &str, report: &mut Report) -> Resu
     }
     if was_used {
         let message = "is gone, though the archive was fed from it: rows may be missing, purges are blocked";
-        report.error("slot", name, message, "run `highwater setup`: it makes a new slot, and marks the gap");
+        report.error(
+            "slot",
+            name,
+            message,
+            "start `highwater`: it makes a new slot, and adds what is missing",
+        );
     } else {
         report.error("slot", name, "does not exist", "run `highwater setup`");
     }
@@ -108,7 +113,8 @@ fn report_status(slot: &Slot, name: &str, report: &mut Report) {
     match slot.wal_status.as_deref() {
         Some("lost") => {
             let remedy = format!(
-                "select pg_drop_replication_slot({}); -- then run `highwater setup`: it makes a new one, and marks the gap",
+                "start `highwater`: it makes a new one, and adds what is missing; or, to free its place, select \
+                 pg_drop_replication_slot({});",
                 literal(name)
             );
             report.error("slot", name, "is lost: the log that it needs was removed", remedy);

@@ -61,7 +61,7 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "NAME")]
     publication: Option<String>,
 
-    /// Most rows per second that a first copy reads; none is made yet [env:
+    /// Most rows per second that the copy of earlier rows reads [env:
     /// HIGHWATER_BACKFILL_ROWS_PER_SECOND] [default: unlimited]
     #[arg(long, global = true, value_name = "ROWS")]
     backfill_rows_per_second: Option<String>,
