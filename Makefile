@@ -25,4 +25,4 @@ lint:
 # Figures of a busy machine mean little; see benches/README.md.
 bench:
 	scripts/setup
-	cargo bench --bench hops --bench catch_up
+	cargo bench --bench hops --bench catch_up --bench first_copy

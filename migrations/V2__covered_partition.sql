@@ -11,3 +11,9 @@ create table highwater.covered_partition (
 
 comment on table highwater.covered_partition is
     'Partitions (a plain table counts as its own) of which every row is archived or still to come. One that is attached and not here, and holds rows, is a gap.';
+
+-- A gap that is found while an earlier one is being mended must not be forgotten with it.
+alter table highwater.watermark add column gap_count bigint not null default 0;
+
+comment on column highwater.watermark.gap_count is
+    'How often a gap was found. A table is complete only if none was found since its rows were looked at.';

@@ -4,6 +4,7 @@
 //! covered from then on; one that is first seen with rows may hold some that never passed the stream, and is compared with
 //! the archive (`backfill`) before it is taken for covered.
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, GenericClient};
 
 use crate::error::{Error, Result};
@@ -27,6 +28,22 @@ pub(crate) const LEAVES: &str = "
     select c.oid, n.nspname::text, c.relname::text
     from tree join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace where c.relkind = 'r'";
 
+/// Where a role reads the rows of a leaf, and under which condition: the leaf itself, or, if the role may read only the root
+/// (rights on that don't reach its partitions), the root with what tells the leaf's rows.
+pub(crate) fn reading(
+    leaf: &str,
+    root: &str,
+    oid: u32,
+    constraint: Option<&str>,
+    may_read: bool,
+) -> (String, String) {
+    if may_read {
+        return (format!("only {leaf}"), "true".to_owned());
+    }
+    // The constraint is there for the planner, which leaves out the other partitions by it.
+    (root.to_owned(), format!("(tableoid = {oid}::oid and ({}))", constraint.unwrap_or("true")))
+}
+
 /// Looks at the partitions that are not covered: an empty one is from now on. Returns those with rows. Partitions that are
 /// no longer attached are forgotten, so that they are looked at again if they come back.
 ///
@@ -47,8 +64,11 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
     );
     client.execute(&forget, &[&slot]).await.map_err(failed())?;
     let unknown = format!(
-        "{tree} select t.source_table, t.oid, n.nspname::text, c.relname::text
+        "{tree} select t.source_table, t.oid, n.nspname::text, c.relname::text,
+                       has_table_privilege(c.oid, 'select'), pg_get_partition_constraintdef(c.oid),
+                       w.table_oid::regclass::text
          from tree t join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
+         join highwater.watermark w on w.source_table = t.source_table
          where c.relkind = 'r' and not exists (select from highwater.covered_partition p
                                                where p.source_table = t.source_table and p.partition_oid = t.oid)"
     );
@@ -59,16 +79,20 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
         let schema: String = row.try_get(2).map_err(failed())?;
         let table: String = row.try_get(3).map_err(failed())?;
         let partition = format!("{schema}.{table}");
+        let leaf = format!("{}.{}", quote_identifier(&schema), quote_identifier(&table));
+        let constraint: Option<String> = row.try_get(5).map_err(failed())?;
+        let root: String = row.try_get(6).map_err(failed())?;
+        let may_read = row.try_get(4).map_err(failed())?;
+        let (from, filter) = reading(&leaf, &root, oid, constraint.as_deref(), may_read);
         let empty = format!(
             "insert into highwater.covered_partition (source_table, partition_oid, partition_name)
-             select $1, $2, $3 where not exists (select from only {}.{}) on conflict do nothing",
-            quote_identifier(&schema),
-            quote_identifier(&table)
+             select $1, $2, $3 where not exists (select from {from} where {filter}) on conflict do nothing"
         );
-        let covered = client
-            .execute(&empty, &[&source_table, &oid, &partition])
-            .await
-            .map_err(Error::sql(format!("looking into {partition}")))?;
+        let covered = match client.execute(&empty, &[&source_table, &oid, &partition]).await {
+            // It was dropped this moment.
+            Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => continue,
+            covered => covered.map_err(Error::sql(format!("looking into {partition}")))?,
+        };
         if covered == 0 {
             found.push(Uncovered { source_table, partition });
         }
@@ -98,7 +122,8 @@ pub(crate) async fn cover(
         .map(drop)
 }
 
-/// A table's archive holds all of it: state `streaming`, and these are its partitions.
+/// A table's archive holds all of it: state `streaming`, and these are its partitions. Whether that still was so: no gap
+/// was found since `gap_count` was read.
 ///
 /// # Errors
 ///
@@ -107,11 +132,13 @@ pub(crate) async fn complete(
     client: &Client,
     source_table: &str,
     partitions: &[(u32, String)],
-) -> Result<()> {
+    gap_count: i64,
+) -> Result<bool> {
     // Should we fail in between, the table is looked at once more.
     cover(client, source_table, partitions).await?;
     let statement = "update highwater.watermark set state = 'streaming', updated_at = clock_timestamp()
-                     where source_table = $1";
+                     where source_table = $1 and gap_count = $2";
     let context = format!("completing the watermark of {source_table}");
-    client.execute(statement, &[&source_table]).await.map_err(Error::sql(context)).map(drop)
+    let completed = client.execute(statement, &[&source_table, &gap_count]).await;
+    completed.map_err(Error::sql(context)).map(|rows| rows > 0)
 }

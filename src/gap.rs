@@ -14,6 +14,16 @@ use crate::watermark::{self, State, Watermark};
 ///
 /// A query failed.
 pub(crate) async fn notice(sql: &mut Session, slot: &str, publication: &str) -> Result<()> {
+    notice_unpublished(sql, slot, publication).await?;
+    notice_partitions(sql, slot).await
+}
+
+/// Marks the tables that the publication does not send.
+///
+/// # Errors
+///
+/// A query failed.
+pub(crate) async fn notice_unpublished(sql: &mut Session, slot: &str, publication: &str) -> Result<()> {
     for table in sql.run(async |client| watermark::mark_unpublished(client, slot, publication).await).await? {
         tracing::error!(
             table,
@@ -22,7 +32,7 @@ pub(crate) async fn notice(sql: &mut Session, slot: &str, publication: &str) -> 
              publication, then what was missed is added"
         );
     }
-    notice_partitions(sql, slot).await
+    Ok(())
 }
 
 /// Marks the tables with a partition that came with rows in it.

@@ -28,8 +28,9 @@ pub(crate) async fn watermarks(
         if row.flushed_lsn >= table.lsn() {
             continue;
         }
-        let since =
-            table.files().filter(|file| file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn));
+        let since = table.files().filter(|file| {
+            file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn && name.lsn <= table.lsn())
+        });
         let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
         tracing::info!(
             table = name,

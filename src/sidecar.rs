@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::archive::{self, Namer, Storage, Table};
+use crate::archive::{self, CommitNote, Namer, Storage, Table};
 use crate::backfill::Backfill;
 use crate::commit::{Committer, Parts, Work};
 use crate::config::Config;
@@ -282,7 +282,8 @@ async fn prepare(
         History::Same { switches } => check_timeline(config, sql, &tables, switches).await?,
         History::Accepted => {
             // The positions so far belong to another log. First in the Delta logs: until the watermarks follow, this
-            // history has to be accepted again.
+            // history has to be accepted again, or is a gap.
+            sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
             for table in tables.iter_mut().filter(|table| table.lsn() > start) {
                 table.rebase(start).await?;
             }
@@ -307,6 +308,11 @@ async fn prepare(
     gap::notice(sql, &config.slot, &config.publication).await?;
     let incomplete =
         sql.run(async |client| gap::mendable(client, &config.slot, &config.publication).await).await?;
+    for table in
+        tables.iter_mut().filter(|table| !incomplete.iter().any(|row| row.kind == table.kind().name()))
+    {
+        skip_copied(table).await?;
+    }
     if !incomplete.is_empty() {
         let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
         backfill.run(&incomplete).await?;
@@ -335,11 +341,26 @@ async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Sett
     // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
     let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));
     let paths: Vec<String> = files.map(|file| file.path.clone()).collect();
-    let rows = archive::quarantined(storage, &paths).await?;
+    let rows = archive::quarantined(storage, &paths, None).await?;
     for row in &rows {
         settled.add(&row.source_table, &row.row, &row.lsn);
     }
     Ok(settled)
+}
+
+/// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped, with
+/// all others up to the copy's position; those that it has not reached are found when the table is completed.
+async fn skip_copied(table: &mut Table) -> Result<()> {
+    if table.kind() == Kind::Quarantine {
+        return Ok(());
+    }
+    let copied = table.files().filter_map(|file| Some(file.name.as_ref()?.lsn)).max();
+    match copied {
+        Some(lsn) if lsn > table.lsn() => {
+            table.commit(&[], lsn, &CommitNote { last_lsn: lsn, ..CommitNote::default() }).await
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What the server has to do with the one that the watermarks speak of.
@@ -491,9 +512,15 @@ async fn check_timeline(
         let detail = format!(
             "the server's log holds what was written up to {end}, but the archive of {} reaches {reach}: the server has lost \
              what is archived (a promoted standby, a restored copy?), and new rows can't be told from archived ones by their \
-             position; if this server has taken the place of the other for good, start once with --accept-new-system, which \
-             compares every row with the archive",
+             position; {}",
             table.kind().name(),
+            if switches.is_empty() {
+                "give HIGHWATER_SLOT a new name and run `highwater setup`, which makes it and marks the gap; then drop the \
+                 old slot"
+            } else {
+                "if this server has taken the place of the other for good, start once with --accept-new-system, which \
+                 compares every row with the archive"
+            },
         );
         return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
     }

@@ -79,6 +79,8 @@ pub struct Watermark {
     pub byte_count: i64,
     /// When the row was written.
     pub updated_at: DateTime<Utc>,
+    /// How often a gap was found.
+    pub gap_count: i64,
 }
 
 /// A move of the watermark of some tables.
@@ -118,7 +120,7 @@ pub async fn read(client: &Client) -> Result<Vec<Watermark>> {
     let rows = client
         .query(
             "select source_table, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn,
-                    archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at
+                    archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at, gap_count
              from highwater.watermark order by source_table",
             &[],
         )
@@ -146,6 +148,7 @@ fn watermark(row: &Row) -> Result<Watermark> {
         file_count: row.try_get("file_count").map_err(Error::sql(column))?,
         byte_count: row.try_get("byte_count").map_err(Error::sql(column))?,
         updated_at: row.try_get("updated_at").map_err(Error::sql(column))?,
+        gap_count: row.try_get("gap_count").map_err(Error::sql(column))?,
     })
 }
 
@@ -214,7 +217,8 @@ pub async fn mark_table_gap(
 ) -> Result<bool> {
     let marked = client
         .execute(
-            "update highwater.watermark set state = 'gap', table_oid = $2, updated_at = clock_timestamp()
+            "update highwater.watermark
+             set state = 'gap', gap_count = gap_count + 1, table_oid = $2, updated_at = clock_timestamp()
              where source_table = $1",
             &[&table, &table_oid],
         )
@@ -230,10 +234,7 @@ pub async fn mark_table_gap(
 ///
 /// The statement failed.
 pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<String>> {
-    let statement = format!(
-        "update highwater.watermark w set state = 'gap', updated_at = clock_timestamp()
-         where w.slot_name = $1 and w.state <> 'gap' and not {PUBLISHED} returning w.source_table"
-    );
+    let statement = marking(&format!("w.slot_name = $1 and not {PUBLISHED}"));
     names(client, &statement, &[&slot, &publication]).await
 }
 
@@ -257,6 +258,20 @@ const PUBLISHED: &str = "exists (
       and w.table_oid in (to_regclass(format('%I.%I', t.schemaname, t.tablename)),
                           pg_partition_root(to_regclass(format('%I.%I', t.schemaname, t.tablename)))))";
 
+/// The statement that marks a gap in the rows `w` of a condition. Counts it also where there is one already, and returns the
+/// tables where there was none.
+fn marking(condition: &str) -> String {
+    format!(
+        "with marked as (
+             select w.source_table, w.state as before from highwater.watermark w where {condition} for update),
+         counted as (
+             update highwater.watermark w
+             set state = 'gap', gap_count = w.gap_count + 1, updated_at = clock_timestamp()
+             from marked m where w.source_table = m.source_table)
+         select source_table from marked where before <> 'gap'"
+    )
+}
+
 async fn names(
     client: &Client,
     statement: &str,
@@ -267,16 +282,15 @@ async fn names(
     rows.iter().map(|row| row.try_get(0).map_err(Error::sql(context))).collect()
 }
 
-/// Puts a table into state `gap`; whether it was in another one.
+/// Puts a table that was complete into state `gap`; whether it was.
 ///
 /// # Errors
 ///
 /// The statement failed.
 pub async fn mark_one_gap(client: &Client, source_table: &str) -> Result<bool> {
-    let statement = "update highwater.watermark set state = 'gap', updated_at = clock_timestamp()
-                     where source_table = $1 and state = 'streaming'";
-    let context = format!("marking a gap in the watermark of {source_table}");
-    client.execute(statement, &[&source_table]).await.map_err(Error::sql(context)).map(|marked| marked > 0)
+    let marked =
+        names(client, &marking("w.source_table = $1 and w.state = 'streaming'"), &[&source_table]).await?;
+    Ok(!marked.is_empty())
 }
 
 /// The drift table that a relation is, or is a partition of, by its oid: its name and kind.
@@ -314,15 +328,7 @@ pub async fn set_timeline(client: &Client, slot: &str, timeline_id: i32) -> Resu
 ///
 /// The statement failed.
 pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
-    let rows = client
-        .query(
-            "update highwater.watermark set state = 'gap', updated_at = clock_timestamp()
-             where slot_name = $1 and state <> 'gap' returning source_table",
-            &[&slot],
-        )
-        .await
-        .map_err(Error::sql("marking a gap in highwater.watermark"))?;
-    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+    names(client, &marking("w.slot_name = $1"), &[&slot]).await
 }
 
 /// Hands every table of a slot over to a server of another history. Nothing that is known of transactions or positions
@@ -340,7 +346,7 @@ pub async fn accept(
     let statement = "
         with accepted as (
             update highwater.watermark
-            set system_identifier = $2, timeline_id = $3, state = 'gap', flushed_lsn = '0/0', archived_before = null,
+            set system_identifier = $2, timeline_id = $3, state = 'gap', gap_count = gap_count + 1, flushed_lsn = '0/0', archived_before = null,
                 updated_at = clock_timestamp()
             where slot_name = $1 returning source_table),
         uncovered as (
@@ -370,7 +376,8 @@ pub async fn rebase(
 ) -> Result<Vec<String>> {
     let statement = "
         update highwater.watermark
-        set slot_name = $1, timeline_id = $3, flushed_lsn = $4, state = 'gap', updated_at = clock_timestamp()
+        set slot_name = $1, timeline_id = $3, flushed_lsn = $4, state = 'gap',
+            gap_count = gap_count + 1, updated_at = clock_timestamp()
         where system_identifier = $2 returning source_table";
     let rows = client
         .query(statement, &[&slot, &system_identifier, &timeline_id, &PgLsn::from(lsn.0)])

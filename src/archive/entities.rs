@@ -124,12 +124,16 @@ pub struct QuarantinedText {
     pub lsn: String,
 }
 
-/// Reads quarantine files (paths relative to the table).
+/// Reads quarantine files (paths relative to the table): the rows of a source table, or of all.
 ///
 /// # Errors
 ///
 /// [`Error::Encode`] if a file can't be read.
-pub async fn quarantined(storage: &Storage, paths: &[String]) -> Result<Vec<QuarantinedText>> {
+pub async fn quarantined(
+    storage: &Storage,
+    paths: &[String],
+    source_table: Option<&str>,
+) -> Result<Vec<QuarantinedText>> {
     let store = storage.table_store(Kind::Quarantine);
     let mut found = Vec::new();
     for path in paths {
@@ -146,6 +150,9 @@ pub async fn quarantined(storage: &Storage, paths: &[String]) -> Result<Vec<Quar
                 return Err(Error::Internal(format!("{path} is not a quarantine file")));
             };
             for ((table, row), lsn) in tables.iter().zip(texts).zip(lsns) {
+                if source_table.is_some() && table != source_table {
+                    continue;
+                }
                 let owned = |text: Option<&str>| text.unwrap_or_default().to_owned();
                 found.push(QuarantinedText { source_table: owned(table), row: owned(row), lsn: owned(lsn) });
             }

@@ -89,14 +89,15 @@ impl Source {
             self.columns.iter().map(text).collect::<Vec<_>>().join(", ")
         };
         // Without a condition the table itself is copied, which the server does faster.
-        let what = match &slice.condition {
-            None if self.columns.iter().all(|column| !column.is_text) => {
-                format!("{} ({})", partition.quoted, list(false))
+        let what = match (&slice.condition, &partition.itself) {
+            (None, Some(table)) if self.columns.iter().all(|column| !column.is_text) => {
+                format!("{table} ({})", list(false))
             }
-            condition => format!(
-                "(select {} from only {} where {})",
+            (condition, _) => format!(
+                "(select {} from {} where {} and ({}))",
                 list(true),
-                partition.quoted,
+                partition.from,
+                partition.filter,
                 condition.as_deref().unwrap_or("true")
             ),
         };

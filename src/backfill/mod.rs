@@ -24,7 +24,6 @@ use std::time::Duration;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tokio_postgres::error::SqlState;
 
 use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
 use crate::batch::Batches;
@@ -34,6 +33,7 @@ use crate::coverage;
 use crate::decode::{Decoder, Settled};
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::gap;
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
@@ -41,7 +41,7 @@ use crate::record::Kind;
 use crate::recover;
 use crate::watermark::Watermark;
 use copy::Source;
-use partition::{Partition, Slice};
+use partition::{Fate, Partition, Slice};
 use point::Point;
 
 /// How often progress is told.
@@ -89,7 +89,8 @@ impl Backfill<'_> {
         let mut horizons = self.marks(kind, &partitions).await?;
         for (horizon, partition) in horizons.iter_mut().zip(&partitions) {
             let covered = row.archived_before.filter(|_| partition.is_covered);
-            *horizon = covered.max(*horizon);
+            // Ids of rows have 32 bits: they can be compared with a horizon within half of their range.
+            *horizon = covered.max(*horizon).filter(|horizon| point.xmin.saturating_sub(*horizon) < 1 << 31);
         }
         tracing::info!(
             table,
@@ -98,23 +99,25 @@ impl Backfill<'_> {
             at = %point.lsn,
             "making the archive complete: rows that it lacks are copied, the stream waits meanwhile"
         );
+        let mut covered = Vec::new();
         let mut work = Work::new(self, point, kind, &source, &partitions).await?;
         for (partition, horizon) in partitions.iter().zip(horizons) {
-            // What waits for a lock of ours may keep others waiting: it is held for one partition at a time.
-            point.savepoint().await?;
-            let completed = work.complete(self, partition, horizon).await;
-            if let Err(error) = &completed
-                && is_gone(error)
-            {
-                tracing::error!(
-                    table,
-                    partition = partition.name,
-                    "the partition was dropped before it was copied: rows that only it held are lost"
-                );
-            } else {
-                completed?;
+            match work.complete(self, partition, horizon).await {
+                Ok(()) => covered.push((partition.oid, partition.name.clone())),
+                Err(error) => {
+                    // Between two parts there is none; and a session that is gone says no more.
+                    let _ = point.rollback_to_savepoint().await;
+                    match partition.fate(&point.client).await {
+                        Ok(Fate::Dropped) => tracing::error!(
+                            table,
+                            partition = partition.name,
+                            "the partition was dropped before it was copied: rows that only it held are lost"
+                        ),
+                        Ok(Fate::Changed) => return Err(changed(self.config, partition, Some(&error))),
+                        Ok(Fate::Unchanged) | Err(_) => return Err(error),
+                    }
+                }
             }
-            point.rollback_to_savepoint().await?;
         }
         let Work { progress, .. } = work;
         // From here on the stream skips what the snapshot saw.
@@ -126,9 +129,15 @@ impl Backfill<'_> {
         }
         failpoint::hit("after-copy");
         recover::watermarks(self.storage, self.tables, self.sql, self.config).await?;
-        let covered: Vec<(u32, String)> =
-            partitions.iter().map(|partition| (partition.oid, partition.name.clone())).collect();
-        self.sql.run(async |client| coverage::complete(client, table, &covered).await).await?;
+        let (slot, publication) = (self.config.slot.as_str(), self.config.publication.as_str());
+        gap::notice_unpublished(self.sql, slot, publication).await?;
+        let gap_count = row.gap_count;
+        let completed =
+            self.sql.run(async |client| coverage::complete(client, table, &covered, gap_count).await).await?;
+        if !completed {
+            let detail = format!("another gap was found while {table} was completed; it is looked at again");
+            return Err(Error::Slot { slot: slot.to_owned(), detail, transient: true });
+        }
         tracing::info!(
             table,
             read = progress.read,
@@ -151,9 +160,14 @@ impl Backfill<'_> {
     }
 }
 
-/// Whether a relation does not exist.
-fn is_gone(error: &Error) -> bool {
-    matches!(error, Error::Sql { source, .. } if source.code() == Some(&SqlState::UNDEFINED_TABLE))
+/// The error that ends a session which can't go on with its snapshot; the next one takes another.
+fn changed(config: &Config, partition: &Partition, cause: Option<&Error>) -> Error {
+    let cause = cause.map(|error| format!(" ({})", error.chain())).unwrap_or_default();
+    let detail = format!(
+        "{} was renamed or rewritten while it was read{cause}; it is read again with a new snapshot",
+        partition.name
+    );
+    Error::Slot { slot: config.slot.clone(), detail, transient: true }
 }
 
 fn table_of(tables: &mut [Table], kind: Kind) -> Result<&mut Table> {
@@ -218,10 +232,15 @@ impl<'a> Work<'a> {
     ) -> Result<()> {
         self.progress.partition(partition);
         let memory = backfill.config.memory_bytes;
+        // What waits for a lock of ours may keep others waiting: it is held for one part at a time.
+        self.point.savepoint().await?;
         let slices = self.slices(backfill, partition, horizon, memory / 3 / DIGEST_BYTES).await?;
+        self.end_part(backfill, partition).await?;
         let mut files = Vec::new();
         for slice in &slices {
+            self.point.savepoint().await?;
             files.extend(self.copy(backfill, partition, slice).await?);
+            self.end_part(backfill, partition).await?;
         }
         self.progress.partition_done(partition);
         if slices.is_empty() {
@@ -250,6 +269,13 @@ impl<'a> Work<'a> {
         }
         failpoint::hit("after-partition");
         Ok(())
+    }
+
+    /// Makes sure that what was read is what the snapshot saw, and gives back the locks.
+    async fn end_part(&self, backfill: &Backfill<'_>, partition: &Partition) -> Result<()> {
+        let fate = partition.fate(&self.point.client).await?;
+        self.point.rollback_to_savepoint().await?;
+        if fate == Fate::Unchanged { Ok(()) } else { Err(changed(backfill.config, partition, None)) }
     }
 
     /// The parts of a partition that are to be copied, with what the archive holds of them.
@@ -386,10 +412,8 @@ fn named(files: Vec<(Kind, DataFile)>, at: Lsn) -> (Vec<DataFile>, CommitNote) {
 async fn settled(storage: &Storage, quarantine: &Table, source_table: &str) -> Result<Settled> {
     let paths: Vec<String> = quarantine.files().map(|file| file.path.clone()).collect();
     let mut settled = Settled::default();
-    for row in archive::quarantined(storage, &paths).await? {
-        if row.source_table == source_table {
-            settled.add(&row.source_table, &row.row, &Lsn::ZERO.to_string());
-        }
+    for row in archive::quarantined(storage, &paths, Some(source_table)).await? {
+        settled.add(&row.source_table, &row.row, &Lsn::ZERO.to_string());
     }
     Ok(settled)
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use chrono::{DateTime, Utc};
 use tokio_postgres::Client;
 
-use crate::coverage::LEAVES;
+use crate::coverage::{LEAVES, reading};
 use crate::error::{Error, Result};
 use crate::postgres::quote_identifier;
 use crate::record::{CALENDAR, MICROS_PER_DAY};
@@ -22,8 +22,14 @@ pub(super) struct Partition {
     pub(super) oid: u32,
     /// With its schema, for people.
     pub(super) name: String,
-    /// With its schema, for SQL.
-    pub(super) quoted: String,
+    /// Where its rows are read from, and under which condition; see [`reading`].
+    pub(super) from: String,
+    pub(super) filter: String,
+    /// The table itself, for a plain `COPY`; `None` if we may read only the root.
+    pub(super) itself: Option<String>,
+    quoted: String,
+    /// The file that it is in: another one means that it was rewritten.
+    file: Option<u32>,
     /// It is in `highwater.covered_partition`.
     pub(super) is_covered: bool,
     /// Rows that the planner expects.
@@ -33,7 +39,9 @@ pub(super) struct Partition {
 /// The leaves under the table of oid `$1`, the oldest range first (a default partition before them).
 const IN_ORDER: &str = "
     select c.oid, l.nspname, l.relname, greatest(c.reltuples, 0)::float8,
-           exists (select from highwater.covered_partition p where p.source_table = $2 and p.partition_oid = c.oid)
+           exists (select from highwater.covered_partition p where p.source_table = $2 and p.partition_oid = c.oid),
+           c.relfilenode, has_table_privilege(c.oid, 'select'), pg_get_partition_constraintdef(c.oid),
+           $1::oid::regclass::text
     from leaves l join pg_class c using (oid)
     order by coalesce(pg_get_expr(c.relpartbound, c.oid), ''), c.relname";
 
@@ -45,9 +53,19 @@ pub(super) async fn leaves(client: &Client, row: &Watermark, root: u32) -> Resul
     for row in rows {
         let schema: String = row.try_get(1).map_err(failed())?;
         let table: String = row.try_get(2).map_err(failed())?;
+        let oid = row.try_get(0).map_err(failed())?;
+        let quoted = format!("{}.{}", quote_identifier(&schema), quote_identifier(&table));
+        let may_read: bool = row.try_get(6).map_err(failed())?;
+        let constraint: Option<String> = row.try_get(7).map_err(failed())?;
+        let root: String = row.try_get(8).map_err(failed())?;
+        let (from, filter) = reading(&quoted, &root, oid, constraint.as_deref(), may_read);
         leaves.push(Partition {
-            oid: row.try_get(0).map_err(failed())?,
-            quoted: format!("{}.{}", quote_identifier(&schema), quote_identifier(&table)),
+            oid,
+            from,
+            filter,
+            itself: may_read.then(|| quoted.clone()),
+            quoted,
+            file: row.try_get(5).map_err(failed())?,
             name: format!("{schema}.{table}"),
             rows_expected: row.try_get(3).map_err(failed())?,
             is_covered: row.try_get(4).map_err(failed())?,
@@ -176,7 +194,30 @@ const fn day_of(micros: i64) -> i64 {
     micros.div_euclid(MICROS_PER_DAY)
 }
 
+/// What has become of a partition since the snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Unchanged,
+    /// It has another name, or was rewritten: then it looks empty to an older snapshot (manual section 13.6).
+    Changed,
+    Dropped,
+}
+
 impl Partition {
+    /// Asks the catalog as it is now. Under a lock that the reading has taken, the answer holds for what was read.
+    pub(super) async fn fate(&self, client: &Client) -> Result<Fate> {
+        let query = "select pg_relation_filenode($1::oid::regclass), to_regclass($2)::oid";
+        let failed = || Error::sql(format!("looking for {}", self.name));
+        let row = client.query_one(query, &[&self.oid, &self.quoted]).await.map_err(failed())?;
+        let file: Option<u32> = row.try_get(0).map_err(failed())?;
+        let named: Option<u32> = row.try_get(1).map_err(failed())?;
+        Ok(match file {
+            None => Fate::Dropped,
+            file if file == self.file && named == Some(self.oid) => Fate::Unchanged,
+            _ => Fate::Changed,
+        })
+    }
+
     /// First and last time that the archive can hold, in microseconds since the epoch; `None` if there is no such row, or if
     /// there are others beside them.
     pub(super) async fn range(&self, client: &Client, time: &TimeColumn) -> Result<Option<(i64, i64)>> {
@@ -185,9 +226,10 @@ impl Partition {
         }
         let query = format!(
             "select (extract(epoch from min(created_at)) * 1000000)::bigint, (extract(epoch from max(created_at)) * 1000000)::bigint
-             from only {} having isfinite(min(created_at)) and isfinite(max(created_at))
+             from {} where {} having isfinite(min(created_at)) and isfinite(max(created_at))
                 and min(created_at) >= {} and max(created_at) < {}",
-            self.quoted,
+            self.from,
+            self.filter,
             time.literal(CALENDAR.start),
             time.literal(CALENDAR.end)
         );
@@ -210,10 +252,11 @@ impl Partition {
     ) -> Result<Days> {
         let low = i64::try_from(horizon & 0xFFFF_FFFF).unwrap_or_default();
         let query = format!(
-            "select distinct {} from only {}
-             where xmin::text::bigint < 3 or ((xmin::text::bigint - $1::bigint) & 4294967295) < 2147483648",
+            "select distinct {} from {} where {}
+             and (xmin::text::bigint < 3 or ((xmin::text::bigint - $1::bigint) & 4294967295) < 2147483648)",
             time.units(MICROS_PER_DAY),
-            self.quoted
+            self.from,
+            self.filter
         );
         let failed = || Error::sql(format!("looking for rows of {} that may be missing", self.name));
         let mut days = Days::default();
@@ -247,9 +290,10 @@ impl Partition {
             format!("({})", conditions.join(" or "))
         });
         let query = format!(
-            "select {}, count(*) from only {} where {} group by 1 order by 1",
+            "select {}, count(*) from {} where {} and {} group by 1 order by 1",
             time.units(MICROS_PER_MINUTE),
-            self.quoted,
+            self.from,
+            self.filter,
             condition.as_deref().unwrap_or("true")
         );
         let failed = || Error::sql(format!("counting the rows of {}", self.name));

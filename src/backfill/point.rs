@@ -51,7 +51,11 @@ impl Point {
             "begin isolation level repeatable read read only; set transaction snapshot '{}'",
             snapshot.replace('\'', "''")
         );
-        client.batch_execute(&begin).await.map_err(failed())?;
+        if let Err(error) = client.batch_execute(&begin).await {
+            // The session that exported it is gone, or SQL and the stream reach different servers.
+            let detail = format!("its snapshot can't be taken over: {}", failed()(error).chain());
+            return Err(Error::Slot { slot: name, detail, transient: true });
+        }
         // The import has taken hold, so that the exporter may go.
         let query = "select pg_snapshot_xmin(pg_current_snapshot())::text";
         let row = client.query_one(query, &[]).await.map_err(failed())?;

@@ -12,8 +12,9 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A lock that somebody holds on our tables must not stop the archive for longer.
 /// What we acknowledge rests on what we wrote, so that must be flushed; but not on every standby, which may be down.
+/// A row that a policy hides must not be taken for absent: that is an error.
 const SESSION_SETTINGS: &str = "set lock_timeout = '10s'; set idle_in_transaction_session_timeout = '60s'; \
-                                set synchronous_commit = 'local'";
+                                set synchronous_commit = 'local'; set row_security = off";
 
 /// An SQL session that connects when it is first used, and again after it was lost.
 #[derive(Debug)]

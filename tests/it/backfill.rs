@@ -306,3 +306,69 @@ async fn a_promoted_copy_is_archived_only_when_told_to() {
     sidecar.says("archiving slot", DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
+
+/// While a copy goes on: a partition is dropped, one is rewritten (which looks empty to the copy's snapshot), one comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_that_change_during_a_copy() {
+    let stage = stage_with_rows(Shape::Named).await;
+    let client = stage.connect().await;
+    let years = "create table scouter.y1 partition of scouter.psi_drift for values from ('2021-01-01') to ('2022-01-01');
+                 create table scouter.y2 partition of scouter.psi_drift for values from ('2022-01-01') to ('2023-01-01');
+                 insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                 select y + n * interval '1 second', 's', 'n', '1', 'f', n, n from generate_series(1, 500) n,
+                 unnest(array['2021-02-03', '2022-02-03']::timestamptz[]) y";
+    client.batch_execute(years).await.unwrap();
+    stage.launch().must(&["setup"]);
+    let launch = stage.launch().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", "20000");
+    let mut sidecar = launch.start();
+    // The custom table is copied first.
+    sidecar.says("making the archive complete", DEADLINE).await;
+    for statement in ["drop table scouter.y1", "vacuum full scouter.y2"] {
+        client.batch_execute(statement).await.unwrap();
+    }
+    sidecar.says("scouter.y2 was renamed or rewritten", DEADLINE).await;
+    sidecar.says("scouter.y1", DEADLINE).await;
+    complete(&client).await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+    assert!(sidecar.terminate(DEADLINE).await.success());
+    assert_counted(&client).await;
+}
+
+/// Rights on a table don't reach its partitions.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_may_read_only_the_roots() {
+    let stage = stage_with_rows(Shape::Named).await;
+    let client = stage.connect().await;
+    stage.launch().must(&["setup"]);
+    let role = format!("{}_reader", stage.name);
+    let grants = format!(
+        "create role {role} login replication;
+         grant usage on schema scouter, highwater to {role};
+         grant select on scouter.custom_drift, scouter.psi_drift, scouter.spc_drift to {role};
+         grant select, insert, update, delete on all tables in schema highwater to {role}"
+    );
+    client.batch_execute(&grants).await.unwrap();
+    let uri = stage.cluster().uri_unix(&stage.name).replace("postgres@", &format!("{role}@"));
+    let uri = uri.replace("user=postgres", &format!("user={role}"));
+    let mut sidecar = stage.launch().with("DATABASE_URI", &uri).start();
+    complete(&client).await;
+    let partition = "create table scouter.coming partition of scouter.psi_drift
+                         for values from ('2021-01-01') to ('2022-01-01')";
+    client.batch_execute(partition).await.unwrap();
+    let covered = "select count(*) from highwater.covered_partition where partition_name = 'scouter.coming'";
+    let covered =
+        async || (client.query_one(covered, &[]).await.unwrap().get::<_, i64>(0) == 1).then_some(());
+    until("the new partition is covered", DEADLINE, covered).await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+    let user =
+        "select usename::text from pg_stat_replication where application_name = 'highwater' and usename = $1";
+    assert_eq!(client.query(user, &[&role]).await.unwrap().len(), 1);
+    drop(sidecar);
+    client.batch_execute(&format!("drop owned by {role}")).await.unwrap();
+    until("the role is gone", DEADLINE, async || {
+        client.batch_execute(&format!("drop role {role}")).await.ok()
+    })
+    .await;
+}

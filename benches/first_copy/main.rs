@@ -1,0 +1,175 @@
+//! The first copy of a full table, beside what the server can give: `psql`'s `\copy` to nowhere, of the same partitions.
+//!
+//! ```text
+//! highwater   the release binary, from its start until the table's state is `streaming`: Parquet, commits, watermarks
+//! psql        \copy ... to /dev/null (format binary), partition by partition, in one session
+//! ```
+//!
+//! `BENCH_ROWS` (5,000,000), `BENCH_ROUNDS` (3). They take turns over the Unix socket.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    missing_docs,
+    reason = "a bench prints its table, and panics when something is not as it must be"
+)]
+
+#[path = "../catch_up/process.rs"]
+mod process;
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use process::{Usage, Watched};
+use support::cluster::Cluster;
+use support::schema::{self, Partitions, Shape};
+use support::sidecar::Launch;
+use tokio_postgres::Client;
+
+const DATABASE: &str = "bench";
+const NAME: &str = "bench";
+const DAYS: i64 = 10;
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+const RUN_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Seconds, and what the client used.
+type Outcome = (f64, Usage);
+
+fn number(name: &str, default: i64) -> i64 {
+    let text = std::env::var(name).ok().filter(|text| !text.is_empty());
+    text.map_or(default, |text| text.replace('_', "").parse().unwrap_or_else(|_| panic!("{name}={text}")))
+}
+
+#[tokio::main]
+async fn main() {
+    let (rows, rounds) = (number("BENCH_ROWS", 5_000_000), number("BENCH_ROUNDS", 3));
+    let cluster = Cluster::start_new(&[("fsync", "off"), ("autovacuum", "off")]);
+    let admin = cluster.connect("postgres").await;
+    admin.batch_execute(&format!("create database {DATABASE}")).await.expect("database");
+    let client = cluster.connect(DATABASE).await;
+    schema::create(&client, Shape::Named, Partitions::DefaultOnly).await;
+    let rows = fill(&client, rows).await;
+    println!(
+        "first copy of {rows} PSI rows in {DAYS} partitions, {rounds} rounds; load average {}",
+        load_average()
+    );
+    // The first to read would read from the disk, and set hint bits.
+    psql(&cluster);
+    let (mut own, mut bare) = (Vec::new(), Vec::new());
+    for round in 1..=rounds {
+        own.push(highwater(&cluster, &client, rows).await);
+        bare.push(psql(&cluster));
+        for (name, outcomes) in [("highwater", &own), ("psql", &bare)] {
+            let (seconds, usage) = outcomes.last().expect("a round");
+            println!(
+                "round {round}: {name}: {seconds:.2} s, CPU {:.2} s, {} MB",
+                usage.cpu().as_secs_f64(),
+                usage.peak_bytes >> 20
+            );
+        }
+    }
+    println!(
+        "\n| contender | rows/s | s | CPU s per million rows | peak MB |\n| --- | ---: | ---: | ---: | ---: |"
+    );
+    for (name, outcomes) in [("highwater", &own), ("psql", &bare)] {
+        let seconds = median(outcomes, |outcome| outcome.0);
+        let cpu = median(outcomes, |outcome| outcome.1.cpu().as_secs_f64());
+        let peak = median(outcomes, |outcome| (outcome.1.peak_bytes >> 20) as f64);
+        let millions = rows as f64 / 1e6;
+        println!(
+            "| {name} | {:.0} | {seconds:.2} | {:.2} | {peak:.0} |",
+            rows as f64 / seconds,
+            cpu / millions
+        );
+    }
+    let ratio = median(&own, |outcome| outcome.0) / median(&bare, |outcome| outcome.0);
+    println!("\nhighwater takes {ratio:.2} times as long as psql; load average {}", load_average());
+}
+
+fn median(outcomes: &[Outcome], figure: impl Fn(&Outcome) -> f64) -> f64 {
+    let mut values: Vec<f64> = outcomes.iter().map(figure).collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn load_average() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
+}
+
+/// Fills a partition a day with the rows of 5 models with 20 features of 10 bins; how many there are.
+async fn fill(client: &Client, rows: i64) -> i64 {
+    let minutes = rows / DAYS / 1000;
+    for day in 1..=DAYS {
+        let sql = format!(
+            "create table scouter.day_{day} partition of scouter.psi_drift
+                 for values from ('2026-01-{day:02} 00:00+00') to ('2026-01-{next:02} 00:00+00');
+             insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+             select '2026-01-{day:02} 00:00+00'::timestamptz + minute * interval '1 minute', 'shop', 'model ' || model,
+                    '1.0.0', 'feature_' || feature, bin, 1000 * random()
+             from generate_series(0, {minutes} - 1) minute, generate_series(1, 5) model,
+                  generate_series(1, 20) feature, generate_series(0, 9) bin",
+            next = day + 1,
+        );
+        client.batch_execute(&sql).await.expect("rows");
+    }
+    client.batch_execute("vacuum analyze; checkpoint").await.expect("vacuum");
+    minutes * DAYS * 1000
+}
+
+/// A copy from nothing.
+async fn highwater(cluster: &Cluster, client: &Client, rows: i64) -> Outcome {
+    let folder = tempfile::Builder::new().prefix("highwater-bench-").tempdir().expect("temporary folder");
+    let uri = cluster.uri_unix(DATABASE);
+    let launch = Launch::new(&uri, &folder.path().join("archive"), NAME, &folder.path().join("log"));
+    launch.must(&["setup"]);
+    let start = Instant::now();
+    let mut sidecar = launch.start();
+    let mut watched = Watched { pid: Some(sidecar.pid()), ..Watched::default() };
+    let sql = "select state = 'streaming', row_count from highwater.watermark where kind = 'psi'";
+    loop {
+        watched.look();
+        let row = client.query_one(sql, &[]).await.expect("watermark");
+        if row.get(0) {
+            assert_eq!(row.get::<_, i64>(1), rows, "rows in the archive");
+            break;
+        }
+        assert!(sidecar.ended().is_none() && start.elapsed() < RUN_DEADLINE, "{}", sidecar.log());
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    watched.look();
+    assert!(sidecar.terminate(Duration::from_secs(60)).await.success(), "{}", sidecar.log());
+    client.execute("select pg_drop_replication_slot($1)", &[&NAME]).await.expect("slot");
+    client
+        .batch_execute(&format!("drop publication {NAME}; drop schema highwater cascade"))
+        .await
+        .expect("schema");
+    (seconds, watched.usage)
+}
+
+fn psql(cluster: &Cluster) -> Outcome {
+    let columns = "created_at, name, space, version, feature, bin_id, bin_count, updated_at, archived";
+    let mut command = Command::new(cluster.bin().join("psql"));
+    command.args(["--no-psqlrc", "--quiet", "--dbname", &cluster.uri_unix(DATABASE)]);
+    for day in 1..=DAYS {
+        command.arg(format!("--command=\\copy scouter.day_{day} ({columns}) to /dev/null (format binary)"));
+    }
+    let start = Instant::now();
+    let mut child = command.stdin(Stdio::null()).spawn().expect("psql");
+    let mut watched = Watched { pid: Some(child.id()), ..Watched::default() };
+    let status = loop {
+        watched.look();
+        if let Some(status) = child.try_wait().expect("wait") {
+            break status;
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    };
+    assert!(status.success(), "{status}");
+    (start.elapsed().as_secs_f64(), watched.usage)
+}
