@@ -82,14 +82,14 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
         let leaf = format!("{}.{}", quote_identifier(&schema), quote_identifier(&table));
         let constraint: Option<String> = row.try_get(5).map_err(failed())?;
         let root: String = row.try_get(6).map_err(failed())?;
-        let may_read = row.try_get(4).map_err(failed())?;
+        // Null where it was dropped this moment.
+        let may_read = row.try_get::<_, Option<bool>>(4).map_err(failed())?.unwrap_or(true);
         let (from, filter) = reading(&leaf, &root, oid, constraint.as_deref(), may_read);
         let empty = format!(
             "insert into highwater.covered_partition (source_table, partition_oid, partition_name)
              select $1, $2, $3 where not exists (select from {from} where {filter}) on conflict do nothing"
         );
         let covered = match client.execute(&empty, &[&source_table, &oid, &partition]).await {
-            // It was dropped this moment.
             Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => continue,
             covered => covered.map_err(Error::sql(format!("looking into {partition}")))?,
         };

@@ -102,21 +102,25 @@ impl Backfill<'_> {
         let mut covered = Vec::new();
         let mut work = Work::new(self, point, kind, &source, &partitions).await?;
         for (partition, horizon) in partitions.iter().zip(horizons) {
-            match work.complete(self, partition, horizon).await {
-                Ok(()) => covered.push((partition.oid, partition.name.clone())),
+            let fate = match work.complete(self, partition, horizon).await {
+                Ok(fate) => fate,
                 Err(error) => {
                     // Between two parts there is none; and a session that is gone says no more.
                     let _ = point.rollback_to_savepoint().await;
                     match partition.fate(&point.client).await {
-                        Ok(Fate::Dropped) => tracing::error!(
-                            table,
-                            partition = partition.name,
-                            "the partition was dropped before it was copied: rows that only it held are lost"
-                        ),
-                        Ok(Fate::Changed) => return Err(changed(self.config, partition, Some(&error))),
                         Ok(Fate::Unchanged) | Err(_) => return Err(error),
+                        Ok(fate) => fate,
                     }
                 }
+            };
+            match fate {
+                Fate::Unchanged => covered.push((partition.oid, partition.name.clone())),
+                Fate::Changed => return Err(changed(self.config, partition)),
+                Fate::Dropped => tracing::error!(
+                    table,
+                    partition = partition.name,
+                    "the partition was dropped before it was copied: rows that only it held are lost"
+                ),
             }
         }
         let Work { progress, .. } = work;
@@ -161,10 +165,9 @@ impl Backfill<'_> {
 }
 
 /// The error that ends a session which can't go on with its snapshot; the next one takes another.
-fn changed(config: &Config, partition: &Partition, cause: Option<&Error>) -> Error {
-    let cause = cause.map(|error| format!(" ({})", error.chain())).unwrap_or_default();
+fn changed(config: &Config, partition: &Partition) -> Error {
     let detail = format!(
-        "{} was renamed or rewritten while it was read{cause}; it is read again with a new snapshot",
+        "{} was renamed or rewritten while it was read; it is read again with a new snapshot",
         partition.name
     );
     Error::Slot { slot: config.slot.clone(), detail, transient: true }
@@ -223,28 +226,31 @@ impl<'a> Work<'a> {
         })
     }
 
-    /// Adds what the archive lacks of a partition, in one log entry.
+    /// Adds what the archive lacks of a partition, in one log entry; nothing, if it is not what the snapshot saw.
     async fn complete(
         &mut self,
         backfill: &mut Backfill<'_>,
         partition: &Partition,
         horizon: Option<u64>,
-    ) -> Result<()> {
+    ) -> Result<Fate> {
         self.progress.partition(partition);
         let memory = backfill.config.memory_bytes;
         // What waits for a lock of ours may keep others waiting: it is held for one part at a time.
         self.point.savepoint().await?;
         let slices = self.slices(backfill, partition, horizon, memory / 3 / DIGEST_BYTES).await?;
-        self.end_part(backfill, partition).await?;
+        let mut fate = self.end_part(partition).await?;
         let mut files = Vec::new();
         for slice in &slices {
+            if fate != Fate::Unchanged {
+                return Ok(fate);
+            }
             self.point.savepoint().await?;
             files.extend(self.copy(backfill, partition, slice).await?);
-            self.end_part(backfill, partition).await?;
+            fate = self.end_part(partition).await?;
         }
         self.progress.partition_done(partition);
-        if slices.is_empty() {
-            return Ok(());
+        if slices.is_empty() || fate != Fate::Unchanged {
+            return Ok(fate);
         }
         let (quarantined, own): (Vec<_>, Vec<_>) =
             files.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
@@ -268,14 +274,14 @@ impl<'a> Work<'a> {
             commit::wait_for_storage(&format!("committing {}", partition.name), error, &mut pause).await?;
         }
         failpoint::hit("after-partition");
-        Ok(())
+        Ok(fate)
     }
 
-    /// Makes sure that what was read is what the snapshot saw, and gives back the locks.
-    async fn end_part(&self, backfill: &Backfill<'_>, partition: &Partition) -> Result<()> {
+    /// Whether what was read is what the snapshot saw; gives back the locks.
+    async fn end_part(&self, partition: &Partition) -> Result<Fate> {
         let fate = partition.fate(&self.point.client).await?;
         self.point.rollback_to_savepoint().await?;
-        if fate == Fate::Unchanged { Ok(()) } else { Err(changed(backfill.config, partition, None)) }
+        Ok(fate)
     }
 
     /// The parts of a partition that are to be copied, with what the archive holds of them.

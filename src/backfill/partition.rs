@@ -55,7 +55,8 @@ pub(super) async fn leaves(client: &Client, row: &Watermark, root: u32) -> Resul
         let table: String = row.try_get(2).map_err(failed())?;
         let oid = row.try_get(0).map_err(failed())?;
         let quoted = format!("{}.{}", quote_identifier(&schema), quote_identifier(&table));
-        let may_read: bool = row.try_get(6).map_err(failed())?;
+        // Null where it is gone by now; then the reading says so.
+        let may_read = row.try_get::<_, Option<bool>>(6).map_err(failed())?.unwrap_or(true);
         let constraint: Option<String> = row.try_get(7).map_err(failed())?;
         let root: String = row.try_get(8).map_err(failed())?;
         let (from, filter) = reading(&quoted, &root, oid, constraint.as_deref(), may_read);

@@ -328,8 +328,8 @@ async fn partitions_that_change_during_a_copy() {
     }
     sidecar.says("scouter.y2 was renamed or rewritten", DEADLINE).await;
     sidecar.says("scouter.y1", DEADLINE).await;
-    complete(&client).await;
     stage.assert_archived(DEADLINE).await;
+    complete(&client).await;
     assert!(sidecar.ended().is_none(), "{}", sidecar.log());
     assert!(sidecar.terminate(DEADLINE).await.success());
     assert_counted(&client).await;
@@ -352,6 +352,7 @@ async fn a_role_that_may_read_only_the_roots() {
     let uri = stage.cluster().uri_unix(&stage.name).replace("postgres@", &format!("{role}@"));
     let uri = uri.replace("user=postgres", &format!("user={role}"));
     let mut sidecar = stage.launch().with("DATABASE_URI", &uri).start();
+    stage.assert_archived(DEADLINE).await;
     complete(&client).await;
     let partition = "create table scouter.coming partition of scouter.psi_drift
                          for values from ('2021-01-01') to ('2022-01-01')";
