@@ -162,8 +162,7 @@ mod tests {
             batches.push_spc(entity, *time, feature, *value);
         }
         let files = batches.files();
-        let batch = files[0].record_batches().next().unwrap().unwrap();
-        batch
+        files[0].record_batches().next().unwrap().unwrap()
     }
 
     fn all(batch: &RecordBatch) -> Vec<u128> {

@@ -101,10 +101,11 @@ impl Pace {
     pub(super) async fn pause(&mut self) {
         let Some(until) = self.until else { return };
         #[cfg(target_os = "linux")]
-        if let Some(timer) = &mut self.timer {
-            if Instant::now() < until && timer.expired().await.is_err() {
-                self.timer = None;
-            }
+        if let Some(timer) = &mut self.timer
+            && Instant::now() < until
+            && timer.expired().await.is_err()
+        {
+            self.timer = None;
         }
         if Instant::now() < until {
             sleep_until(until).await;
