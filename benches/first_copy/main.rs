@@ -118,7 +118,9 @@ async fn fill(client: &Client, rows: i64) -> i64 {
         );
         client.batch_execute(&sql).await.expect("rows");
     }
-    client.batch_execute("vacuum analyze; checkpoint").await.expect("vacuum");
+    for statement in ["vacuum analyze", "checkpoint"] {
+        client.batch_execute(statement).await.expect("rest after the rows");
+    }
     minutes * DAYS * 1000
 }
 
