@@ -2,7 +2,6 @@
 //! durable when") gives reasons for: files, log entries, watermark rows, acknowledgement.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ const UPLOADS_MAX: usize = 4;
 const ENCODED_MAX: usize = 2;
 
 /// First and longest pause between attempts at storage that fails.
-pub(crate) const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
 
 /// How often merges and maintenance are looked at.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
@@ -233,10 +232,11 @@ impl Committer {
         let Some(table) = self.parts.tables.iter_mut().find(|table| table.kind() == kind) else {
             return Err(Error::Internal(format!("no archive table for {}", kind.name())));
         };
-        let mut pause = RETRY_PAUSE.0;
+        let what = format!("committing {}", kind.name());
+        let mut retry = StorageRetry::new(&what);
         // A commit that is repeated recognises itself in the log.
         while let Err(error) = table.commit(files, lsn, note).await {
-            wait_for_storage(&format!("committing {}", kind.name()), error, &mut pause).await?;
+            retry.wait(error).await?;
         }
         Ok(())
     }
@@ -334,7 +334,8 @@ impl Committer {
         let (slot, publication) = (self.parts.slot.as_str(), self.parts.publication.as_str());
         let mut looked = gap::notice_partitions(&mut self.parts.sql, slot).await.map(|()| Vec::new());
         if looked.is_ok() {
-            looked = self.parts.sql.run(async |client| gap::mendable(client, slot, publication).await).await;
+            let incomplete = async |client: &_| gap::incomplete(client, slot, publication).await;
+            looked = self.parts.sql.run(incomplete).await.map(|incomplete| incomplete.mendable);
         }
         match looked {
             Ok(mendable) if mendable.is_empty() => Ok(()),
@@ -476,14 +477,15 @@ async fn upload(
     file: EncodedFile,
 ) -> Result<(Kind, DataFile)> {
     failpoint::hit("after-encode");
-    // A new name for each attempt: one that failed may still arrive.
-    let attempt = || {
-        let path = namer.name(window, lsn);
-        archive::upload(storage, kind, path, file.clone())
-    };
-    let uploaded =
-        until_stored(&format!("uploading {} rows of {}", file.stats.row_count, kind.name()), attempt).await?;
-    Ok((kind, uploaded))
+    let what = format!("uploading {} rows of {}", file.stats.row_count, kind.name());
+    let mut retry = StorageRetry::new(&what);
+    loop {
+        // A new name for each attempt: one that failed may still arrive.
+        match archive::upload(storage, kind, namer.name(window, lsn), file.clone()).await {
+            Ok(uploaded) => return Ok((kind, uploaded)),
+            Err(error) => retry.wait(error).await?,
+        }
+    }
 }
 
 fn encode_files(
@@ -539,36 +541,36 @@ async fn finished(merge: &mut Option<(Kind, JoinHandle<Result<Merged>>)>) -> (Ki
     (kind, result.unwrap_or_else(|error| Err(Error::Internal(format!("the merge failed: {error}")))))
 }
 
-/// Tries until storage takes it.
-async fn until_stored<T, F: Future<Output = Result<T>>>(what: &str, attempt: impl Fn() -> F) -> Result<T> {
-    let mut pause = RETRY_PAUSE.0;
-    loop {
-        match attempt().await {
-            Err(error @ (Error::Storage { .. } | Error::Io { .. })) => {
-                storage_failed(what, &error, &mut pause).await
-            }
-            result => return result,
+/// The pauses between attempts at something that storage does not take.
+pub(crate) struct StorageRetry<'a> {
+    what: &'a str,
+    pause: Duration,
+}
+
+impl<'a> StorageRetry<'a> {
+    /// `what` is tried, for the log.
+    pub(crate) const fn new(what: &'a str) -> Self {
+        Self { what, pause: RETRY_PAUSE.0 }
+    }
+
+    /// Logs the error and waits, longer every time, with jitter so that many sidecars don't come back at once.
+    ///
+    /// # Errors
+    ///
+    /// The error, if it is not a failure of storage.
+    pub(crate) async fn wait(&mut self, error: Error) -> Result<()> {
+        if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
+            return Err(error);
         }
+        tracing::warn!(
+            error = error.chain(),
+            retry_in = ?self.pause,
+            "{} failed; rows wait, the stream stays connected",
+            self.what
+        );
+        let jitter = rand::rng().random_range(0.5..1.0);
+        sleep(self.pause.mul_f64(jitter)).await;
+        self.pause = (self.pause * 2).min(RETRY_PAUSE.1);
+        Ok(())
     }
-}
-
-/// Waits after an error of storage; hands on any other.
-pub(crate) async fn wait_for_storage(what: &str, error: Error, pause: &mut Duration) -> Result<()> {
-    if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
-        return Err(error);
-    }
-    storage_failed(what, &error, pause).await;
-    Ok(())
-}
-
-/// Logs and waits, longer every time, with jitter so that many sidecars don't come back at once.
-async fn storage_failed(what: &str, error: &Error, pause: &mut Duration) {
-    tracing::warn!(
-        error = error.chain(),
-        retry_in = ?*pause,
-        "{what} failed; rows wait, the stream stays connected"
-    );
-    let jitter = rand::rng().random_range(0.5..1.0);
-    sleep(pause.mul_f64(jitter)).await;
-    *pause = (*pause * 2).min(RETRY_PAUSE.1);
 }

@@ -54,18 +54,27 @@ pub(crate) async fn notice_partitions(sql: &mut Session, slot: &str) -> Result<(
     Ok(())
 }
 
-/// The tables that lack rows and can be completed: the publication sends what is written to them from now on.
+/// The tables of a slot that may lack rows.
+#[derive(Debug)]
+pub(crate) struct Incomplete {
+    /// They can be completed: the publication sends what is written to them from now on.
+    pub(crate) mendable: Vec<Watermark>,
+    /// The publication does not.
+    pub(crate) unpublished: Vec<Watermark>,
+}
+
+/// Reads which tables lack rows.
 ///
 /// # Errors
 ///
 /// A query failed.
-pub(crate) async fn mendable(client: &Client, slot: &str, publication: &str) -> Result<Vec<Watermark>> {
-    let unpublished = watermark::unpublished(client, slot, publication).await?;
-    let rows = watermark::read(client).await?;
-    let is_mendable = |row: &Watermark| {
-        row.slot_name == slot && row.state != State::Streaming && !unpublished.contains(&row.source_table)
-    };
-    Ok(rows.into_iter().filter(is_mendable).collect())
+pub(crate) async fn incomplete(client: &Client, slot: &str, publication: &str) -> Result<Incomplete> {
+    let names = watermark::unpublished(client, slot, publication).await?;
+    let rows = watermark::read(client).await?.into_iter();
+    let (unpublished, mendable) = rows
+        .filter(|row| row.slot_name == slot && row.state != State::Streaming)
+        .partition(|row| names.contains(&row.source_table));
+    Ok(Incomplete { mendable, unpublished })
 }
 
 /// The error that ends a session whose successor has something to mend.

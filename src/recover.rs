@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::Session;
 use crate::record::Kind;
-use crate::watermark::{self, Advance, Watermark};
+use crate::watermark::{self, Advance, State, Watermark};
 
 /// Brings the watermark rows up to the logs: a session that ended between the two left them behind. Must be
 /// called before the first commit of a session.
@@ -39,14 +39,49 @@ pub(crate) async fn watermarks(
             to = %table.lsn(),
             "bringing the watermark up to the archive"
         );
-        let entities = archive::entity_stats(storage, table.kind(), &paths).await?;
-        let spans: Vec<_> =
-            entities.into_iter().map(|stats| (name.clone(), span(table.kind(), stats))).collect();
-        let tables = [(name, table.totals())];
+        let spans = spans(storage, table, &name, &paths).await?;
+        let tables = [(name.clone(), table.totals())];
         let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
         sql.run(async |client| watermark::advance(client, &advance).await).await?;
+        if row.state == State::Streaming {
+            entity_counts(storage, table, &name, sql).await?;
+        }
     }
     Ok(())
+}
+
+/// Counts the rows of every entity anew, should they not add up to the rows of the table: positions of another history, in
+/// the names of older files, can mislead [`watermarks`]. To be asked where no copy is under way.
+///
+/// # Errors
+///
+/// As [`watermarks`].
+pub(crate) async fn entity_counts(
+    storage: &Storage,
+    table: &Table,
+    name: &str,
+    sql: &mut Session,
+) -> Result<()> {
+    let held = table.totals().row_count;
+    let counted = sql.run(async |client| watermark::entity_row_count(client, name).await).await?;
+    if u64::try_from(counted) == Ok(held) || table.files().any(|file| file.row_count.is_none()) {
+        return Ok(());
+    }
+    tracing::info!(table = name, counted, held, "counting the rows of every entity anew");
+    let paths: Vec<String> = table.files().map(|file| file.path.clone()).collect();
+    let spans = spans(storage, table, name, &paths).await?;
+    sql.run(async |client| watermark::recount(client, name, &spans).await).await
+}
+
+/// The entities of some files, with the table's name.
+async fn spans(
+    storage: &Storage,
+    table: &Table,
+    name: &str,
+    paths: &[String],
+) -> Result<Vec<(String, EntitySpan)>> {
+    let entities = archive::entity_stats(storage, table.kind(), paths).await?;
+    Ok(entities.into_iter().map(|stats| (name.to_owned(), span(table.kind(), stats))).collect())
 }
 
 /// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,

@@ -66,7 +66,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
         .map_err(Error::sql("waiting for another setup to end"))?;
     check_server(&client).await?;
     migrate(&mut client, &mut report).await?;
-    let has_publication = has_publication(&client, config).await?;
+    let has_publication = has_publication(&client, &config.publication).await?;
     let tables = find_tables(&client, config).await?;
     let mut replication = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut replication).await?;
@@ -181,9 +181,14 @@ async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-async fn has_publication(client: &Client, config: &Config) -> Result<bool> {
+/// Whether the publication exists.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn has_publication(client: &Client, publication: &str) -> Result<bool> {
     client
-        .query_opt("select from pg_publication where pubname = $1", &[&config.publication])
+        .query_opt("select from pg_publication where pubname = $1", &[&publication])
         .await
         .map(|row| row.is_some())
         .map_err(Error::sql("looking for the publication"))
@@ -329,16 +334,7 @@ async fn create_slot<'a>(
     tables: &'a [SourceTable],
 ) -> Result<(Lsn, Vec<(&'a SourceTable, State, Leaves)>)> {
     replication.query("begin transaction isolation level repeatable read read only").await?;
-    let command = format!(
-        "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'use')",
-        quote_identifier(&config.slot)
-    );
-    let rows = replication.query(&command).await?;
-    let start =
-        rows.first().and_then(|row| row.get(1)?.as_deref()?.parse().ok()).ok_or_else(|| Error::Protocol {
-            context: "CREATE_REPLICATION_SLOT".to_owned(),
-            detail: "the answer has no consistent point".to_owned(),
-        })?;
+    let (start, _) = slot::create(replication, &config.slot, "LOGICAL", "use").await?;
     let mut states = Vec::new();
     for table in tables {
         let rows =

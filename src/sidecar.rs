@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::archive::{self, CommitNote, Namer, Storage, Table};
+use crate::archive::{self, Namer, Storage, Table};
 use crate::backfill::Backfill;
 use crate::commit::{Committer, Parts, Work};
 use crate::config::Config;
@@ -21,6 +21,7 @@ use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session, quote_identifier};
 use crate::record::Kind;
 use crate::recover;
+use crate::setup;
 use crate::slot::{self, Identity, Slot};
 use crate::stream::Builder;
 use crate::watermark::{self, Watermark};
@@ -158,9 +159,9 @@ async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> 
     let outcome = tokio::select! {
         biased;
         // The committer's own error says more than that its queue is closed.
-        result = &mut committer.0 => return Err(early_end(result)),
+        result = &mut committer.0 => return Err(committer_ended(result)),
         result = builder.run(chunks, stop(shutdown)) => result,
-        result = receiver.ended() => Err(ended_early(result)),
+        result = receiver.ended() => Err(receiver_ended(result)),
         // The queue to the committer is full, and storage takes nothing.
         () = async { stop(shutdown).await; sleep(STOP_TIMEOUT).await } => Err(late_stop()),
     };
@@ -187,7 +188,7 @@ fn late_stop() -> Error {
     Error::io(context)(std::io::ErrorKind::TimedOut.into())
 }
 
-fn early_end(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
+fn committer_ended(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
     match result {
         Ok(Ok(())) => Error::Internal("the committer ended early".to_owned()),
         Ok(Err(error)) => error,
@@ -219,7 +220,7 @@ async fn open(config: &Config) -> Result<Tasks> {
     let prepared = prepare(config, &mut sql, &storage, &namer, &identity, &history, &slot);
     let tables = tokio::select! {
         biased;
-        result = receiver.ended() => return Err(ended_early(result)),
+        result = receiver.ended() => return Err(receiver_ended(result)),
         tables = prepared => tables?,
     };
 
@@ -257,7 +258,7 @@ async fn open(config: &Config) -> Result<Tasks> {
     })
 }
 
-fn ended_early(result: Result<()>) -> Error {
+fn receiver_ended(result: Result<()>) -> Error {
     result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))
 }
 
@@ -273,11 +274,13 @@ async fn prepare(
 ) -> Result<Vec<Table>> {
     let start = slot.confirmed_flush_lsn;
     let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
-    let session_id = format!("{:032x}", rand::rng().random::<u128>());
+    // Tells our log entries from those of any other session, and is in each of them.
+    let session = format!("{:032x}", rand::rng().random::<u128>());
     let mut tables = Vec::new();
     for kind in Kind::ALL {
-        tables.push(Table::claim(storage, kind, &app_id, &session_id, start).await?);
+        tables.push(Table::claim(storage, kind, &app_id, &session, start).await?);
     }
+    tracing::info!(session, "claimed the archive's tables");
     match history {
         History::Same { switches } => check_timeline(config, sql, &tables, switches).await?,
         History::Accepted => {
@@ -306,17 +309,10 @@ async fn prepare(
     let timeline_id = identity.timeline_id;
     sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline_id).await).await?;
     gap::notice(sql, &config.slot, &config.publication).await?;
-    let incomplete =
-        sql.run(async |client| gap::mendable(client, &config.slot, &config.publication).await).await?;
-    for table in
-        tables.iter_mut().filter(|table| !incomplete.iter().any(|row| row.kind == table.kind().name()))
-    {
-        skip_copied(table).await?;
-    }
-    if !incomplete.is_empty() {
-        let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
-        backfill.run(&incomplete).await?;
-    }
+    let (name, publication) = (config.slot.as_str(), config.publication.as_str());
+    let incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
+    let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
+    backfill.run(&incomplete).await?;
     Ok(tables)
 }
 
@@ -346,21 +342,6 @@ async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Sett
         settled.add(&row.source_table, &row.row, &row.lsn);
     }
     Ok(settled)
-}
-
-/// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped, with
-/// all others up to the copy's position; those that it has not reached are found when the table is completed.
-async fn skip_copied(table: &mut Table) -> Result<()> {
-    if table.kind() == Kind::Quarantine {
-        return Ok(());
-    }
-    let copied = table.files().filter_map(|file| Some(file.name.as_ref()?.lsn)).max();
-    match copied {
-        Some(lsn) if lsn > table.lsn() => {
-            table.commit(&[], lsn, &CommitNote { last_lsn: lsn, ..CommitNote::default() }).await
-        }
-        _ => Ok(()),
-    }
 }
 
 /// What the server has to do with the one that the watermarks speak of.
@@ -398,10 +379,10 @@ async fn history(
         )));
     }
     let switches = switch_points(connection, watermarks, identity.timeline_id).await?;
-    if switches.is_empty() || config.accept_new_system {
-        return Ok(if switches.is_empty() { History::Same { switches } } else { History::Accepted });
+    if config.accept_new_system && !switches.is_empty() {
+        return Ok(History::Accepted);
     }
-    if slot.is_none() {
+    if slot.is_none() && !switches.is_empty() {
         return Err(refuse(format!(
             "the server is on timeline {}, the archive's position on an earlier one, and the slot is not here: a promoted \
              copy; if it has taken the place of the other for good, start once with --accept-new-system, which makes the \
@@ -432,27 +413,17 @@ async fn ensure_slot(
         slot = config.slot,
         "{what}: making a new one, then adding the rows that the archive lacks"
     );
-    let published = "select from pg_publication where pubname = $1";
-    let is_published = sql
-        .run(async |client| {
-            let row = client.query_opt(published, &[&config.publication]).await;
-            row.map(|row| row.is_some()).map_err(Error::sql("looking for the publication"))
-        })
-        .await?;
+    let publication = config.publication.as_str();
+    let is_published = sql.run(async |client| setup::has_publication(client, publication).await).await?;
     if !is_published {
-        let detail =
-            format!("{what}, and publication {:?} neither; run `highwater setup`", config.publication);
+        let detail = format!("{what}, and publication {publication:?} neither; run `highwater setup`");
         return Err(Error::Slot { slot: config.slot.clone(), detail, transient: false });
     }
     if found.is_some() {
         connection.query(&format!("DROP_REPLICATION_SLOT {}", quote_identifier(&config.slot))).await?;
     }
     failpoint::hit("before-new-slot");
-    let command = format!(
-        "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing')",
-        quote_identifier(&config.slot)
-    );
-    connection.query(&command).await.map(drop)
+    slot::create(connection, &config.slot, "LOGICAL", "nothing").await.map(drop)
 }
 
 /// A slot ahead of the archive means that rows were skipped.

@@ -4,7 +4,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::postgres::{ReplicationConnection, Session};
+use crate::postgres::{ReplicationConnection, Session, quote_identifier};
 
 /// A row of `pg_replication_slots` (manual section 54.19).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +56,30 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
         active_pid: row.try_get(5).map_err(Error::sql(unreadable))?,
         retained_wal_bytes: row.try_get(4).map_err(Error::sql(unreadable))?,
     }))
+}
+
+/// Makes a pgoutput slot (`CREATE_REPLICATION_SLOT`, manual section 55.4); with `kind` and `snapshot` in the command's own words.
+/// Returns its consistent point, and the name of the snapshot if one is exported.
+///
+/// # Errors
+///
+/// The server refused, or did not answer as it should.
+pub(crate) async fn create(
+    connection: &mut ReplicationConnection,
+    name: &str,
+    kind: &str,
+    snapshot: &str,
+) -> Result<(Lsn, Option<String>)> {
+    let name = quote_identifier(name);
+    let command = format!("CREATE_REPLICATION_SLOT {name} {kind} pgoutput (SNAPSHOT '{snapshot}')");
+    let rows = connection.query(&command).await?;
+    let mut row = rows.into_iter().next().unwrap_or_default().into_iter();
+    let (point, snapshot) = (row.nth(1).flatten(), row.next().flatten());
+    let point = point.and_then(|text| text.parse().ok()).ok_or_else(|| Error::Protocol {
+        context: "CREATE_REPLICATION_SLOT".to_owned(),
+        detail: "the answer has no consistent point".to_owned(),
+    })?;
+    Ok((point, snapshot))
 }
 
 /// A cluster, and the history of its log.

@@ -10,7 +10,7 @@
 //! comparing with a snapshot's xmin stays right.
 
 use chrono::{DateTime, Utc};
-use tokio_postgres::types::PgLsn;
+use tokio_postgres::types::{PgLsn, ToSql};
 use tokio_postgres::{Client, Row};
 
 use crate::archive::Totals;
@@ -235,7 +235,7 @@ pub async fn mark_table_gap(
 /// The statement failed.
 pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<String>> {
     let statement = marking(&format!("w.slot_name = $1 and not {PUBLISHED}"));
-    names(client, &statement, &[&slot, &publication]).await
+    names(client, &statement, &[&slot, &publication], COMPARING).await
 }
 
 /// The tables of a slot whose inserts the publication does not send, as [`mark_unpublished`] has it.
@@ -247,8 +247,11 @@ pub async fn unpublished(client: &Client, slot: &str, publication: &str) -> Resu
     let query = format!(
         "select w.source_table from highwater.watermark w where w.slot_name = $1 and not {PUBLISHED}"
     );
-    names(client, &query, &[&slot, &publication]).await
+    names(client, &query, &[&slot, &publication], COMPARING).await
 }
+
+const COMPARING: &str = "comparing the publication with the watermarks";
+const MARKING: &str = "marking a gap in the watermarks";
 
 /// Whether publication `$2` sends every insert into the table of `w`. `pg_publication_tables` names partitions where they
 /// are published as themselves; their rows are archived, too.
@@ -272,12 +275,13 @@ fn marking(condition: &str) -> String {
     )
 }
 
+/// Runs a statement that gives back names of tables.
 async fn names(
     client: &Client,
     statement: &str,
-    parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+    parameters: &[&(dyn ToSql + Sync)],
+    context: &str,
 ) -> Result<Vec<String>> {
-    let context = "comparing the publication with the watermarks";
     let rows = client.query(statement, parameters).await.map_err(Error::sql(context))?;
     rows.iter().map(|row| row.try_get(0).map_err(Error::sql(context))).collect()
 }
@@ -288,8 +292,8 @@ async fn names(
 ///
 /// The statement failed.
 pub async fn mark_one_gap(client: &Client, source_table: &str) -> Result<bool> {
-    let marked =
-        names(client, &marking("w.source_table = $1 and w.state = 'streaming'"), &[&source_table]).await?;
+    let statement = marking("w.source_table = $1 and w.state = 'streaming'");
+    let marked = names(client, &statement, &[&source_table], MARKING).await?;
     Ok(!marked.is_empty())
 }
 
@@ -328,7 +332,7 @@ pub async fn set_timeline(client: &Client, slot: &str, timeline_id: i32) -> Resu
 ///
 /// The statement failed.
 pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
-    names(client, &marking("w.slot_name = $1"), &[&slot]).await
+    names(client, &marking("w.slot_name = $1"), &[&slot], MARKING).await
 }
 
 /// Hands every table of a slot over to a server of another history. Nothing that is known of transactions or positions
@@ -354,11 +358,8 @@ pub async fn accept(
         uncounted as (
             delete from highwater.entity_watermark using accepted a where entity_watermark.source_table = a.source_table)
         select source_table from accepted";
-    let rows = client
-        .query(statement, &[&slot, &system_identifier, &timeline_id])
-        .await
-        .map_err(Error::sql("handing the watermarks over to this server"))?;
-    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+    let parameters: [&(dyn ToSql + Sync); 3] = [&slot, &system_identifier, &timeline_id];
+    names(client, statement, &parameters, "handing the watermarks over to this server").await
 }
 
 /// Hands the tables of a cluster over to a new slot that stands at `lsn`. What was written since the old one is missing, so
@@ -379,11 +380,9 @@ pub async fn rebase(
         set slot_name = $1, timeline_id = $3, flushed_lsn = $4, state = 'gap',
             gap_count = gap_count + 1, updated_at = clock_timestamp()
         where system_identifier = $2 returning source_table";
-    let rows = client
-        .query(statement, &[&slot, &system_identifier, &timeline_id, &PgLsn::from(lsn.0)])
-        .await
-        .map_err(Error::sql("handing the watermarks over to the new slot"))?;
-    rows.iter().map(|row| row.try_get(0).map_err(Error::sql("reading a table name"))).collect()
+    let lsn = PgLsn::from(lsn.0);
+    let parameters: [&(dyn ToSql + Sync); 4] = [&slot, &system_identifier, &timeline_id, &lsn];
+    names(client, statement, &parameters, "handing the watermarks over to the new slot").await
 }
 
 /// Moves watermarks forward: tables and entities in one statement, so in one transaction. A table that
@@ -525,6 +524,57 @@ pub async fn update_files(client: &Client, table: &str, totals: Totals) -> Resul
         .await
         .map_err(Error::sql(format!("writing the file count of {table}")))?;
     Ok(())
+}
+
+/// How many rows the entities of a table have in sum.
+///
+/// # Errors
+///
+/// The query failed.
+pub async fn entity_row_count(client: &Client, table: &str) -> Result<i64> {
+    let query =
+        "select coalesce(sum(row_count), 0)::bigint from highwater.entity_watermark where source_table = $1";
+    let context = "adding up the entity watermarks";
+    let row = client.query_one(query, &[&table]).await.map_err(Error::sql(context))?;
+    row.try_get(0).map_err(Error::sql(context))
+}
+
+/// Replaces a table's entity watermarks.
+///
+/// # Errors
+///
+/// The statement failed; it may be repeated.
+pub async fn recount(client: &Client, table: &str, spans: &[(String, EntitySpan)]) -> Result<()> {
+    let statement = "
+        with counted as (
+            select * from unnest($2::text[], $3::text[], $4::text[], $5::timestamptz[], $6::timestamptz[], $7::bigint[])
+                as s (space, name, version, min_created_at, max_created_at, row_count)),
+        gone as (
+            delete from highwater.entity_watermark e where e.source_table = $1 and not exists (
+                select from counted c where (c.space, c.name, c.version) = (e.space, e.name, e.version)))
+        insert into highwater.entity_watermark
+            (source_table, space, name, version, min_created_at, max_created_at, row_count)
+        select $1, * from counted
+        on conflict (source_table, (md5(space) || md5(name) || md5(version))) do update
+        set min_created_at = excluded.min_created_at, max_created_at = excluded.max_created_at,
+            row_count = excluded.row_count, updated_at = clock_timestamp()";
+    let spans = Spans::new(spans);
+    client
+        .execute(
+            statement,
+            &[
+                &table,
+                &spans.space,
+                &spans.name,
+                &spans.version,
+                &spans.min_created_at,
+                &spans.max_created_at,
+                &spans.row_count,
+            ],
+        )
+        .await
+        .map_err(Error::sql(format!("counting the entities of {table} anew")))
+        .map(drop)
 }
 
 /// Reads a new horizon. The order of the two columns matters, see the module's documentation. `None` if `holder` does not

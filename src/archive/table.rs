@@ -246,7 +246,7 @@ impl Table {
         }
     }
 
-    /// Adds files that did not come by the stream, in one log entry with a mark, which [`Table::marks`] gives back. The
+    /// Adds files that did not come by the stream, in one log entry with marks, which [`Table::marks`] gives back. The
     /// position stays. Otherwise as [`Table::commit`].
     ///
     /// # Errors
@@ -255,15 +255,16 @@ impl Table {
     pub async fn commit_copy(
         &mut self,
         files: &[DataFile],
-        mark: (String, u64),
+        marks: &[(String, u64)],
         note: &CommitNote,
     ) -> Result<()> {
-        let (name, value) = mark;
-        let value = i64::try_from(value)
-            .map_err(|_| Error::Internal(format!("mark {name} is past what a log holds: {value}")))?;
         let mut change = self.change("WRITE", self.lsn);
         change.adds = files.iter().map(|file| file.to_table_file(self.kind)).collect();
-        change.marks = vec![(self.mark_id(&name), value)];
+        for (name, value) in marks {
+            let value = i64::try_from(*value)
+                .map_err(|_| Error::Internal(format!("mark {name} is past what a log holds: {value}")))?;
+            change.marks.push((self.mark_id(name), value));
+        }
         change.note = note.to_json();
         self.land(change).await.map(drop)
     }

@@ -18,6 +18,7 @@ mod copy;
 mod partition;
 mod point;
 
+use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,13 +28,13 @@ use tokio::time::Instant;
 
 use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
 use crate::batch::Batches;
-use crate::commit::{self, RETRY_PAUSE};
+use crate::commit::{self, StorageRetry};
 use crate::config::Config;
 use crate::coverage;
 use crate::decode::{Decoder, Settled};
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::gap;
+use crate::gap::{self, Incomplete};
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
@@ -50,8 +51,8 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 /// Memory that one digest of a row takes in a comparison, with its share of an unfilled table.
 const DIGEST_BYTES: usize = 64;
 
-/// Rows that are read between two looks at the clock.
-const STRIDE: u32 = 256;
+/// Most rows that are read between two looks at the clock.
+const STRIDE_MAX: u32 = 256;
 
 /// What a backfill works with: the session's own tables, while it holds the slot and does not decode yet.
 pub(crate) struct Backfill<'a> {
@@ -65,21 +66,52 @@ pub(crate) struct Backfill<'a> {
 }
 
 impl Backfill<'_> {
-    /// Completes these tables, and puts them into state `streaming`.
+    /// Completes the tables that can be, and puts them into state `streaming`.
     ///
     /// # Errors
     ///
     /// The snapshot was lost with its session, or a table can't be read. Partitions that were finished stay finished.
-    pub(crate) async fn run(mut self, incomplete: &[Watermark]) -> Result<()> {
+    pub(crate) async fn run(mut self, incomplete: &Incomplete) -> Result<()> {
+        for row in &incomplete.unpublished {
+            self.skip_copied(row).await?;
+        }
+        if incomplete.mendable.is_empty() {
+            return Ok(());
+        }
         let point = Point::take(self.config).await?;
-        for row in incomplete {
+        for row in &incomplete.mendable {
             self.complete(&point, row).await?;
         }
         Ok(())
     }
 
+    /// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped,
+    /// with all others up to the copy's position; those that it has not reached are found when the table is completed.
+    async fn skip_copied(&mut self, row: &Watermark) -> Result<()> {
+        let Some(kind) = drift_kind(row) else { return Ok(()) };
+        let name = self.copied_mark();
+        let table = table_of(self.tables, kind)?;
+        let copied = table.marks(std::slice::from_ref(&name)).await?.remove(&name).map(Lsn);
+        match copied.filter(|copied| *copied > table.lsn()) {
+            Some(lsn) => self.move_to(kind, lsn).await,
+            None => Ok(()),
+        }
+    }
+
+    /// From here on the stream skips what was committed before `lsn`.
+    async fn move_to(&mut self, kind: Kind, lsn: Lsn) -> Result<()> {
+        let table = table_of(self.tables, kind)?;
+        let note = CommitNote { last_lsn: lsn, ..CommitNote::default() };
+        let what = format!("moving {} to {lsn}", kind.name());
+        let mut retry = StorageRetry::new(&what);
+        while let Err(error) = table.commit(&[], lsn, &note).await {
+            retry.wait(error).await?;
+        }
+        Ok(())
+    }
+
     async fn complete(&mut self, point: &Point, row: &Watermark) -> Result<()> {
-        let Some(kind) = Kind::DRIFT.into_iter().find(|kind| kind.name() == row.kind) else { return Ok(()) };
+        let Some(kind) = drift_kind(row) else { return Ok(()) };
         let table = row.source_table.as_str();
         let Some(source) = Source::find(&point.client, row).await? else {
             tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());
@@ -124,15 +156,10 @@ impl Backfill<'_> {
             }
         }
         let Work { progress, .. } = work;
-        // From here on the stream skips what the snapshot saw.
-        let archive = table_of(self.tables, kind)?;
-        let note = CommitNote { last_lsn: point.lsn, ..CommitNote::default() };
-        let mut pause = RETRY_PAUSE.0;
-        while let Err(error) = archive.commit(&[], point.lsn, &note).await {
-            commit::wait_for_storage(&format!("completing {table}"), error, &mut pause).await?;
-        }
+        self.move_to(kind, point.lsn).await?;
         failpoint::hit("after-copy");
         recover::watermarks(self.storage, self.tables, self.sql, self.config).await?;
+        recover::entity_counts(self.storage, table_of(self.tables, kind)?, table, self.sql).await?;
         let (slot, publication) = (self.config.slot.as_str(), self.config.publication.as_str());
         gap::notice_unpublished(self.sql, slot, publication).await?;
         let gap_count = row.gap_count;
@@ -162,6 +189,16 @@ impl Backfill<'_> {
     fn mark(&self, partition: &Partition) -> String {
         format!("{}/{}", self.timeline_id, partition.oid)
     }
+
+    /// Tells the newest point whose snapshot the archive has rows of. Not to be had from the files' names: positions of
+    /// another history may be among them.
+    fn copied_mark(&self) -> String {
+        format!("{}/copied", self.timeline_id)
+    }
+}
+
+fn drift_kind(row: &Watermark) -> Option<Kind> {
+    Kind::DRIFT.into_iter().find(|kind| kind.name() == row.kind)
 }
 
 /// The error that ends a session which can't go on with its snapshot; the next one takes another.
@@ -188,6 +225,8 @@ struct Work<'a> {
     /// The archive had no file of this kind, so that nothing need be compared.
     is_fresh: bool,
     limiter: Option<DefaultDirectRateLimiter>,
+    /// Rows that are read between two looks at the clock.
+    stride: u32,
     batch_bytes_max: usize,
     progress: Progress,
 }
@@ -221,6 +260,7 @@ impl<'a> Work<'a> {
             decoder,
             is_fresh: table_of(backfill.tables, kind)?.files().next().is_none(),
             limiter: rate.map(|rate| RateLimiter::direct(Quota::per_second(rate))),
+            stride: rate.map_or(STRIDE_MAX, |rate| rate.get().min(STRIDE_MAX)),
             batch_bytes_max: config.batch_bytes_max(),
             progress: Progress::new(&source.name, partitions),
         })
@@ -260,18 +300,19 @@ impl<'a> Work<'a> {
             let (files, note) = named(quarantined, at);
             let table = table_of(backfill.tables, Kind::Quarantine)?;
             let lsn = table.lsn();
-            let mut pause = RETRY_PAUSE.0;
+            let mut retry = StorageRetry::new("committing the quarantine");
             while let Err(error) = table.commit(&files, lsn, &note).await {
-                commit::wait_for_storage("committing the quarantine", error, &mut pause).await?;
+                retry.wait(error).await?;
             }
             failpoint::hit("between-tables");
         }
         let (files, note) = named(own, at);
-        let mark = (backfill.mark(partition), self.point.xmin);
+        let marks = [(backfill.mark(partition), self.point.xmin), (backfill.copied_mark(), at.0)];
         let table = table_of(backfill.tables, self.kind)?;
-        let mut pause = RETRY_PAUSE.0;
-        while let Err(error) = table.commit_copy(&files, mark.clone(), &note).await {
-            commit::wait_for_storage(&format!("committing {}", partition.name), error, &mut pause).await?;
+        let what = format!("committing {}", partition.name);
+        let mut retry = StorageRetry::new(&what);
+        while let Err(error) = table.commit_copy(&files, &marks, &note).await {
+            retry.wait(error).await?;
         }
         failpoint::hit("after-partition");
         Ok(fate)
@@ -360,7 +401,7 @@ impl<'a> Work<'a> {
         while let Some(row) = rows.next().await? {
             copy::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
             stride += 1;
-            if stride < STRIDE {
+            if stride < self.stride {
                 continue;
             }
             self.throttle(stride).await;
@@ -384,17 +425,9 @@ impl<'a> Work<'a> {
     }
 
     async fn throttle(&self, rows: u32) {
-        let (Some(limiter), Some(mut rows)) = (&self.limiter, std::num::NonZeroU32::new(rows)) else {
-            return;
-        };
-        // A rate below the stride has room for fewer at once.
-        while let Err(most) = limiter.until_n_ready(rows).await {
-            let Some(part) = std::num::NonZeroU32::new(most.0) else { return };
-            let _ = limiter.until_n_ready(part).await;
-            match std::num::NonZeroU32::new(rows.get().saturating_sub(part.get())) {
-                Some(rest) => rows = rest,
-                None => return,
-            }
+        if let (Some(limiter), Some(rows)) = (&self.limiter, NonZeroU32::new(rows)) {
+            // Never more than the limiter lets through at once: the stride is at most its rate.
+            let _ = limiter.until_n_ready(rows).await;
         }
     }
 }

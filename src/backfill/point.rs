@@ -5,7 +5,8 @@ use tokio_postgres::Client;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::postgres::{ReplicationConnection, quote_identifier, sql};
+use crate::postgres::{ReplicationConnection, sql};
+use crate::slot;
 
 /// Nothing may cut a copy short, and no row may be hidden from it: a policy that would is an error instead. A copy shows
 /// numbers and times as the stream does.
@@ -34,16 +35,11 @@ impl Point {
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
         tracing::info!("taking a snapshot; this waits for transactions that are running now");
-        let command = format!(
-            "CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')",
-            quote_identifier(&name)
-        );
-        let rows = replication.query(&command).await?;
-        let text = |column: usize| rows.first().and_then(|row| row.get(column)?.as_deref());
-        let (Some(lsn), Some(snapshot)) = (text(1).and_then(|text| text.parse().ok()), text(2)) else {
-            let detail = "the answer has no consistent point or snapshot".to_owned();
-            return Err(Error::Protocol { context: "CREATE_REPLICATION_SLOT".to_owned(), detail });
-        };
+        let (lsn, snapshot) = slot::create(&mut replication, &name, "TEMPORARY LOGICAL", "export").await?;
+        let snapshot = snapshot.ok_or_else(|| Error::Protocol {
+            context: "CREATE_REPLICATION_SLOT".to_owned(),
+            detail: "the answer has no snapshot".to_owned(),
+        })?;
         let client = sql::connect(&config.source).await?;
         let failed = || Error::sql("taking over a snapshot");
         client.batch_execute(SESSION_SETTINGS).await.map_err(failed())?;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
 
 use crate::support::archive::{archived_rows, compare};
 use crate::support::cluster::Stop;
@@ -140,7 +141,7 @@ async fn a_restart_of_the_server_in_the_middle_of_a_copy() {
     let mut sidecar = launch.start();
     sidecar.says("making the archive complete", DEADLINE).await;
     for stop in [Stop::Immediate, Stop::Fast] {
-        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        in_the_middle(&stage.connect().await).await;
         stage.cluster().restart(stop);
         stage.cluster().ready(DEADLINE).await;
     }
@@ -148,6 +149,13 @@ async fn a_restart_of_the_server_in_the_middle_of_a_copy() {
     load.stop().await;
     stage.assert_archived(DEADLINE).await;
     assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+}
+
+/// Waits until a copy goes on.
+async fn in_the_middle(client: &Client) {
+    let sql = "select from pg_stat_progress_copy where command = 'COPY TO' and tuples_processed > 1000";
+    let copying = async || client.query_opt(sql, &[]).await.unwrap().map(drop);
+    until("a copy goes on", DEADLINE, copying).await;
 }
 
 /// A sidecar that has archived what the load wrote, and was stopped in order.
@@ -305,6 +313,77 @@ async fn a_promoted_copy_is_archived_only_when_told_to() {
     let mut sidecar = launch.start();
     sidecar.says("archiving slot", DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+/// A standby that was promoted before it had everything: its log goes on where the archive has been already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_copy_that_is_behind_the_archive() {
+    let stage = Stage::private(Shape::Named, &[]).await;
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    let copy = stage.cluster().promoted_copy();
+    let client = stage.connect().await;
+    let ahead = "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                 select now() + n * interval '1 second', 's', 'n', '1', 'ahead', n, n from generate_series(1, 50000) n";
+    client.batch_execute(ahead).await.unwrap();
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    stage.cluster().stop(Stop::Fast);
+
+    let client = copy.connect(&stage.name).await;
+    let launch = stage.launch().logging_to(&stage.folder().join("copy.log"));
+    let launch = launch.with("DATABASE_URI", &copy.uri_unix(&stage.name));
+    let is_archived = async |metric: &str| {
+        let quoted = format!("{metric:?}");
+        let there = async || {
+            let rows = archived_rows(&stage.storage().join("custom"));
+            rows.iter().any(|row| row.contains(&quoted)).then_some(())
+        };
+        until(&format!("{metric} is archived"), DEADLINE, there).await;
+    };
+    for (metric, flags) in [("first", &["--accept-new-system"][..]), ("second", &[]), ("third", &[])] {
+        let mut sidecar = launch.start_with(flags);
+        stage.insert_one(&client, metric, None).await;
+        is_archived(metric).await;
+        let state = "select bool_and(state = 'streaming') from highwater.watermark";
+        let whole = async || client.query_one(state, &[]).await.unwrap().get::<_, bool>(0).then_some(());
+        until("every table is complete", DEADLINE, whole).await;
+        assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    }
+    for kind in KINDS {
+        let difference = compare(&client, &stage.storage(), stage.shape, kind).await;
+        assert_eq!(difference.missing, 0, "{kind:?}: {difference:?}");
+    }
+    assert_counted(&client).await;
+}
+
+/// What an interrupted copy has added is not added again by the stream, should that go on before the copy does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_goes_on_before_an_interrupted_copy() {
+    let stage = Stage::shared(Shape::Named).await;
+    let client = stage.connect().await;
+    fill(&client, Shape::Named).await;
+    stage.launch().must(&["setup"]);
+    stage.insert_one(&client, "in the copy and in the stream", None).await;
+    let mut failing = stage.launch().failing("after-partition=return").start();
+    assert!(!failing.wait(DEADLINE).await.success());
+    let publication = &stage.name;
+    let without = format!("alter publication {publication} drop table scouter.custom_drift");
+    client.batch_execute(&without).await.unwrap();
+    let mut sidecar = stage.launch().start();
+    let others = "select count(*) from highwater.watermark where state = 'streaming'";
+    let others = async || (client.query_one(others, &[]).await.unwrap().get::<_, i64>(0) == 2).then_some(());
+    until("the other tables are complete", DEADLINE, others).await;
+    let psi = "insert into scouter.psi_drift (space, name, version, feature, bin_id, bin_count)
+               values ('s', 'n', 'v', 'streamed', 1, 2) returning pg_current_wal_insert_lsn()";
+    let target: PgLsn = client.query_one(psi, &[]).await.unwrap().get(0);
+    let passed = async || (stage.confirmed(&client).await > target).then_some(());
+    until("the stream has passed", DEADLINE, passed).await;
+    stage.launch().must(&["setup"]);
+    sidecar.says("the archive is complete; state streaming table=\"scouter.custom_drift\"", DEADLINE).await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    assert_counted(&client).await;
 }
 
 /// While a copy goes on: a partition is dropped, one is rewritten (which looks empty to the copy's snapshot), one comes.
