@@ -95,6 +95,14 @@ pub enum Error {
         /// What was seen.
         detail: String,
     },
+    /// Rows that were found missing from a table may have been added by somebody else meanwhile: they must be compared again.
+    #[error("archive table {table}: a copy or a repair has added rows meanwhile ({detail}); nothing was added")]
+    Conflict {
+        /// The archived table.
+        table: String,
+        /// What was seen.
+        detail: String,
+    },
     /// Columns could not be encoded or decoded.
     #[error("{context}")]
     Encode {
@@ -133,7 +141,7 @@ impl Error {
                 Some(code) => server_policy(code.code()),
                 None => Policy::Retry,
             },
-            Self::Slot { transient: true, .. } => Policy::Retry,
+            Self::Slot { transient: true, .. } | Self::Conflict { .. } => Policy::Retry,
             Self::Slot { .. } => stop("run `highwater check`"),
             Self::Protocol { .. } => {
                 stop("check that the server is PostgreSQL 15 or later; report this otherwise")

@@ -70,6 +70,7 @@
 //! | [`setup`] | the publication, the slot, the migrations |
 //! | `gap`, `backfill` | rows that the stream did not bring |
 //! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
+//! | [`verify`] | the archive compared with Postgres |
 //! | [`check`] | the preflight |
 //! | [`cli`] | the command line |
 
@@ -96,8 +97,10 @@ mod recover;
 pub mod setup;
 mod sidecar;
 mod slot;
+mod source;
 mod stream;
 pub mod telemetry;
+pub mod verify;
 pub mod watermark;
 
 pub use config::Config;

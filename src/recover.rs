@@ -1,9 +1,11 @@
 //! What a session mends before it begins: the watermark rows that an earlier one left behind the logs.
 
-use crate::archive::{self, Storage, Table};
+use crate::archive::{self, Storage, Table, TableFile};
 use crate::batch::EntitySpan;
 use crate::config::Config;
+use crate::decode::Settled;
 use crate::error::{Error, Result};
+use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::Kind;
 use crate::watermark::{self, Advance, State, Watermark};
@@ -25,29 +27,32 @@ pub(crate) async fn watermarks(
         let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
         let Some(row) = watermarks.iter().find(|row| row.source_table == name) else { continue };
         check_archive_is_whole(table, row, config)?;
-        if row.flushed_lsn >= table.lsn() {
-            continue;
+        if row.flushed_lsn < table.lsn() {
+            catch_up(storage, table, row, sql).await?;
         }
-        let since = table.files().filter(|file| {
-            file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn && name.lsn <= table.lsn())
-        });
-        let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
-        tracing::info!(
-            table = name,
-            files = paths.len(),
-            from = %row.flushed_lsn,
-            to = %table.lsn(),
-            "bringing the watermark up to the archive"
-        );
-        let spans = spans(storage, table, &name, &paths).await?;
-        let tables = [(name.clone(), table.totals())];
-        let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
-        sql.run(async |client| watermark::advance(client, &advance).await).await?;
         if row.state == State::Streaming {
             entity_counts(storage, table, &name, sql).await?;
         }
     }
     Ok(())
+}
+
+async fn catch_up(storage: &Storage, table: &Table, row: &Watermark, sql: &mut Session) -> Result<()> {
+    let since = table.files().filter(|file| {
+        file.name.as_ref().is_some_and(|name| name.lsn > row.flushed_lsn && name.lsn <= table.lsn())
+    });
+    let paths: Vec<String> = since.map(|file| file.path.clone()).collect();
+    tracing::info!(
+        table = row.source_table,
+        files = paths.len(),
+        from = %row.flushed_lsn,
+        to = %table.lsn(),
+        "bringing the watermark up to the archive"
+    );
+    let spans = spans(storage, table.kind(), &row.source_table, &paths).await?;
+    let tables = [(row.source_table.clone(), table.totals())];
+    let advance = Advance { lsn: table.lsn(), archived_before: None, tables: &tables, spans: &spans };
+    sql.run(async |client| watermark::advance(client, &advance).await).await
 }
 
 /// Counts the rows of every entity anew, should they not add up to the rows of the table: positions of another history, in
@@ -69,19 +74,43 @@ pub(crate) async fn entity_counts(
     }
     tracing::info!(table = name, counted, held, "counting the rows of every entity anew");
     let paths: Vec<String> = table.files().map(|file| file.path.clone()).collect();
-    let spans = spans(storage, table, name, &paths).await?;
+    let spans = spans(storage, table.kind(), name, &paths).await?;
     sql.run(async |client| watermark::recount(client, name, &spans).await).await
 }
 
 /// The entities of some files, with the table's name.
-async fn spans(
+///
+/// # Errors
+///
+/// A file can't be read.
+pub(crate) async fn spans(
     storage: &Storage,
-    table: &Table,
+    kind: Kind,
     name: &str,
     paths: &[String],
 ) -> Result<Vec<(String, EntitySpan)>> {
-    let entities = archive::entity_stats(storage, table.kind(), paths).await?;
-    Ok(entities.into_iter().map(|stats| (name.to_owned(), span(table.kind(), stats))).collect())
+    let entities = archive::entity_stats(storage, kind, paths).await?;
+    Ok(entities.into_iter().map(|stats| (name.to_owned(), span(kind, stats))).collect())
+}
+
+/// The rows of a table that are in the quarantine, of which these are the files; for [`Decoder::begin_copy`].
+///
+/// [`Decoder::begin_copy`]: crate::decode::Decoder::begin_copy
+///
+/// # Errors
+///
+/// A file can't be read.
+pub(crate) async fn quarantined<'a>(
+    storage: &Storage,
+    files: impl IntoIterator<Item = &'a TableFile>,
+    source_table: &str,
+) -> Result<Settled> {
+    let paths: Vec<String> = files.into_iter().map(|file| file.path.clone()).collect();
+    let mut settled = Settled::default();
+    for row in archive::quarantined(storage, &paths, Some(source_table)).await? {
+        settled.add(&row.source_table, &row.row, &Lsn::ZERO.to_string());
+    }
+    Ok(settled)
 }
 
 /// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,

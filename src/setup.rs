@@ -11,13 +11,14 @@
 use tokio_postgres::Client;
 
 use crate::config::Config;
-use crate::coverage::{self, LEAVES};
+use crate::coverage;
 use crate::decode::ENTITY_TABLE;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::record::Kind;
 use crate::slot::{self, Identity};
+use crate::source;
 use crate::watermark::{self, NewWatermark, State};
 
 mod migrations {
@@ -49,6 +50,8 @@ struct SourceTable {
     oid: u32,
     kind: Option<Kind>,
     published: bool,
+    /// The tables that its rows are in.
+    leaves: Leaves,
 }
 
 /// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
@@ -78,7 +81,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
             let fed = Some((&identity, found.confirmed_flush_lsn));
             alter_publication(&mut client, config, fed, &mut report).await?;
             // Nobody knows any more what the tables held when the slot was made.
-            let all = tables.iter().map(|table| (table, State::Snapshot, Leaves::new())).collect();
+            let all = tables.iter().map(|table| (table, State::Snapshot)).collect();
             make_watermarks(&client, config, &identity, found.confirmed_flush_lsn, all, &mut report).await?;
         }
         (None, _) => {
@@ -219,7 +222,9 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
         let kind = Kind::of_source_table(&name);
         needs_entities |= kind.is_some() && by_id;
         if kind.is_some() || name == ENTITY_TABLE {
-            tables.push(SourceTable { name, oid, kind, published });
+            let leaves = source::leaves(client, &format!("{}.{name}", config.schema), oid).await?;
+            let leaves = leaves.into_iter().map(|leaf| (leaf.oid, leaf.name)).collect();
+            tables.push(SourceTable { name, oid, kind, published, leaves });
         }
     }
     tables.retain(|table| table.kind.is_some() || needs_entities);
@@ -314,7 +319,7 @@ async fn alter_publication(
             } else if let Some(new) = new_watermark(config, table, &source, identity, state, start) {
                 watermark::create(&transaction, &new).await?;
                 if !holds_rows {
-                    coverage::cover(&transaction, &source, &leaves(&transaction, table.oid).await?).await?;
+                    coverage::cover(&transaction, &source, &table.leaves).await?;
                 }
             }
         }
@@ -332,40 +337,18 @@ async fn create_slot<'a>(
     replication: &mut ReplicationConnection,
     config: &Config,
     tables: &'a [SourceTable],
-) -> Result<(Lsn, Vec<(&'a SourceTable, State, Leaves)>)> {
+) -> Result<(Lsn, Vec<(&'a SourceTable, State)>)> {
     replication.query("begin transaction isolation level repeatable read read only").await?;
     let (start, _) = slot::create(replication, &config.slot, "LOGICAL", "use").await?;
     let mut states = Vec::new();
     for table in tables {
         let rows =
             replication.query(&format!("select exists (select from {})", qualified(config, table))).await?;
-        let empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("f");
-        if !empty {
-            states.push((table, State::Snapshot, Leaves::new()));
-            continue;
-        }
-        let rows = replication.query(&LEAVES.replace("$1", &table.oid.to_string())).await?;
-        let leaf = |row: Vec<Option<String>>| match <[_; 3]>::try_from(row) {
-            Ok([Some(oid), Some(schema), Some(name)]) => {
-                Some((oid.parse().ok()?, format!("{schema}.{name}")))
-            }
-            _ => None,
-        };
-        states.push((table, State::Streaming, rows.into_iter().filter_map(leaf).collect()));
+        let is_empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("f");
+        states.push((table, if is_empty { State::Streaming } else { State::Snapshot }));
     }
     replication.query("commit").await?;
     Ok((start, states))
-}
-
-async fn leaves(client: &impl tokio_postgres::GenericClient, oid: u32) -> Result<Leaves> {
-    let failed = || Error::sql("reading the partitions of a table");
-    let mut leaves = Leaves::new();
-    for row in client.query(LEAVES, &[&oid]).await.map_err(failed())? {
-        let (schema, name): (String, String) =
-            (row.try_get(1).map_err(failed())?, row.try_get(2).map_err(failed())?);
-        leaves.push((row.try_get(0).map_err(failed())?, format!("{schema}.{name}")));
-    }
-    Ok(leaves)
 }
 
 async fn make_watermarks(
@@ -373,15 +356,16 @@ async fn make_watermarks(
     config: &Config,
     identity: &Identity,
     start: Lsn,
-    states: Vec<(&SourceTable, State, Leaves)>,
+    states: Vec<(&SourceTable, State)>,
     report: &mut Report,
 ) -> Result<()> {
-    for (table, state, leaves) in states {
+    for (table, state) in states {
         let name = format!("{}.{}", config.schema, table.name);
         let Some(new) = new_watermark(config, table, &name, identity, state, start) else { continue };
         let made = watermark::create(client, &new).await?;
-        if made {
-            coverage::cover(client, &name, &leaves).await?;
+        // A partition that came since they were read is looked at by the sidecar.
+        if made && state == State::Streaming {
+            coverage::cover(client, &name, &table.leaves).await?;
         }
         match (made, state) {
             (false, _) => report.left.push(format!("watermark of {name}")),

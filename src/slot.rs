@@ -82,6 +82,21 @@ pub(crate) async fn create(
     Ok((point, snapshot))
 }
 
+/// Prefix and content of the logical message that asks for a checkpoint.
+pub(crate) const CHECKPOINT_REQUEST: (&[u8], &[u8]) = (b"highwater", b"checkpoint");
+
+/// Asks whoever archives this database to make everything durable that is committed by now, and to say so in the watermark
+/// rows, rather than when it is due.
+///
+/// # Errors
+///
+/// The statement failed.
+pub(crate) async fn ask_for_checkpoint(client: &tokio_postgres::Client) -> Result<()> {
+    // Outside of a transaction it would not be sent at its place among them.
+    let statement = "select pg_logical_emit_message(true, 'highwater', 'checkpoint')";
+    client.query(statement, &[]).await.map_err(Error::sql("asking for a checkpoint")).map(drop)
+}
+
 /// A cluster, and the history of its log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {

@@ -6,7 +6,8 @@
 //!
 //! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its
 //! rows fill a third of the memory (one is built, one waits, one is being written), when a window of time
-//! ends, and when somebody asks: a shutdown of ours, or a server that shuts down and waits for us.
+//! ends, and when somebody asks: a shutdown of ours, a server that shuts down and waits for us, or a transaction with a
+//! logical message for us ([`slot::ask_for_checkpoint`](crate::slot::ask_for_checkpoint)).
 //!
 //! # Why a keepalive may move our position
 //!
@@ -32,6 +33,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Frame, Session};
 use crate::record::{Kind, Window, WindowWidth};
+use crate::slot::CHECKPOINT_REQUEST;
 use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -69,6 +71,8 @@ pub(crate) struct Builder {
     recorded: (Lsn, Instant),
     /// Whether rows were handed on since: their horizon waits to be published.
     horizon_waits: bool,
+    /// The open transaction asks for a checkpoint.
+    asked: bool,
     quarantined: u64,
     publication: String,
     /// Tables that are none of ours.
@@ -102,6 +106,7 @@ impl Builder {
             idle: None,
             recorded: (start, Instant::now()),
             horizon_waits: false,
+            asked: false,
             quarantined: 0,
             publication: config.publication.clone(),
             foreign: HashSet::new(),
@@ -208,6 +213,12 @@ impl Builder {
                 }
                 Ok(())
             }
+            Message::Logical(logical) => {
+                // Anybody's other messages come this way, too.
+                self.asked |=
+                    logical.is_transactional && (logical.prefix, logical.content) == CHECKPOINT_REQUEST;
+                Ok(())
+            }
             // The publication sends inserts only; `highwater check` says so when it doesn't.
             Message::Other(_) => Ok(()),
         }
@@ -238,8 +249,15 @@ impl Builder {
 
     async fn commit(&mut self, commit: Commit) -> Result<()> {
         self.open = None;
+        let asked = std::mem::take(&mut self.asked);
         if self.batches.is_empty() && !self.in_pieces {
             // Nothing of it was for us, or all of it is archived.
+            if asked {
+                self.idle = Some(commit.end_lsn);
+                self.record_idle().await?;
+                // The horizon that is read then is published by the next move.
+                self.horizon_waits = true;
+            }
             return Ok(());
         }
         let first = self
@@ -251,7 +269,7 @@ impl Builder {
             first_commit: first.1,
             last_commit: commit.commit_micros,
         });
-        if self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
+        if asked || self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
             return self.cut().await;
         }
         self.deadline.get_or_insert_with(|| Instant::now() + time_to_cut(self.max_lag, self.window, now()));

@@ -1,7 +1,10 @@
 //! Logs: `tracing` to stderr, for people or for machines.
 
+use std::fmt;
 use std::io::{self, IsTerminal};
+use std::sync::OnceLock;
 
+use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
@@ -41,6 +44,37 @@ pub fn filter_text(typed: Option<&str>) -> String {
     }
 }
 
+/// The progress bars on the terminal; none where nobody looks, and where a server embeds us.
+static BARS: OnceLock<MultiProgress> = OnceLock::new();
+
+/// A new progress bar at the bottom of the terminal, if stderr is one and logs are for people; it is gone when the last handle
+/// is dropped. Its position is in rows.
+pub(crate) fn bar() -> Option<ProgressBar> {
+    let template = "{wide_msg} {bar:24} {percent}% {per_sec:>12} rows {eta} left";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style = style.with_key("per_sec", |state: &ProgressState, text: &mut dyn fmt::Write| {
+        // What can't be written is not shown.
+        let _ = write!(text, "{:.0}/s", state.per_sec());
+    });
+    BARS.get().map(|bars| bars.add(ProgressBar::new(0).with_style(style)))
+}
+
+/// Stderr, with the bars out of the way while a line is written.
+struct BesideBars;
+
+impl io::Write for BesideBars {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match BARS.get() {
+            Some(bars) => bars.suspend(|| io::stderr().write(bytes)),
+            None => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
 /// Starts logging for the whole process. `filter` as in [`filter_text`].
 ///
 /// # Errors
@@ -53,7 +87,10 @@ pub fn init(format: LogFormat, filter: Option<&str>) -> Result<()> {
         value: text.clone(),
         accepted: format!("a level, or a filter such as warn,highwater=debug ({error})"),
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    if format == LogFormat::Human && io::stderr().is_terminal() {
+        BARS.get_or_init(MultiProgress::new);
+    }
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| BesideBars);
     let started = match format {
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
         LogFormat::Human => builder.compact().with_ansi(is_colour_welcome()).try_init(),

@@ -81,6 +81,8 @@ pub struct Watermark {
     pub updated_at: DateTime<Utc>,
     /// How often a gap was found.
     pub gap_count: i64,
+    /// Marks of copies up to this transaction are void.
+    pub marks_void_upto: Option<u64>,
 }
 
 /// A move of the watermark of some tables.
@@ -120,7 +122,8 @@ pub async fn read(client: &Client) -> Result<Vec<Watermark>> {
     let rows = client
         .query(
             "select source_table, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn,
-                    archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at, gap_count
+                    archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at, gap_count,
+                    marks_void_upto::text
              from highwater.watermark order by source_table",
             &[],
         )
@@ -133,7 +136,10 @@ fn watermark(row: &Row) -> Result<Watermark> {
     let column = "reading a row of highwater.watermark";
     let lsn: PgLsn = row.try_get("flushed_lsn").map_err(Error::sql(column))?;
     let state: String = row.try_get("state").map_err(Error::sql(column))?;
-    let archived_before: Option<String> = row.try_get("archived_before").map_err(Error::sql(column))?;
+    let xid = |name: &str| {
+        let text: Option<String> = row.try_get(name).map_err(Error::sql(column))?;
+        text.map(|text| parse_xid(&text)).transpose()
+    };
     Ok(Watermark {
         source_table: row.try_get("source_table").map_err(Error::sql(column))?,
         kind: row.try_get("kind").map_err(Error::sql(column))?,
@@ -142,13 +148,14 @@ fn watermark(row: &Row) -> Result<Watermark> {
         timeline_id: row.try_get("timeline_id").map_err(Error::sql(column))?,
         state: State::parse(&state)?,
         flushed_lsn: Lsn(lsn.into()),
-        archived_before: archived_before.map(|text| parse_xid(&text)).transpose()?,
+        archived_before: xid("archived_before")?,
         max_created_at: row.try_get("max_created_at").map_err(Error::sql(column))?,
         row_count: row.try_get("row_count").map_err(Error::sql(column))?,
         file_count: row.try_get("file_count").map_err(Error::sql(column))?,
         byte_count: row.try_get("byte_count").map_err(Error::sql(column))?,
         updated_at: row.try_get("updated_at").map_err(Error::sql(column))?,
         gap_count: row.try_get("gap_count").map_err(Error::sql(column))?,
+        marks_void_upto: xid("marks_void_upto")?,
     })
 }
 
@@ -335,6 +342,48 @@ pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
     names(client, &marking("w.slot_name = $1"), &[&slot], MARKING).await
 }
 
+/// Makes a table a gap of which nothing is taken for archived: every row will be compared.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn resync(client: &Client, source_table: &str) -> Result<()> {
+    // Whoever copies from now on has a snapshot of a later xmin, as soon as what runs now has ended.
+    let statement = "
+        update highwater.watermark
+        set state = 'gap', gap_count = gap_count + 1, archived_before = null,
+            marks_void_upto = pg_snapshot_xmin(pg_current_snapshot()), updated_at = clock_timestamp()
+        where source_table = $1";
+    let context = format!("marking {source_table} to be compared");
+    client.execute(statement, &[&source_table]).await.map_err(Error::sql(context)).map(drop)
+}
+
+/// The rows of a slot's tables that are asked for, by `schema.table` or `table`; all if none is.
+///
+/// # Errors
+///
+/// [`Error::Slot`] if no table is archived through the slot, [`Error::Setting`] if one that is asked for is not.
+pub fn choose(watermarks: Vec<Watermark>, slot: &str, asked: &[String]) -> Result<Vec<Watermark>> {
+    let mut rows: Vec<Watermark> = watermarks.into_iter().filter(|row| row.slot_name == slot).collect();
+    if rows.is_empty() {
+        let detail = "no table is archived through it; run `highwater setup`".to_owned();
+        return Err(Error::Slot { slot: slot.to_owned(), detail, transient: false });
+    }
+    let is_called = |row: &Watermark, name: &str| {
+        row.source_table == name || row.source_table.split_once('.').is_some_and(|(_, table)| table == name)
+    };
+    if let Some(unknown) = asked.iter().find(|name| !rows.iter().any(|row| is_called(row, name))) {
+        let known: Vec<&str> = rows.iter().map(|row| row.source_table.as_str()).collect();
+        return Err(Error::Setting {
+            setting: "the table".to_owned(),
+            value: unknown.clone(),
+            accepted: format!("an archived one: {}", known.join(", ")),
+        });
+    }
+    rows.retain(|row| asked.is_empty() || asked.iter().any(|name| is_called(row, name)));
+    Ok(rows)
+}
+
 /// Hands every table of a slot over to a server of another history. Nothing that is known of transactions or positions
 /// holds there: the tables get state `gap`, and each row will be compared. Returns them.
 ///
@@ -351,8 +400,10 @@ pub async fn accept(
         with accepted as (
             update highwater.watermark
             set system_identifier = $2, timeline_id = $3, state = 'gap', gap_count = gap_count + 1, flushed_lsn = '0/0', archived_before = null,
-                updated_at = clock_timestamp()
+                marks_void_upto = null, updated_at = clock_timestamp()
             where slot_name = $1 returning source_table),
+        unverified as (
+            delete from highwater.verified_partition using accepted a where verified_partition.source_table = a.source_table),
         uncovered as (
             delete from highwater.covered_partition using accepted a where covered_partition.source_table = a.source_table),
         uncounted as (
@@ -537,6 +588,103 @@ pub async fn entity_row_count(client: &Client, table: &str) -> Result<i64> {
     let context = "adding up the entity watermarks";
     let row = client.query_one(query, &[&table]).await.map_err(Error::sql(context))?;
     row.try_get(0).map_err(Error::sql(context))
+}
+
+/// Counts rows that were added to the archive beside the sidecar.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn add_entities(client: &Client, spans: &[(String, EntitySpan)]) -> Result<()> {
+    let statement = "
+        insert into highwater.entity_watermark as e
+            (source_table, space, name, version, min_created_at, max_created_at, row_count)
+        select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::timestamptz[], $6::timestamptz[], $7::bigint[])
+        on conflict (source_table, (md5(space) || md5(name) || md5(version))) do update
+        set min_created_at = least(e.min_created_at, excluded.min_created_at),
+            max_created_at = greatest(e.max_created_at, excluded.max_created_at),
+            row_count = e.row_count + excluded.row_count, updated_at = clock_timestamp()";
+    let spans = Spans::new(spans);
+    client
+        .execute(
+            statement,
+            &[
+                &spans.table,
+                &spans.space,
+                &spans.name,
+                &spans.version,
+                &spans.min_created_at,
+                &spans.max_created_at,
+                &spans.row_count,
+            ],
+        )
+        .await
+        .map_err(Error::sql("counting the entities of added rows"))
+        .map(drop)
+}
+
+/// A partition whose rows were compared with the archive and are equal.
+#[derive(Clone, Copy, Debug)]
+pub struct Verified<'a> {
+    /// The drift table.
+    pub source_table: &'a str,
+    /// The partition.
+    pub partition_oid: u32,
+    /// Its name with its schema.
+    pub partition_name: &'a str,
+    /// Its rows.
+    pub row_count: u64,
+    /// The sum of their digests.
+    pub checksum: &'a str,
+    /// Rows of transactions with a smaller id were compared.
+    pub horizon: u64,
+    /// [`Watermark::gap_count`] when the comparison began.
+    pub gap_count: i64,
+}
+
+/// Records that a partition is verified, unless a gap was found since. Whether it was recorded.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn record_verified(client: &Client, verified: &Verified<'_>) -> Result<bool> {
+    let statement = "
+        insert into highwater.verified_partition as v
+            (source_table, partition_oid, partition_name, row_count, checksum, horizon)
+        select source_table, $2, $3, $4, $5, $6::text::xid8 from highwater.watermark
+        where source_table = $1 and state = 'streaming' and gap_count = $7
+        on conflict (source_table, partition_oid) do update
+        set partition_name = excluded.partition_name, row_count = excluded.row_count, checksum = excluded.checksum,
+            horizon = excluded.horizon, verified_at = clock_timestamp()";
+    let horizon = verified.horizon.to_string();
+    let recorded = client
+        .execute(
+            statement,
+            &[
+                &verified.source_table,
+                &verified.partition_oid,
+                &verified.partition_name,
+                &signed(verified.row_count),
+                &verified.checksum,
+                &horizon,
+                &verified.gap_count,
+            ],
+        )
+        .await;
+    let context = format!("recording that {} is verified", verified.partition_name);
+    recorded.map_err(Error::sql(context)).map(|rows| rows > 0)
+}
+
+/// Takes back that a partition is verified.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn forget_verified(client: &Client, verified: &Verified<'_>) -> Result<()> {
+    let statement = "delete from highwater.verified_partition where source_table = $1 and partition_oid = $2";
+    let context = format!("taking back that {} is verified", verified.partition_name);
+    let forgotten = client.execute(statement, &[&verified.source_table, &verified.partition_oid]).await;
+    forgotten.map_err(Error::sql(context)).map(drop)
 }
 
 /// Replaces a table's entity watermarks.

@@ -68,6 +68,23 @@ impl Multiset {
         Ok(())
     }
 
+    /// Whether a row of this digest is in it; then it is used up, once.
+    pub fn take(&mut self, digest: u128) -> bool {
+        match self.counts.get_mut(&digest) {
+            Some(count) if *count > 0 => {
+                *count -= 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// How many rows are left.
+    #[must_use]
+    pub fn row_count(&self) -> u64 {
+        self.counts.values().copied().map(u64::from).sum()
+    }
+
     /// The rows of a batch that are not in it. Those that are have been used up, each once.
     ///
     /// # Errors
@@ -76,21 +93,25 @@ impl Multiset {
     pub fn missing(&mut self, kind: Kind, batch: &RecordBatch) -> Result<RecordBatch> {
         let mut is_missing = Vec::with_capacity(batch.num_rows());
         digests(kind, batch, |_, digest| {
-            is_missing.push(match self.counts.get_mut(&digest) {
-                Some(count) if *count > 0 => {
-                    *count -= 1;
-                    false
-                }
-                _ => true,
-            });
+            is_missing.push(!self.take(digest));
         })?;
         filter_record_batch(batch, &BooleanArray::from(is_missing))
             .map_err(encode_error(format!("comparing rows of {}", kind.name())))
     }
 }
 
+/// Hands out the time and the digest of each row, in order.
+///
+/// # Errors
+///
+/// [`Error::Internal`] if the batch has other columns than its kind.
+pub fn each_digest(kind: Kind, batch: &RecordBatch, mut take: impl FnMut(i64, u128)) -> Result<()> {
+    let times = times(kind, batch)?;
+    digests(kind, batch, |row, digest| take(times.value(row), digest))
+}
+
 /// Hands out the digest of each row, in order.
-fn digests(kind: Kind, batch: &RecordBatch, mut take: impl FnMut(usize, u128)) -> Result<()> {
+pub(super) fn digests(kind: Kind, batch: &RecordBatch, mut take: impl FnMut(usize, u128)) -> Result<()> {
     let columns = kind.columns();
     let mut writers = Vec::with_capacity(columns.len());
     for spec in columns {
@@ -102,7 +123,8 @@ fn digests(kind: Kind, batch: &RecordBatch, mut take: impl FnMut(usize, u128)) -
             ColumnType::Double => column.as_primitive_opt::<Float64Type>().map(Column::Doubles),
         });
         writers.push(writer.ok_or_else(|| {
-            Error::Internal(format!("a batch of {} lacks its column {}", kind.name(), spec.name))
+            let found = column.map(|column| column.data_type().to_string());
+            Error::Internal(format!("a batch of {} has {found:?} as its column {}", kind.name(), spec.name))
         })?);
     }
     let mut bytes = Vec::new();

@@ -99,6 +99,18 @@ pub(super) fn txn(app_id: &str, version: i64, now_millis: i64) -> Value {
     json!({"txn": {"appId": app_id, "version": version, "lastUpdated": now_millis}})
 }
 
+/// The application id under which a repair writes into the tables of a sidecar.
+pub(super) fn repair_id(app_id: &str) -> String {
+    format!("{app_id}{REPAIR}")
+}
+
+/// The application id of the sidecar that a repair, or the sidecar itself, writes beside.
+fn sidecar_of(app_id: &str) -> &str {
+    app_id.strip_suffix(REPAIR).unwrap_or(app_id)
+}
+
+const REPAIR: &str = "/repair";
+
 /// Which commit of which session an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CommitId {
@@ -203,6 +215,8 @@ pub(super) struct Entry {
     pub(super) removes: Vec<String>,
     /// Version of the `txn` of the application that was asked for.
     pub(super) txn_version: Option<i64>,
+    /// Whether it has a `txn` of a copy or a repair, whose ids begin with that of the sidecar and a slash.
+    pub(super) is_copy: bool,
     /// Columns, if the entry sets them.
     pub(super) columns: Option<String>,
     /// Reader and writer version, if the entry sets them.
@@ -238,11 +252,13 @@ impl Entry {
             self.adds.push(TableFile::new(kind, path(add)?, size, modified, text(add, "stats")));
         } else if let Some(remove) = action.get("remove").filter(|remove| !remove.is_null()) {
             self.removes.push(path(remove)?);
-        } else if let Some(txn) =
-            action.get("txn").filter(|txn| text(txn, "appId").as_deref() == Some(app_id))
-        {
-            self.txn_version =
-                Some(txn.get("version").and_then(Value::as_i64).ok_or("txn lacks its version")?);
+        } else if let Some(txn) = action.get("txn").filter(|txn| !txn.is_null()) {
+            let id = text(txn, "appId").unwrap_or_default();
+            self.is_copy |= id.strip_prefix(sidecar_of(app_id)).is_some_and(|rest| rest.starts_with('/'));
+            if id == app_id {
+                self.txn_version =
+                    Some(txn.get("version").and_then(Value::as_i64).ok_or("txn lacks its version")?);
+            }
         } else if let Some(info) = action.pointer("/commitInfo/highwater") {
             self.commit = text(info, "session")
                 .zip(number(info, "commit"))

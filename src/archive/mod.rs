@@ -7,11 +7,13 @@
 mod digest;
 mod encode;
 mod entities;
+mod hours;
 mod log;
 mod maintain;
 mod merge;
 mod name;
 mod object_reader;
+mod scan;
 mod stats;
 mod storage;
 mod synced;
@@ -25,15 +27,16 @@ use std::error::Error as StdError;
 
 use parquet::errors::ParquetError;
 
-pub use digest::Multiset;
+pub use digest::{Multiset, each_digest};
 pub use encode::{EncodedFile, encode};
 pub use entities::{EntityStats, QuarantinedText, entity_stats, quarantined};
+pub use hours::{HourSums, RowSum, hour_sums, sums_of};
 pub use log::TableFile;
 pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};
 pub use stats::FileStats;
 pub use storage::Storage;
-pub use table::{CommitNote, Table, Totals};
+pub use table::{CommitNote, Snapshot, Table, Totals};
 pub use upload::{DataFile, upload};
 
 use crate::Error;

@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use chrono::Utc;
 use deltalake_core::logstore::{LogStoreRef, StorageConfig, default_logstore};
+use deltalake_core::kernel::LogicalFileView;
+use deltalake_core::table::state::DeltaTableState;
 use deltalake_core::{DeltaTable, DeltaTableError};
 use futures::TryStreamExt;
 use object_store::path::Path;
@@ -57,6 +59,40 @@ pub struct CommitNote {
     pub row_count: u64,
 }
 
+/// What one version of a table's log says, to be read without writing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Position up to which the table is complete for the application that was asked for, if that ever wrote it.
+    pub lsn: Option<Lsn>,
+    /// The active files.
+    pub files: Vec<TableFile>,
+}
+
+impl Snapshot {
+    /// Reads the newest version.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Storage`] and [`Error::Delta`] if the log can't be read, [`Error::Delta`] also if there is none.
+    pub async fn read(storage: &Storage, kind: Kind, app_id: &str) -> Result<Self> {
+        let delta = open_delta(storage, kind).await?;
+        let failed = || Error::delta(kind, "reading the log");
+        let state = delta.snapshot().map_err(failed())?;
+        let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
+        let lsn = txn.map(|version| to_lsn(kind, version)).transpose()?;
+        Ok(Self { lsn, files: table_files(kind, state) })
+    }
+}
+
+fn table_files(kind: Kind, state: &DeltaTableState) -> Vec<TableFile> {
+    let file = |file: LogicalFileView| {
+        let size = u64::try_from(file.size()).unwrap_or_default();
+        let path = file.object_store_path().to_string();
+        TableFile::new(kind, path, size, file.modification_time(), file.stats())
+    };
+    state.log_data().iter().map(file).collect()
+}
+
 /// One Delta table, claimed by this session.
 ///
 /// The handle knows the state of the log at the version that it last wrote or read. Every entry is put at
@@ -99,6 +135,8 @@ struct Change {
     lsn: Lsn,
     /// More `txn` actions: application id and version.
     marks: Vec<(String, i64)>,
+    /// The rows did not come by the stream: nobody else may add such rows meanwhile.
+    is_copy: bool,
     note: Map<String, Value>,
 }
 
@@ -148,6 +186,21 @@ impl Table {
         Err(unusable(kind, "claiming", "other writers were faster every time"))
     }
 
+    /// Opens and claims the kind's table for a repair: beside the session that has claimed it for `app_id`, which goes on. What
+    /// it adds by [`Table::commit_copy`] is void if another repair, or a copy of that session's, adds rows from now on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::claim`].
+    pub async fn claim_for_repair(
+        storage: &Storage,
+        kind: Kind,
+        app_id: &str,
+        session_id: &str,
+    ) -> Result<Self> {
+        Self::claim(storage, kind, &log::repair_id(app_id), session_id, Lsn::ZERO).await
+    }
+
     async fn load(storage: &Storage, kind: Kind, app_id: &str, session_id: &str, start: Lsn) -> Result<Self> {
         let delta = open_delta(storage, kind).await?;
         let failed = || Error::delta(kind, "reading the log");
@@ -176,10 +229,8 @@ impl Table {
             checkpoint_version: 0,
             looked_at: SystemTime::now(),
         };
-        for file in state.log_data().iter() {
-            let size = u64::try_from(file.size()).unwrap_or_default();
-            let path = file.object_store_path().to_string();
-            table.add(TableFile::new(kind, path, size, file.modification_time(), file.stats()));
+        for file in table_files(kind, state) {
+            table.add(file);
         }
         table.checkpoint_version = table.read_checkpoint_version().await?;
         Ok(table)
@@ -251,7 +302,8 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// As [`Table::commit`].
+    /// As [`Table::commit`]; and [`Error::Conflict`] if somebody else has added rows in this way since this handle looked at
+    /// the log: they may be the same ones.
     pub async fn commit_copy(
         &mut self,
         files: &[DataFile],
@@ -259,6 +311,7 @@ impl Table {
         note: &CommitNote,
     ) -> Result<()> {
         let mut change = self.change("WRITE", self.lsn);
+        change.is_copy = true;
         change.adds = files.iter().map(|file| file.to_table_file(self.kind)).collect();
         for (name, value) in marks {
             let value = i64::try_from(*value)
@@ -328,7 +381,7 @@ impl Table {
 
     fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
         let (adds, removes, marks) = (Vec::new(), Vec::new(), Vec::new());
-        Change { operation, adds, removes, lsn, marks, note: Map::new() }
+        Change { operation, adds, removes, lsn, marks, is_copy: false, note: Map::new() }
     }
 
     async fn land(&mut self, change: Change) -> Result<bool> {
@@ -360,7 +413,9 @@ impl Table {
                     return Ok(true);
                 }
                 Ok(Since::Moved) => {}
-                Err(fatal @ (Error::Fenced { .. } | Error::Delta { .. })) => return Err(fatal),
+                Err(fatal @ (Error::Fenced { .. } | Error::Conflict { .. } | Error::Delta { .. })) => {
+                    return Err(fatal);
+                }
                 Ok(Since::Nothing) | Err(_) => return Err(failed(error)),
             }
         }
@@ -392,6 +447,14 @@ impl Table {
                     "reading a log entry",
                     "a foreign writer added deletion vectors",
                 ));
+            }
+            if ours.is_none()
+                && entry.is_copy
+                && !entry.adds.is_empty()
+                && mine.is_some_and(|mine| mine.is_copy)
+            {
+                let detail = format!("version {version} of its log");
+                return Err(Error::Conflict { table: self.kind.name().to_owned(), detail });
             }
             let number = ours.map(|commit| commit.number);
             let paths = |files: &[TableFile]| files.iter().map(|file| file.path.clone()).collect::<Vec<_>>();

@@ -2,8 +2,10 @@
 
 mod check;
 mod flags;
+mod resync;
 mod run;
 mod setup;
+mod verify;
 mod watermarks;
 
 use std::ffi::OsString;
@@ -18,6 +20,8 @@ use crate::error::{Error, Policy, Result};
 use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
 use flags::SettingFlags;
+use resync::ResyncFlags;
+use verify::VerifyFlags;
 
 /// Archive drift records from PostgreSQL into Delta Lake, exactly once
 ///
@@ -40,7 +44,7 @@ struct Cli {
     #[arg(long)]
     watermarks: bool,
 
-    /// How --watermarks and check print
+    /// How --watermarks, check and verify print
     #[arg(long, global = true, value_enum, default_value_t)]
     format: Format,
 
@@ -68,9 +72,12 @@ Examples:
   highwater --database-uri postgresql://archiver@db/scouter --storage-uri s3://bucket/drift
   highwater --watermarks --format json
 
-Exit code of check: 0 all is well, 1 warnings, 2 errors.";
+  highwater verify --table psi_drift --from 2026-11-01
 
-#[derive(Clone, Copy, PartialEq, Eq, Subcommand)]
+Exit code of check: 0 all is well, 1 warnings, 2 errors.
+Exit code of verify: 0 equal, 1 different or not compared, 2 failed.";
+
+#[derive(Clone, PartialEq, Eq, Subcommand)]
 enum Command {
     /// Archive until told to stop; what `highwater` does without a subcommand
     Run,
@@ -79,6 +86,10 @@ enum Command {
     /// Look for everything that archiving needs, and name what mends it; all that it writes is one small
     /// object in the storage, which it removes
     Check,
+    /// Compare the archive with Postgres, hour by hour, while `highwater run` goes on; names each hour that differs
+    Verify(VerifyFlags),
+    /// Have the sidecar compare every row of a table with the archive, and add what is missing
+    Resync(ResyncFlags),
 }
 
 /// How a report is printed.
@@ -104,8 +115,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     execute(&cli).unwrap_or_else(|error| {
         print_error(&error);
-        // For check, 1 means warnings.
-        ExitCode::from(if cli.command == Some(Command::Check) { 2 } else { 1 })
+        // For check, 1 means warnings; for verify, a difference.
+        ExitCode::from(if matches!(cli.command, Some(Command::Check | Command::Verify(_))) { 2 } else { 1 })
     })
 }
 
@@ -128,13 +139,15 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         .build()
         .map_err(Error::io("starting the runtime"))?;
     runtime.block_on(async {
-        match cli.command {
+        match &cli.command {
             _ if cli.watermarks => {
                 watermarks::watermarks(&config, cli.format).await.map(|()| ExitCode::SUCCESS)
             }
             None | Some(Command::Run) => run::run(&config).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Setup) => setup::setup(&config).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Check) => check::check(&config, cli.format).await,
+            Some(Command::Resync(flags)) => resync::resync(&config, flags).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Verify(flags)) => verify::verify(&config, flags, cli.format).await,
         }
     })
 }

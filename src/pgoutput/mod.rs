@@ -32,9 +32,22 @@ pub enum Message<'a> {
     Relation(Relation<'a>),
     /// A row.
     Insert(Insert<'a>),
-    /// A message that no insert-only archive needs (types, origins, logical messages), or one that the
-    /// publication should not send (update, delete, truncate): its tag.
+    /// What somebody wrote into the log by `pg_logical_emit_message`.
+    Logical(Logical<'a>),
+    /// A message that no insert-only archive needs (types, origins), or one that the publication should not send (update,
+    /// delete, truncate): its tag.
     Other(u8),
+}
+
+/// A logical message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Logical<'a> {
+    /// It is part of the transaction around it.
+    pub is_transactional: bool,
+    /// Whom it is for.
+    pub prefix: &'a [u8],
+    /// What it says.
+    pub content: &'a [u8],
 }
 
 /// The start of a transaction.
@@ -84,7 +97,8 @@ impl<'a> Message<'a> {
             b'B' => parse_begin(reader).map(Self::Begin),
             b'C' => parse_commit(reader).map(Self::Commit),
             b'R' => Relation::parse(reader).map(Self::Relation),
-            tag @ (b'Y' | b'O' | b'M' | b'U' | b'D' | b'T') => Ok(Self::Other(tag)),
+            b'M' => parse_logical(reader).map(Self::Logical),
+            tag @ (b'Y' | b'O' | b'U' | b'D' | b'T') => Ok(Self::Other(tag)),
             tag => Err(DecodeError::UnknownTag { field: "message", tag }),
         }
     }
@@ -118,6 +132,15 @@ fn parse_commit(mut reader: Reader<'_>) -> Result<Commit, DecodeError> {
     reader.finish().map(|()| commit)
 }
 
+fn parse_logical(mut reader: Reader<'_>) -> Result<Logical<'_>, DecodeError> {
+    let is_transactional = reader.u8("the message's flags")? & 1 != 0;
+    reader.lsn("the message's position")?;
+    let prefix = reader.zero_ended("the message's prefix")?;
+    let length = usize::try_from(reader.u32("the message's length")?).unwrap_or(usize::MAX);
+    let content = reader.take(length, "the message's content")?;
+    reader.finish().map(|()| Logical { is_transactional, prefix, content })
+}
+
 /// A commit time is the server's clock. One that no clock shows is cut to the calendar that windows have.
 fn unix_micros(postgres_micros: i64) -> i64 {
     clamp_to_calendar(postgres_micros.saturating_add(POSTGRES_EPOCH_MICROS))
@@ -129,6 +152,7 @@ mod tests {
 
     const BEGIN: &[u8] = b"B\0\0\0\0\x01\x02\x03\x04\0\0\0\0\0\0\0\x05\0\0\x03\xe8";
     const COMMIT: &[u8] = b"C\0\0\0\0\0\x01\x02\x03\x04\0\0\0\0\x01\x02\x03\x34\0\0\0\0\0\0\0\x05";
+    const LOGICAL: &[u8] = b"M\x01\0\0\0\0\x01\x02\x03\x04highwater\0\0\0\0\x02hi";
     const INSERT: &[u8] = b"I\0\0\x40\x01N\0\x04n\x75t\0\0\0\x02hib\0\0\0\x01\x07";
 
     #[test]
@@ -142,6 +166,8 @@ mod tests {
             commit_micros: POSTGRES_EPOCH_MICROS + 5,
         };
         assert_eq!(Message::parse(COMMIT), Ok(Message::Commit(commit)));
+        let logical = Logical { is_transactional: true, prefix: b"highwater", content: b"hi" };
+        assert_eq!(Message::parse(LOGICAL), Ok(Message::Logical(logical)));
         let Ok(Message::Insert(insert)) = Message::parse(INSERT) else { panic!("an insert") };
         assert_eq!(insert.relation, 0x4001);
         let values: Result<Vec<_>, _> = insert.tuple.values().collect();
@@ -150,7 +176,7 @@ mod tests {
 
     #[test]
     fn every_truncation_and_every_surplus_byte_is_an_error() {
-        for message in [BEGIN, COMMIT] {
+        for message in [BEGIN, COMMIT, LOGICAL] {
             for end in 0..message.len() {
                 assert!(matches!(Message::parse(&message[..end]), Err(DecodeError::Truncated { .. })));
             }

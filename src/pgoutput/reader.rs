@@ -82,10 +82,15 @@ impl<'a> Reader<'a> {
 
     /// A string that a zero byte ends.
     pub(super) fn text(&mut self, field: &'static str) -> Result<&'a str, DecodeError> {
+        std::str::from_utf8(self.zero_ended(field)?).map_err(|_| DecodeError::NotUtf8 { field })
+    }
+
+    /// The bytes before a zero byte.
+    pub(super) fn zero_ended(&mut self, field: &'static str) -> Result<&'a [u8], DecodeError> {
         let end = self.bytes.iter().position(|byte| *byte == 0).ok_or(DecodeError::Truncated { field })?;
-        let text = self.take(end, field)?;
+        let bytes = self.take(end, field)?;
         self.take(1, field)?;
-        std::str::from_utf8(text).map_err(|_| DecodeError::NotUtf8 { field })
+        Ok(bytes)
     }
 
     pub(super) const fn rest(self) -> &'a [u8] {

@@ -137,7 +137,8 @@ impl ReplicationConnection {
         }
         let wal_sender_timeout = self.wal_sender_timeout().await?;
         let command = format!(
-            "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0 (proto_version '1', publication_names {}, binary 'true')",
+            "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0
+             (proto_version '1', publication_names {}, binary 'true', messages 'true')",
             literal(&quote_identifier(publication)),
         );
         let deadline = Instant::now() + SLOT_WAIT;

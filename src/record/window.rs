@@ -7,7 +7,10 @@ use chrono::{DateTime, Datelike, Timelike, Utc};
 /// Microseconds in a day without leap seconds, as PostgreSQL and the epoch count them.
 pub const MICROS_PER_DAY: i64 = 86_400_000_000;
 
-const MICROS_PER_MINUTE: i64 = 60_000_000;
+/// Microseconds of an hour.
+pub const MICROS_PER_HOUR: i64 = 60 * MICROS_PER_MINUTE;
+/// Microseconds of a minute.
+pub const MICROS_PER_MINUTE: i64 = 60_000_000;
 
 /// The years (proleptic Gregorian) that the archive's timestamps may have. PostgreSQL goes from
 /// 4713 BC to 294276 AD; the calendars of Python, Spark and of the file paths end here.
@@ -37,7 +40,7 @@ impl WindowWidth {
     pub const DAY: Self = Self(MICROS_PER_DAY);
 
     /// An hour, the default.
-    pub const HOUR: Self = Self(60 * MICROS_PER_MINUTE);
+    pub const HOUR: Self = Self(MICROS_PER_HOUR);
 
     /// A window of this length, if it is whole minutes and divides a day.
     #[must_use]
@@ -122,7 +125,7 @@ impl fmt::Display for Window {
             return Ok(());
         }
         write!(f, "/{:02}", start.hour())?;
-        if self.width % (60 * MICROS_PER_MINUTE) != 0 {
+        if self.width % MICROS_PER_HOUR != 0 {
             write!(f, "{:02}", start.minute())?;
         }
         Ok(())

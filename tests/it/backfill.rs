@@ -6,7 +6,7 @@ use rand::RngExt as _;
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
-use crate::support::archive::{archived_rows, compare};
+use crate::support::archive::{archived_rows, compare, damage};
 use crate::support::cluster::Stop;
 use crate::support::load::{Load, create_entities};
 use crate::support::schema::{KINDS, Shape, entity_id};
@@ -381,6 +381,34 @@ async fn a_stream_that_goes_on_before_an_interrupted_copy() {
     until("the stream has passed", DEADLINE, passed).await;
     stage.launch().must(&["setup"]);
     sidecar.says("the archive is complete; state streaming table=\"scouter.custom_drift\"", DEADLINE).await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    assert_counted(&client).await;
+}
+
+/// A row that was taken out of the archive, in a partition that is marked as copied, comes back by a resync.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resync_compares_every_row() {
+    let stage = stage_with_rows(Shape::Named).await;
+    let client = stage.connect().await;
+    let mut sidecar = stage.start().await;
+    stage.insert_one(&client, "to be deleted", None).await;
+    stage.assert_archived(DEADLINE).await;
+    complete(&client).await;
+    let custom = stage.storage().join("custom");
+    damage(&custom, "delete", "to be deleted");
+    let gap = "update highwater.watermark set state = 'gap', row_count = row_count - 1 where kind = 'custom'";
+    client.batch_execute(gap).await.unwrap();
+    let made_complete = "the archive is complete; state streaming table=\"scouter.custom_drift\"";
+    let times = |sidecar: &Sidecar| sidecar.log().matches(made_complete).count();
+    let twice = async || (times(&sidecar) == 2).then_some(());
+    until("the gap is mended by what the horizon says", DEADLINE, twice).await;
+    let rows = async || archived_rows(&custom).iter().filter(|row| row.contains("to be deleted")).count();
+    assert_eq!(rows().await, 0, "below the horizon nothing is compared");
+    let said = stage.launch().must(&["resync", "custom_drift"]);
+    assert!(said.contains("scouter.custom_drift is marked as a gap") && said.contains("within seconds"), "{said}");
+    until("every row is compared", DEADLINE, async || (times(&sidecar) == 3).then_some(())).await;
+    assert_eq!(rows().await, 1);
     stage.assert_archived(DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     assert_counted(&client).await;

@@ -30,5 +30,6 @@ mod storage;
 mod stores;
 mod tidy;
 mod values;
+mod verify;
 mod windows;
 mod writers;

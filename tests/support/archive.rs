@@ -9,6 +9,7 @@ use std::fmt::{self, Write as _};
 use std::fs::{self, File};
 use std::hash::BuildHasher as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use arrow::array::{
     Array, ArrayRef, AsArray as _, Float64Array, Int32Array, RecordBatch, StringArray, StructArray,
@@ -353,4 +354,15 @@ fn percent_decoded(path: &str) -> String {
         rest = if code.is_some() { &tail[2..] } else { tail };
     }
     String::from_utf8(bytes).expect("a path in UTF-8")
+}
+
+/// Damages an archived table as a person might, by Python's `deltalake`: the one row of a metric is deleted (`delete`), written
+/// once more (`double`), or gets the next greater double (`change`).
+pub fn damage(table: &Path, action: &str, metric: &str) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = root.join("target/reader/bin/python");
+    assert!(python.exists(), "{} is missing: run `scripts/setup reader`", python.display());
+    let output =
+        Command::new(python).arg(root.join("tests/it/damage.py")).arg(table).args([action, metric]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -16,21 +16,30 @@ const SESSION_SETTINGS: &str = "set statement_timeout = 0; set idle_in_transacti
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]
-pub(super) struct Point {
-    pub(super) client: Client,
-    pub(super) lsn: Lsn,
+pub(crate) struct Point {
+    pub(crate) client: Client,
+    pub(crate) lsn: Lsn,
     /// Every transaction with a smaller id had ended: what it committed is seen.
-    pub(super) xmin: u64,
+    pub(crate) xmin: u64,
+}
+
+/// A slot that lives as long as its connection.
+#[derive(Debug)]
+pub(crate) struct TemporarySlot {
+    pub(crate) connection: ReplicationConnection,
+    pub(crate) name: String,
 }
 
 impl Point {
-    /// Takes one by making a temporary slot (`CREATE_REPLICATION_SLOT`, manual section 55.4), which is gone when this
-    /// returns. Waits for the transactions that are running.
+    /// Takes one by making a temporary slot (manual section 55.4). Waits for the transactions that are running.
+    ///
+    /// Also returns the slot, which stands at the point and is gone with its connection: from there on it has every
+    /// transaction that the snapshot lacks.
     ///
     /// # Errors
     ///
     /// No slot is free, or the connection was lost.
-    pub(super) async fn take(config: &Config) -> Result<Self> {
+    pub(crate) async fn take(config: &Config) -> Result<(Self, TemporarySlot)> {
         let mut replication = ReplicationConnection::connect(&config.source).await?;
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
@@ -57,16 +66,16 @@ impl Point {
         let row = client.query_one(query, &[]).await.map_err(failed())?;
         let xmin: String = row.try_get(0).map_err(failed())?;
         let xmin = xmin.parse().map_err(|_| Error::Internal(format!("{xmin:?} is not a transaction id")))?;
-        Ok(Self { client, lsn, xmin })
+        Ok((Self { client, lsn, xmin }, TemporarySlot { connection: replication, name }))
     }
 
     /// Begins a part of the work whose locks [`Point::rollback_to_savepoint`] gives back.
-    pub(super) async fn savepoint(&self) -> Result<()> {
+    pub(crate) async fn savepoint(&self) -> Result<()> {
         self.client.batch_execute("savepoint part").await.map_err(Error::sql("setting a savepoint"))
     }
 
     /// Ends a part, also one that has failed. The snapshot stays.
-    pub(super) async fn rollback_to_savepoint(&self) -> Result<()> {
+    pub(crate) async fn rollback_to_savepoint(&self) -> Result<()> {
         let statements = "rollback to savepoint part; release savepoint part";
         self.client.batch_execute(statements).await.map_err(Error::sql("going back to a savepoint"))
     }

@@ -14,10 +14,6 @@
 //! archive as multisets, and the rows that it lacks are added. A partition without a horizon is compared as a whole, or, if
 //! the archive holds nothing of its time, just copied.
 
-mod copy;
-mod partition;
-mod point;
-
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -26,12 +22,12 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
+use crate::archive::{CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
 use crate::batch::Batches;
 use crate::commit::{self, StorageRetry};
 use crate::config::Config;
 use crate::coverage;
-use crate::decode::{Decoder, Settled};
+use crate::decode::Decoder;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::gap::{self, Incomplete};
@@ -40,10 +36,9 @@ use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::Kind;
 use crate::recover;
+use crate::slot;
+use crate::source::{self, Fate, Partition, Point, Slice, Source};
 use crate::watermark::Watermark;
-use copy::Source;
-use partition::{Fate, Partition, Slice};
-use point::Point;
 
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
@@ -78,11 +73,12 @@ impl Backfill<'_> {
         if incomplete.mendable.is_empty() {
             return Ok(());
         }
-        let point = Point::take(self.config).await?;
+        let (point, _) = Point::take(self.config).await?;
         for row in &incomplete.mendable {
             self.complete(&point, row).await?;
         }
-        Ok(())
+        // So that the horizon moves even if nobody writes.
+        self.sql.run(slot::ask_for_checkpoint).await
     }
 
     /// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped,
@@ -117,10 +113,11 @@ impl Backfill<'_> {
             tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());
             return Ok(());
         };
-        let partitions = partition::leaves(&point.client, row, source.oid).await?;
+        let partitions = source::leaves(&point.client, table, source.oid).await?;
         let mut horizons = self.marks(kind, &partitions).await?;
         for (horizon, partition) in horizons.iter_mut().zip(&partitions) {
             let covered = row.archived_before.filter(|_| partition.is_covered);
+            *horizon = horizon.filter(|mark| row.marks_void_upto.is_none_or(|void| *mark > void));
             // Ids of rows have 32 bits: they can be compared with a horizon within half of their range.
             *horizon = covered.max(*horizon).filter(|horizon| point.xmin.saturating_sub(*horizon) < 1 << 31);
         }
@@ -249,7 +246,7 @@ impl<'a> Work<'a> {
         }
         decoder.adopt(source.oid, kind, &source.name);
         let quarantine = table_of(backfill.tables, Kind::Quarantine)?;
-        let settled = settled(backfill.storage, quarantine, &source.name).await?;
+        let settled = recover::quarantined(backfill.storage, quarantine.files(), &source.name).await?;
         decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
         let rate = config.backfill_rows_per_second;
         Ok(Self {
@@ -399,7 +396,7 @@ impl<'a> Work<'a> {
         let mut files = Vec::new();
         let mut stride = 0;
         while let Some(row) = rows.next().await? {
-            copy::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
+            source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
             stride += 1;
             if stride < self.stride {
                 continue;
@@ -445,16 +442,6 @@ fn named(files: Vec<(Kind, DataFile)>, at: Lsn) -> (Vec<DataFile>, CommitNote) {
     let files: Vec<DataFile> = files.into_iter().map(|(_, file)| file).collect();
     let row_count = files.iter().map(|file| file.stats.row_count).sum();
     (files, CommitNote { last_lsn: at, row_count, ..CommitNote::default() })
-}
-
-/// Every row of a table that is in the quarantine.
-async fn settled(storage: &Storage, quarantine: &Table, source_table: &str) -> Result<Settled> {
-    let paths: Vec<String> = quarantine.files().map(|file| file.path.clone()).collect();
-    let mut settled = Settled::default();
-    for row in archive::quarantined(storage, &paths, Some(source_table)).await? {
-        settled.add(&row.source_table, &row.row, &Lsn::ZERO.to_string());
-    }
-    Ok(settled)
 }
 
 /// How far a table is, told from time to time.

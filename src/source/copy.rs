@@ -6,7 +6,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use futures::TryStreamExt as _;
 use tokio_postgres::{Client, CopyOutStream};
 
-use super::partition::{Partition, Slice, TimeColumn};
+use super::{Partition, Slice, TimeColumn};
 use crate::batch::Batches;
 use crate::decode::{Decoder, Inserted};
 use crate::error::{Error, Result};
@@ -21,11 +21,11 @@ const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 
 /// A drift table, as the snapshot's catalog has it.
 #[derive(Debug)]
-pub(super) struct Source {
-    pub(super) oid: u32,
+pub(crate) struct Source {
+    pub(crate) oid: u32,
     /// As `highwater.watermark.source_table` has it.
-    pub(super) name: String,
-    pub(super) time: TimeColumn,
+    pub(crate) name: String,
+    pub(crate) time: TimeColumn,
     columns: Vec<SourceColumn>,
 }
 
@@ -39,7 +39,7 @@ struct SourceColumn {
 
 impl Source {
     /// The table of a watermark row; `None` if it is gone.
-    pub(super) async fn find(client: &Client, row: &Watermark) -> Result<Option<Self>> {
+    pub(crate) async fn find(client: &Client, row: &Watermark) -> Result<Option<Self>> {
         let failed = || Error::sql(format!("reading the columns of {}", row.source_table));
         // What the stream sends: generated columns are left out.
         let query = "select w.table_oid, a.attname::text, a.atttypid, t.typsend = 0
@@ -57,12 +57,20 @@ impl Source {
                 is_text: found.try_get::<_, Option<bool>>(3).map_err(failed())?.unwrap_or(true),
             });
         }
-        let time = columns.iter().find(|column| column.name == "created_at").map(|column| column.type_oid);
-        Ok(oid.map(|oid| Self { oid, name: row.source_table.clone(), time: TimeColumn::of(time), columns }))
+        Ok(oid.map(|oid| {
+            let mut source = Self { oid, name: row.source_table.clone(), time: TimeColumn::None, columns };
+            source.time = TimeColumn::of(source.type_of("created_at"));
+            source
+        }))
+    }
+
+    /// The type (`pg_type.oid`) of a column.
+    pub(super) fn type_of(&self, name: &str) -> Option<u32> {
+        self.columns.iter().find(|column| column.name == name).map(|column| column.type_oid)
     }
 
     /// The table as the stream would describe it.
-    pub(super) fn relation(&self, kind: Kind) -> Relation<'_> {
+    pub(crate) fn relation(&self, kind: Kind) -> Relation<'_> {
         let (namespace, _) = self.name.split_once('.').unwrap_or_default();
         let columns =
             self.columns.iter().map(|column| Column { name: &column.name, type_oid: column.type_oid });
@@ -75,7 +83,7 @@ impl Source {
     }
 
     /// Starts reading a slice of a partition.
-    pub(super) async fn read(
+    pub(crate) async fn read(
         &self,
         client: &Client,
         partition: &Partition,
@@ -89,11 +97,11 @@ impl Source {
             self.columns.iter().map(text).collect::<Vec<_>>().join(", ")
         };
         // Without a condition the table itself is copied, which the server does faster.
-        let what = match (&slice.condition, &partition.itself) {
-            (None, Some(table)) if self.columns.iter().all(|column| !column.is_text) => {
-                format!("{table} ({})", list(false))
+        let what = match &slice.condition {
+            None if partition.may_read && self.columns.iter().all(|column| !column.is_text) => {
+                format!("{} ({})", partition.quoted, list(false))
             }
-            (condition, _) => format!(
+            condition => format!(
                 "(select {} from {} where {} and ({}))",
                 list(true),
                 partition.from,
@@ -115,7 +123,7 @@ impl Source {
 }
 
 /// The rows of a copy.
-pub(super) struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     source: &'a Source,
     context: String,
     stream: Pin<Box<CopyOutStream>>,
@@ -130,7 +138,7 @@ impl Rows<'_> {
     /// # Errors
     ///
     /// The copy was cut short, or is none.
-    pub(super) async fn next(&mut self) -> Result<Option<Insert<'_>>> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Insert<'_>>> {
         loop {
             if !self.has_begun {
                 // Signature, flags, and an extension of the header whose length is told.
@@ -207,7 +215,7 @@ enum Cut {
 
 /// Appends a row to the batches; looks up its entity if that is not known.
 #[inline]
-pub(super) async fn insert(
+pub(crate) async fn insert(
     decoder: &mut Decoder,
     row: Insert<'_>,
     batches: &mut Batches,

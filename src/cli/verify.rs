@@ -1,0 +1,166 @@
+//! `highwater verify`: the report of [`crate::verify`], for people or for machines, and how far it is meanwhile.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, NaiveDate, Utc};
+use clap::Args;
+
+use super::{Format, print};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::telemetry;
+use crate::verify::{Difference, Options, Progress, Report, TableReport};
+
+/// How often progress is logged where there is no terminal.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Differences that the table for people shows of one table; JSON has all.
+const DIFFERENCES_SHOWN: usize = 50;
+
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct VerifyFlags {
+    /// Only this table (psi_drift, or with its schema); may be repeated
+    #[arg(long, value_name = "TABLE")]
+    table: Vec<String>,
+
+    /// Only rows from this time on (RFC 3339, or a date), rounded down to an hour
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    from: Option<DateTime<Utc>>,
+
+    /// Only rows before this time, rounded up to an hour
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    to: Option<DateTime<Utc>>,
+
+    /// Add the rows that the archive lacks. What it has too much is reported, and left as it is
+    #[arg(long)]
+    repair: bool,
+}
+
+/// A time as people type it: RFC 3339, or a day, which means its start in UTC.
+fn time(text: &str) -> Result<DateTime<Utc>, String> {
+    if let Ok(time) = DateTime::parse_from_rfc3339(text) {
+        return Ok(time.to_utc());
+    }
+    let day = text.parse::<NaiveDate>().ok().and_then(|day| day.and_hms_opt(0, 0, 0));
+    day.map(|time| time.and_utc())
+        .ok_or_else(|| "not a time: write 2026-11-22T13:00:00Z, or 2026-11-22 for the start of that day".to_owned())
+}
+
+/// Compares, and prints what was found; the exit code is 0 when both sides are equal, 1 when not.
+pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format) -> Result<ExitCode> {
+    let (from, to) = (flags.from, flags.to);
+    if let (Some(from), Some(to)) = (from, to)
+        && from >= to
+    {
+        return Err(Error::Setting {
+            setting: "--to".to_owned(),
+            value: to.to_rfc3339(),
+            accepted: format!("later than --from, {}", from.to_rfc3339()),
+        });
+    }
+    let options = Options {
+        tables: flags.table.clone(),
+        from: from.map(|time| time.timestamp_micros()),
+        to: to.map(|time| time.timestamp_micros()),
+        repair: flags.repair,
+    };
+    let bar = telemetry::bar();
+    let logged = Mutex::new(Instant::now());
+    let tell = |progress: Progress| match &bar {
+        Some(bar) => {
+            bar.set_length(progress.rows.1);
+            bar.set_position(progress.rows.0);
+            bar.set_message(format!("{}: {}", progress.table, progress.step));
+        }
+        None => {
+            let mut logged = logged.lock().unwrap_or_else(PoisonError::into_inner);
+            if logged.elapsed() >= LOG_INTERVAL {
+                *logged = Instant::now();
+                let (done, all) = progress.rows;
+                tracing::info!(table = progress.table, done, all, "{}", progress.step);
+            }
+        }
+    };
+    let report = crate::verify::verify(config, &options, &tell).await;
+    if let Some(bar) = &bar {
+        bar.finish_and_clear();
+    }
+    let report = report?;
+    print(&match format {
+        Format::Table => text(&report),
+        Format::Json => serde_json::to_string_pretty(&report)
+            .map_err(|error| Error::Internal(format!("the report has no JSON form ({error})")))?,
+    })?;
+    Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn text(report: &Report) -> String {
+    let mut text = String::new();
+    for table in &report.tables {
+        // Writing to a `String` can't fail.
+        let _ = writeln!(text, "{}", summary(table));
+        for difference in table.differences.iter().take(DIFFERENCES_SHOWN) {
+            let _ = writeln!(text, "  {}", line(difference));
+        }
+        if let Some(more) = table.differences.len().checked_sub(DIFFERENCES_SHOWN).filter(|more| *more > 0) {
+            let _ = writeln!(text, "  and {more} more hours; --format json has them all");
+        }
+    }
+    text.push_str(if report.equal { "\nequal" } else { "\nNOT equal" });
+    text
+}
+
+fn summary(table: &TableReport) -> String {
+    if let Some(why) = &table.not_compared {
+        return format!("{}  not compared: {why}", table.source_table);
+    }
+    let verified = table.partitions.iter().filter(|partition| partition.verified).count();
+    format!(
+        "{}  {} rows in Postgres, {} in the archive, {} hours, {} different; {verified} of {} partitions verified, at {}",
+        table.source_table,
+        table.postgres_rows,
+        table.archive_rows,
+        table.hours,
+        table.differences.len(),
+        table.partitions.len(),
+        table.lsn.as_deref().unwrap_or("?"),
+    )
+}
+
+fn line(difference: &Difference) -> String {
+    let mut parts = Vec::new();
+    if difference.missing > 0 {
+        parts.push(match difference.added {
+            0 => format!("the archive lacks {} rows", difference.missing),
+            added => format!("the archive lacked {} rows, {added} were added", difference.missing),
+        });
+    }
+    if difference.surplus > 0 {
+        parts.push(format!("the archive has {} rows that Postgres has not", difference.surplus));
+    }
+    format!(
+        "{}  {} rows in Postgres, {} in the archive: {}",
+        difference.hour.as_deref().unwrap_or("without a usable time"),
+        difference.postgres_rows,
+        difference.archive_rows,
+        parts.join("; ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_rfc_3339_or_days() {
+        let text = |typed: &str| time(typed).map(|time| time.to_rfc3339());
+        assert_eq!(text("2026-11-22").as_deref(), Ok("2026-11-22T00:00:00+00:00"));
+        assert_eq!(text("2026-11-22T13:00:00+02:00").as_deref(), Ok("2026-11-22T11:00:00+00:00"));
+        for wrong in ["", "yesterday", "2026-13-01", "2026-11-22 13:00"] {
+            assert!(time(wrong).unwrap_err().contains("2026-11-22T13:00:00Z"), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The drift tables as one snapshot has them: which tables hold their rows, and reading these, whole or by time.
+
+mod copy;
+mod partition;
+mod point;
+mod sums;
+mod time;
+
+pub(crate) use copy::{Source, insert};
+pub(crate) use partition::{Fate, Partition, leaves};
+pub(crate) use point::{Point, TemporarySlot};
+pub(crate) use sums::PartitionSums;
+pub(crate) use time::{Slice, TimeColumn};

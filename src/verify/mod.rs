@@ -1,0 +1,549 @@
+//! `highwater verify`: what the archive holds, compared with Postgres at one point of both.
+//!
+//! ```text
+//! point (S, L)        a temporary slot's snapshot S sees what was committed before L
+//! checkpoint          the sidecar is asked for one, and its watermarks are waited for: the archive is past L
+//! archive at P        one version of each Delta log, with its files and its position P >= L
+//! tail                the temporary slot streams what was committed from L on, up to P
+//! Postgres = S + tail, by SQL and by the decoder; archive = the files of that version, by DataFusion
+//! ```
+//!
+//! Both are added up by hour of `created_at`: rows, and the sum of their digests (see `archive::digest`). Where they are equal,
+//! nothing more is read. Where not, and where rows of the hour are in the quarantine, the hour is compared row by row, which
+//! also tells the missing rows that a repair adds.
+
+mod rows;
+mod tail;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::archive::{self, HourSums, RowSum, Snapshot, Storage, TableFile};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::postgres::Session;
+use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
+use crate::slot;
+use crate::source::{self, Fate, Partition, PartitionSums, Point, Source};
+use crate::watermark::{self, State, Verified, Watermark};
+use rows::{Comparison, Repair};
+use tail::Tail;
+
+/// How often the watermarks are looked at while the archive is to pass the point.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How long nobody may hold the slot before that is an error: a sidecar that begins anew holds none.
+const HOLDER_WAIT: Duration = Duration::from_secs(15);
+
+/// Added to twice the staleness bound: how long the archive may take to pass the point.
+const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
+
+/// What is compared, and what becomes of a difference.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Tables, as `schema.table` or `table`; none means all that are archived.
+    pub tables: Vec<String>,
+    /// First microsecond since the epoch of `created_at`; rounded down to an hour.
+    pub from: Option<i64>,
+    /// First microsecond after the last; rounded up to an hour.
+    pub to: Option<i64>,
+    /// Add what the archive lacks.
+    pub repair: bool,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Report {
+    /// Whether nothing was missing and nothing too much, and every table was compared. Rows that a repair has added were missing.
+    pub equal: bool,
+    /// The tables, by name.
+    pub tables: Vec<TableReport>,
+}
+
+/// What was found in one table.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct TableReport {
+    /// The drift table with its schema.
+    pub source_table: String,
+    /// The kind of its rows.
+    pub kind: String,
+    /// Why it was not compared.
+    pub not_compared: Option<String>,
+    /// Position up to which both sides were compared.
+    pub lsn: Option<String>,
+    /// Rows in Postgres.
+    pub postgres_rows: u64,
+    /// Rows in the archive, of the same hours.
+    pub archive_rows: u64,
+    /// Hours in which Postgres or the archive has rows.
+    pub hours: u64,
+    /// Hours that differ, oldest first.
+    pub differences: Vec<Difference>,
+    /// The partitions (or the table itself).
+    pub partitions: Vec<PartitionReport>,
+}
+
+/// An hour of `created_at` in which the archive does not hold what Postgres does.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Difference {
+    /// Its start, RFC 3339; `None` for the rows without a time that the archive can hold, which belong into the quarantine.
+    pub hour: Option<String>,
+    /// Rows in Postgres.
+    pub postgres_rows: u64,
+    /// Rows in the archive, without the quarantine.
+    pub archive_rows: u64,
+    /// Rows that Postgres has, and neither the archive nor its quarantine.
+    pub missing: u64,
+    /// Rows that the archive has, and Postgres does not; not counting hours that Postgres may have forgotten.
+    pub surplus: u64,
+    /// How many of the missing rows were added.
+    pub added: u64,
+}
+
+/// What was found in one partition.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PartitionReport {
+    /// Its name with its schema.
+    pub partition: String,
+    /// Its rows in Postgres.
+    pub row_count: u64,
+    /// The sum of their digests, 16 hexadecimal digits.
+    pub checksum: String,
+    /// Whether every hour of it is equal, and it was compared as a whole; then it is in `highwater.verified_partition`.
+    pub verified: bool,
+}
+
+/// How far a verification is, for whoever shows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// The table.
+    pub table: String,
+    /// What is being done, and to what.
+    pub step: String,
+    /// Rows that are done, and all of the table; the server's estimate.
+    pub rows: (u64, u64),
+}
+
+/// Compares the archive with Postgres; see the module's documentation. `tell` is called as it goes on.
+///
+/// # Errors
+///
+/// Nobody archives, the archive does not pass the point in time, or one of both sides can't be read. What a repair has added by
+/// then stays.
+pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress) + Sync)) -> Result<Report> {
+    let mut sql = Session::new(config.source.clone());
+    let storage = Storage::open(&config.storage)?;
+    let (point, mut slot) = Point::take(config).await?;
+    let identity = slot::identify(&mut slot.connection).await?;
+    let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
+    let chosen = choose(config, options, &identity.system_identifier, sql.run(watermark::read).await?)?;
+    let mut repair = Repair::default();
+    if options.repair {
+        // Before the archive is read: whoever repairs it then is noticed.
+        repair = Repair::claim(&storage, &chosen, &app_id).await?;
+    }
+    sql.run(slot::ask_for_checkpoint).await?;
+    let flushed = wait_until_archived(config, &mut sql, &chosen, point.lsn).await?;
+    let mut archives = Vec::new();
+    for (row, flushed) in chosen.iter().zip(flushed) {
+        let Some(kind) = Kind::DRIFT.into_iter().find(|kind| kind.name() == row.kind) else { continue };
+        let snapshot = Snapshot::read(&storage, kind, &app_id).await?;
+        // The watermark was read first and never runs ahead, so everything before either is in these files.
+        let lsn = snapshot.lsn.unwrap_or_default().max(flushed);
+        archives.push((row, kind, snapshot, lsn));
+    }
+    let mut upto = [Lsn::ZERO; Kind::ALL.len()];
+    for (_, kind, _, lsn) in &archives {
+        if let Some(place) = upto.get_mut(kind.index()) {
+            *place = *lsn;
+        }
+    }
+    let mut tail = Tail::read(config, slot, point.lsn, upto).await?;
+    let now = sql.run(watermark::read).await?;
+    let mut report = Report { equal: true, tables: Vec::new() };
+    for (row, kind, snapshot, lsn) in &archives {
+        let mut table = TableReport::new(row);
+        table.lsn = Some(lsn.to_string());
+        let still = now.iter().find(|now| now.source_table == row.source_table);
+        let is_steady = still.is_some_and(|now| now.state == State::Streaming && now.gap_count == row.gap_count);
+        if row.state == State::Streaming && is_steady {
+            let work = Table {
+                config,
+                storage: &storage,
+                point: &point,
+                row,
+                kind: *kind,
+                files: &snapshot.files,
+                range: (options.from.map_or(i64::MIN, floor_hour), options.to.map_or(i64::MAX, ceil_hour)),
+                tell,
+            };
+            work.compare(&mut table, &mut tail, &mut repair, &mut sql).await?;
+        } else {
+            let state = still.map_or(row.state, |now| now.state);
+            table.not_compared = Some(match state {
+                State::Streaming => "a gap was found and mended meanwhile; verify again".to_owned(),
+                state => format!(
+                    "its state is {}: the sidecar has rows to add first (`highwater --watermarks`, `highwater check`)",
+                    state.name()
+                ),
+            });
+        }
+        report.equal &= table.not_compared.is_none() && table.differences.is_empty();
+        report.tables.push(table);
+    }
+    Ok(report)
+}
+
+/// The tables that are asked for.
+fn choose(
+    config: &Config,
+    options: &Options,
+    system: &str,
+    watermarks: Vec<Watermark>,
+) -> Result<Vec<Watermark>> {
+    let rows = watermark::choose(watermarks, &config.slot, &options.tables)?;
+    match rows.iter().find(|row| row.system_identifier != system) {
+        None => Ok(rows),
+        Some(other) => Err(Error::Slot {
+            slot: config.slot.clone(),
+            detail: format!(
+                "this server is system {system}, but {} is archived from system {}",
+                other.source_table, other.system_identifier
+            ),
+            transient: false,
+        }),
+    }
+}
+
+/// Waits until the watermarks of these tables have passed `lsn`, and returns them.
+async fn wait_until_archived(
+    config: &Config,
+    sql: &mut Session,
+    chosen: &[Watermark],
+    lsn: Lsn,
+) -> Result<Vec<Lsn>> {
+    let begun = Instant::now();
+    let mut held = Instant::now();
+    loop {
+        let rows = sql.run(watermark::read).await?;
+        let of = |row: &Watermark| rows.iter().find(|now| now.source_table == row.source_table);
+        let flushed: Vec<Lsn> =
+            chosen.iter().map(|row| of(row).map_or(Lsn::ZERO, |now| now.flushed_lsn)).collect();
+        // The others are not compared.
+        let streaming = chosen.iter().zip(&flushed).filter(|(row, _)| row.state == State::Streaming);
+        if streaming.into_iter().all(|(_, flushed)| *flushed >= lsn) {
+            return Ok(flushed);
+        }
+        let holder = slot::find(sql, &config.slot).await?.and_then(|slot| slot.active_pid);
+        let waited = |detail: &str| Error::Slot {
+            slot: config.slot.clone(),
+            detail: format!(
+                "the archive has not reached {lsn}, where Postgres was when this began: {detail}"
+            ),
+            transient: true,
+        };
+        if holder.is_some() {
+            held = Instant::now();
+        } else if held.elapsed() > HOLDER_WAIT {
+            return Err(waited("nobody archives; start `highwater run`, which has to go on while this compares"));
+        }
+        if begun.elapsed() > config.max_lag * 2 + CHECKPOINT_WAIT {
+            let busy = rows.iter().find(|row| row.state != State::Streaming);
+            let detail = busy.map_or("the sidecar is behind; see its log".to_owned(), |row| {
+                format!("the sidecar adds the rows of {} first (state {})", row.source_table, row.state.name())
+            });
+            return Err(waited(&detail));
+        }
+        sleep(LOOK_INTERVAL).await;
+    }
+}
+
+const fn floor_hour(micros: i64) -> i64 {
+    micros - micros.rem_euclid(MICROS_PER_HOUR)
+}
+
+const fn ceil_hour(micros: i64) -> i64 {
+    floor_hour(micros.saturating_add(MICROS_PER_HOUR - 1))
+}
+
+fn hour_text(hour: i64) -> String {
+    let time = chrono::DateTime::from_timestamp_micros(hour.saturating_mul(MICROS_PER_HOUR));
+    time.unwrap_or_default().to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
+}
+
+impl TableReport {
+    fn new(row: &Watermark) -> Self {
+        Self {
+            source_table: row.source_table.clone(),
+            kind: row.kind.clone(),
+            not_compared: None,
+            lsn: None,
+            postgres_rows: 0,
+            archive_rows: 0,
+            hours: 0,
+            differences: Vec::new(),
+            partitions: Vec::new(),
+        }
+    }
+}
+
+/// One table that is compared.
+struct Table<'a> {
+    config: &'a Config,
+    storage: &'a Storage,
+    point: &'a Point,
+    row: &'a Watermark,
+    kind: Kind,
+    files: &'a [TableFile],
+    /// Times that are compared, whole hours.
+    range: (i64, i64),
+    tell: &'a (dyn Fn(Progress) + Sync),
+}
+
+impl Table<'_> {
+    async fn compare(
+        &self,
+        report: &mut TableReport,
+        tail: &mut Tail,
+        repair: &mut Repair,
+        sql: &mut Session,
+    ) -> Result<()> {
+        let Some(source) = Source::find(&self.point.client, self.row).await? else {
+            report.not_compared = Some("the table is gone".to_owned());
+            return Ok(());
+        };
+        let leaves = source::leaves(&self.point.client, &self.row.source_table, source.oid).await?;
+        let Some(sums) = self.partition_sums(&source, &leaves, report).await? else { return Ok(()) };
+        let postgres = self.postgres_sums(&sums, tail);
+        let archive = self.archive_sums(&leaves, &postgres).await?;
+
+        // Whatever is not plainly equal is looked at row by row.
+        let unfit: BTreeSet<i64> = sums.iter().flat_map(|sums| sums.unfit_hours.iter().copied()).collect();
+        let hours: BTreeSet<i64> = postgres.keys().chain(archive.keys()).chain(&unfit).copied().collect();
+        let suspect: Vec<i64> = hours
+            .iter()
+            .copied()
+            .filter(|hour| postgres.get(hour) != archive.get(hour) || unfit.contains(hour))
+            .collect();
+        let timeless: u64 = sums.iter().map(|sums| sums.timeless).sum();
+        report.hours = hours.len() as u64;
+        report.postgres_rows = sums.iter().map(|sums| sums.rows).sum::<u64>() + tail.rows(self.kind, self.range);
+        report.archive_rows = archive.values().map(|sum| sum.rows).sum();
+        let mut different = BTreeSet::new();
+        let mut timeless_differ = false;
+        if !suspect.is_empty() || timeless > 0 {
+            let mut comparison = Comparison::new(self, &source, &leaves, repair).await?;
+            for (index, hour) in suspect.iter().enumerate() {
+                self.told(
+                    &format!("comparing the rows of {}", hour_text(*hour)),
+                    (index as u64, suspect.len() as u64),
+                );
+                let expected = [postgres.get(hour), archive.get(hour)].into_iter().flatten().map(|sum| sum.rows);
+                let mut found = comparison.hour(*hour, expected.sum(), tail).await?;
+                if !self.is_held(&leaves, *hour) {
+                    found.surplus = 0;
+                }
+                if found.missing + found.surplus > 0 {
+                    different.insert(*hour);
+                    let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
+                    report.differences.push(Difference {
+                        hour: Some(hour_text(*hour)),
+                        postgres_rows: rows(&postgres),
+                        archive_rows: rows(&archive),
+                        missing: found.missing,
+                        surplus: found.surplus,
+                        added: 0,
+                    });
+                    comparison.remember(report.differences.len() - 1, found.repairable);
+                }
+            }
+            if timeless > 0 {
+                let found = comparison.timeless().await?;
+                if found.missing > 0 {
+                    timeless_differ = true;
+                    report.differences.push(Difference {
+                        hour: None,
+                        postgres_rows: timeless,
+                        archive_rows: 0,
+                        missing: found.missing,
+                        surplus: 0,
+                        added: 0,
+                    });
+                    comparison.remember(report.differences.len() - 1, found.repairable);
+                }
+            }
+            for (index, added) in comparison.finish(repair, sql).await? {
+                if let Some(difference) = report.differences.get_mut(index) {
+                    difference.added = added;
+                }
+            }
+        }
+        self.record(&leaves, &sums, &different, timeless_differ, report, sql).await
+    }
+
+    /// What Postgres holds, partition by partition; `None` if one of them has changed meanwhile.
+    async fn partition_sums(
+        &self,
+        source: &Source,
+        leaves: &[Partition],
+        report: &mut TableReport,
+    ) -> Result<Option<Vec<PartitionSums>>> {
+        let whole = self.range == (i64::MIN, i64::MAX);
+        let expected = leaves.iter().map(|leaf| leaf.rows_expected).sum::<f64>();
+        let mut done = 0.0;
+        let mut all = Vec::new();
+        for leaf in leaves {
+            self.told(&format!("adding up {}", leaf.name), (count(done), count(expected)));
+            done += leaf.rows_expected;
+            if !whole && leaf.bounds.is_some_and(|bounds| bounds.1 <= self.range.0 || bounds.0 >= self.range.1) {
+                all.push(PartitionSums::default());
+                continue;
+            }
+            self.point.savepoint().await?;
+            let client = &self.point.client;
+            let sums = source.sums(client, leaf, self.kind, (!whole).then_some(self.range)).await;
+            let fate = match &sums {
+                Ok(_) => leaf.fate(client).await?,
+                Err(_) => Fate::Unchanged,
+            };
+            self.point.rollback_to_savepoint().await?;
+            if fate != Fate::Unchanged || sums.as_ref().is_err_and(is_gone) {
+                let what = format!("{} was dropped, renamed or rewritten meanwhile; verify again", leaf.name);
+                report.not_compared = Some(what);
+                return Ok(None);
+            }
+            all.push(sums?);
+        }
+        self.told("adding up the archive", (count(done), count(expected)));
+        Ok(Some(all))
+    }
+
+    /// All of Postgres at the archive's position: the snapshot, and what was committed after it.
+    fn postgres_sums(&self, sums: &[PartitionSums], tail: &Tail) -> HourSums {
+        let mut all = HourSums::new();
+        let hours = sums.iter().flat_map(|sums| &sums.fit).map(|(hour, sum)| (*hour, *sum));
+        for (hour, sum) in hours.chain(tail.sums(self.kind, self.range)) {
+            *all.entry(hour).or_default() += sum;
+        }
+        all
+    }
+
+    /// What the archive holds of the hours that Postgres has rows of, or a partition for.
+    async fn archive_sums(&self, leaves: &[Partition], postgres: &HourSums) -> Result<HourSums> {
+        let (from, to) = self.range;
+        let hours = postgres.keys().map(|hour| (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR));
+        let bounds = leaves.iter().filter_map(|leaf| leaf.bounds);
+        let bounds = bounds.map(|(low, high)| (floor_hour(low).max(from), ceil_hour(high).min(to)));
+        let ranges = merged(hours.chain(bounds).filter(|(low, high)| low < high).collect());
+        let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return Ok(HourSums::new()) };
+        let files: Vec<&TableFile> = self
+            .files
+            .iter()
+            .filter(|file| ranges.iter().any(|(low, high)| file.may_hold(*low, *high)))
+            .collect();
+        let mut sums = archive::hour_sums(self.storage, self.kind, &files, first.0, last.1).await?;
+        let is_wanted = |hour: i64| {
+            let time = hour * MICROS_PER_HOUR;
+            let after = ranges.partition_point(|(low, _)| *low <= time);
+            after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, high)| time < *high)
+        };
+        sums.retain(|hour, _| is_wanted(*hour));
+        Ok(sums)
+    }
+
+    /// Whether Postgres still has every row of an hour: it has a partition for it, or, where there are none by time, retention
+    /// has not reached it.
+    fn is_held(&self, leaves: &[Partition], hour: i64) -> bool {
+        let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
+        let has_partition = leaves
+            .iter()
+            .filter_map(|leaf| leaf.bounds)
+            .any(|(low, high)| low < end && start < high);
+        let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
+        has_partition || start >= chrono::Utc::now().timestamp_micros() - retention
+    }
+
+    /// Records which partitions are verified, and takes back what an earlier verification said of others.
+    async fn record(
+        &self,
+        leaves: &[Partition],
+        sums: &[PartitionSums],
+        different: &BTreeSet<i64>,
+        timeless_differ: bool,
+        report: &mut TableReport,
+        sql: &mut Session,
+    ) -> Result<()> {
+        for (leaf, sums) in leaves.iter().zip(sums) {
+            let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
+            let is_whole = self.range == (i64::MIN, i64::MAX)
+                || (leaf.bounds.is_some() && self.range.0 <= low && high <= self.range.1);
+            let hours = different.iter().filter(|hour| {
+                let start = **hour * MICROS_PER_HOUR;
+                sums.fit.contains_key(hour)
+                    || sums.unfit_hours.contains(hour)
+                    || (leaf.bounds.is_some() && low < start + MICROS_PER_HOUR && start < high)
+            });
+            let differs = hours.count() > 0 || (timeless_differ && sums.timeless > 0);
+            let mut total = RowSum::default();
+            sums.fit.values().for_each(|sum| total += *sum);
+            let checksum = format!("{:016x}", total.sum);
+            let verified = Verified {
+                source_table: &self.row.source_table,
+                partition_oid: leaf.oid,
+                partition_name: &leaf.name,
+                row_count: sums.rows,
+                checksum: &checksum,
+                horizon: self.point.xmin,
+                gap_count: self.row.gap_count,
+            };
+            let is_verified = is_whole && !differs;
+            let mut is_recorded = false;
+            if is_verified {
+                is_recorded = sql.run(async |client| watermark::record_verified(client, &verified).await).await?;
+            } else if differs {
+                sql.run(async |client| watermark::forget_verified(client, &verified).await).await?;
+            }
+            if is_whole || sums.rows > 0 || differs {
+                report.partitions.push(PartitionReport {
+                    partition: leaf.name.clone(),
+                    row_count: sums.rows,
+                    checksum,
+                    verified: is_recorded,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn told(&self, step: &str, rows: (u64, u64)) {
+        (self.tell)(Progress { table: self.row.source_table.clone(), step: step.to_owned(), rows });
+    }
+}
+
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::Server { code, .. } if code == "42P01")
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate, for people")]
+fn count(rows: f64) -> u64 {
+    rows.max(0.0) as u64
+}
+
+/// Ranges in order, with those that touch made one.
+fn merged(mut ranges: Vec<(i64, i64)>) -> Vec<(i64, i64)> {
+    ranges.sort_unstable();
+    let mut merged: Vec<(i64, i64)> = Vec::new();
+    for (low, high) in ranges {
+        match merged.last_mut() {
+            Some(last) if low <= last.1 => last.1 = last.1.max(high),
+            _ => merged.push((low, high)),
+        }
+    }
+    merged
+}
+
+
+

@@ -1,0 +1,254 @@
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Table;
+use super::tail::Tail;
+use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Snapshot, Storage, TableFile};
+use crate::batch::Batches;
+use crate::commit::{self, StorageRetry};
+use crate::decode::Decoder;
+use crate::error::{Error, Result};
+use crate::lookup::Lookup;
+use crate::lsn::Lsn;
+use crate::postgres::Session;
+use crate::record::{Kind, MICROS_PER_HOUR};
+use crate::recover;
+use crate::source::{self, Partition, Slice, Source};
+use crate::watermark::{self, Watermark};
+
+/// Memory that one digest takes in a comparison, with its share of an unfilled table.
+const DIGEST_BYTES: u64 = 64;
+
+/// The tables of the archive as a repair may write them.
+///
+/// It does so under an application id of its own, so that it doesn't take the tables from the sidecar, and by entries that are
+/// void if another repair, or a copy of the sidecar's, has added rows since the claim: these may be the same rows.
+#[derive(Debug, Default)]
+pub(super) struct Repair {
+    tables: Vec<archive::Table>,
+    namer: Option<Arc<Namer>>,
+}
+
+impl Repair {
+    /// Claims the tables of these watermarks, and the quarantine.
+    pub(super) async fn claim(storage: &Storage, rows: &[Watermark], app_id: &str) -> Result<Self> {
+        let session = format!("{:032x}", rand::random::<u128>());
+        let mut tables = Vec::new();
+        for kind in Kind::ALL {
+            if kind == Kind::Quarantine || rows.iter().any(|row| row.kind == kind.name()) {
+                tables.push(archive::Table::claim_for_repair(storage, kind, app_id, &session).await?);
+            }
+        }
+        Ok(Self { tables, namer: Some(Arc::new(Namer::new())) })
+    }
+
+    /// Adds files to a kind's table.
+    async fn commit(&mut self, kind: Kind, files: &[DataFile], lsn: Lsn) -> Result<()> {
+        let Some(table) = self.tables.iter_mut().find(|table| table.kind() == kind) else { return Ok(()) };
+        let row_count = files.iter().map(|file| file.stats.row_count).sum();
+        let note = CommitNote { last_lsn: lsn, row_count, ..CommitNote::default() };
+        let what = format!("adding {row_count} rows to {}", kind.name());
+        let mut retry = StorageRetry::new(&what);
+        while let Err(error) = table.commit_copy(files, &[], &note).await {
+            retry.wait(error).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What a comparison row by row has found.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Rows that the archive lacks.
+    pub(super) missing: u64,
+    /// Rows that it has too much.
+    pub(super) surplus: u64,
+    /// Files of missing rows, uploaded and not yet named in a log; only in a repair.
+    pub(super) repairable: Vec<(Kind, DataFile)>,
+}
+
+/// Compares hours of a table row by row.
+pub(super) struct Comparison<'a> {
+    table: &'a Table<'a>,
+    source: &'a Source,
+    leaves: &'a [Partition],
+    decoder: Decoder,
+    entities: Lookup,
+    namer: Option<Arc<Namer>>,
+    /// Files to be added, with the difference that they mend.
+    files: Vec<(usize, Kind, DataFile)>,
+}
+
+impl<'a> Comparison<'a> {
+    pub(super) async fn new(
+        table: &'a Table<'a>,
+        source: &'a Source,
+        leaves: &'a [Partition],
+        repair: &Repair,
+    ) -> Result<Self> {
+        let config = table.config;
+        let mut decoder = Decoder::new(&config.schema);
+        drop(decoder.relation(&source.relation(table.kind)));
+        decoder.adopt(source.oid, table.kind, &source.name);
+        let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
+        let settled = recover::quarantined(table.storage, &quarantine.files, &source.name).await?;
+        decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
+        Ok(Self {
+            table,
+            source,
+            leaves,
+            decoder,
+            entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
+            namer: repair.namer.clone(),
+            files: Vec::new(),
+        })
+    }
+
+    /// Compares an hour, of which both sides together have about `rows` rows.
+    pub(super) async fn hour(&mut self, hour: i64, rows: u64, tail: &Tail) -> Result<Found> {
+        let memory = self.table.config.memory_bytes as u64;
+        // The digests of the archive's rows are held, those of Postgres's are not.
+        let parts = i64::try_from(rows * DIGEST_BYTES / (memory / 3).max(1)).unwrap_or(i64::MAX);
+        let parts = parts.clamp(1, MICROS_PER_HOUR / 1_000_000);
+        let (start, width) = (hour * MICROS_PER_HOUR, MICROS_PER_HOUR / parts + 1);
+        let mut found = Found::default();
+        for part in 0..parts {
+            let low = start + part * width;
+            let range = (low, (low + width).min(start + MICROS_PER_HOUR));
+            if range.0 >= range.1 {
+                break;
+            }
+            self.part(range, tail, &mut found).await?;
+        }
+        Ok(found)
+    }
+
+    async fn part(&mut self, range: (i64, i64), tail: &Tail, found: &mut Found) -> Result<()> {
+        let table = self.table;
+        let files = table.files.iter().filter(|file| file.may_hold(range.0, range.1));
+        let paths: Vec<String> = files.map(|file: &TableFile| file.path.clone()).collect();
+        let mut present = Multiset::default();
+        present.read(table.storage, table.kind, &paths, &[range]).await?;
+        // What was committed after the snapshot can't be read from it; a later repair finds it.
+        found.missing += tail.missing(table.kind, range, &mut present);
+        let present = Arc::new(Mutex::new(present));
+        let slice = self.source.time.slice(vec![range]);
+        for leaf in self.leaves {
+            let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
+            if low < range.1 && range.0 < high {
+                self.read(leaf, &slice, Some(&present), found).await?;
+            }
+        }
+        found.surplus += present.lock().unwrap_or_else(PoisonError::into_inner).row_count();
+        Ok(())
+    }
+
+    /// The rows without a usable time: each must be in the quarantine.
+    pub(super) async fn timeless(&mut self) -> Result<Found> {
+        let slice = self.source.time.unfit();
+        let mut found = Found::default();
+        for leaf in self.leaves {
+            self.read(leaf, &slice, None, &mut found).await?;
+        }
+        Ok(found)
+    }
+
+    async fn read(
+        &mut self,
+        leaf: &Partition,
+        slice: &Slice,
+        present: Option<&Arc<Mutex<Multiset>>>,
+        found: &mut Found,
+    ) -> Result<()> {
+        let point = self.table.point;
+        point.savepoint().await?;
+        let mut rows = self.source.read(&point.client, leaf, slice).await?;
+        let mut batches = self.new_batches();
+        while let Some(row) = rows.next().await? {
+            source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
+            if batches.byte_count() >= self.table.config.batch_bytes_max() {
+                let full = std::mem::replace(&mut batches, self.new_batches());
+                self.take(full, present, found).await?;
+            }
+        }
+        drop(rows);
+        self.take(batches, present, found).await?;
+        point.rollback_to_savepoint().await
+    }
+
+    fn new_batches(&self) -> Batches {
+        Batches::new(self.table.config.window, chrono::Utc::now().timestamp_micros())
+    }
+
+    /// Counts the rows that the archive lacks, and uploads them in a repair.
+    async fn take(
+        &mut self,
+        batches: Batches,
+        present: Option<&Arc<Mutex<Multiset>>>,
+        found: &mut Found,
+    ) -> Result<()> {
+        if let Some(namer) = &self.namer {
+            // Named with the point's position, which the watermark has passed: it is not a file that a watermark lacks.
+            let lsn = self.table.point.lsn;
+            let present = present.cloned();
+            let files =
+                commit::write_files(self.table.storage, namer, Box::new(batches), lsn, present).await?;
+            found.missing += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
+            found.repairable.extend(files);
+            return Ok(());
+        }
+        for rows in batches.files() {
+            let kind = rows.kind();
+            match present.filter(|_| kind != Kind::Quarantine) {
+                Some(present) => {
+                    for batch in rows.record_batches() {
+                        let batch = batch.map_err(|error| Error::Encode {
+                            context: format!("building the columns of {}", kind.name()),
+                            source: Box::new(error),
+                        })?;
+                        let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
+                        found.missing += present.missing(kind, &batch)?.num_rows() as u64;
+                    }
+                }
+                None => found.missing += rows.row_count(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes note of files that mend a difference.
+    pub(super) fn remember(&mut self, difference: usize, files: Vec<(Kind, DataFile)>) {
+        self.files.extend(files.into_iter().map(|(kind, file)| (difference, kind, file)));
+    }
+
+    /// Adds what is to be added; returns how many rows of each difference.
+    pub(super) async fn finish(
+        self,
+        repair: &mut Repair,
+        sql: &mut Session,
+    ) -> Result<BTreeMap<usize, u64>> {
+        let (kind, lsn) = (self.table.kind, self.table.point.lsn);
+        let mut added = BTreeMap::new();
+        for (difference, _, file) in &self.files {
+            *added.entry(*difference).or_default() += file.stats.row_count;
+        }
+        let of = |wanted: Kind| -> Vec<DataFile> {
+            let files = self.files.iter().filter(|(_, kind, _)| *kind == wanted);
+            files.map(|(_, _, file)| file.clone()).collect()
+        };
+        let (quarantined, own) = (of(Kind::Quarantine), of(kind));
+        // The quarantine first: what it holds is recognised when the rest is repeated.
+        if !quarantined.is_empty() {
+            repair.commit(Kind::Quarantine, &quarantined, lsn).await?;
+        }
+        if !own.is_empty() {
+            repair.commit(kind, &own, lsn).await?;
+            let paths: Vec<String> = own.iter().map(|file| file.path.clone()).collect();
+            let name = &self.table.row.source_table;
+            let spans = recover::spans(self.table.storage, kind, name, &paths).await?;
+            // Should we fail before this, the next session of the sidecar counts anew.
+            sql.run(async |client| watermark::add_entities(client, &spans).await).await?;
+        }
+        Ok(added)
+    }
+}

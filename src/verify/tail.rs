@@ -1,0 +1,177 @@
+use tokio::sync::{mpsc, watch};
+
+use crate::archive::{self, HourSums, Multiset};
+use crate::batch::Batches;
+use crate::config::Config;
+use crate::decode::{Decoder, Inserted};
+use crate::error::{Error, Result};
+use crate::lookup::Lookup;
+use crate::lsn::Lsn;
+use crate::pgoutput::{Begin, Insert, Message};
+use crate::postgres::{Chunk, Frame, Session};
+use crate::record::Kind;
+use crate::source::TemporarySlot;
+use crate::watermark;
+
+/// Chunks between the receiver and the decoder.
+const CHUNKS_MAX: usize = 8;
+
+/// Memory that the digest of one row takes, with its time.
+const ROW_BYTES: usize = 32;
+
+/// What was committed between the snapshot and the archive's position: times and digests of rows, by [`Kind::index`].
+pub(super) struct Tail {
+    rows: [Vec<(i64, u128)>; Kind::ALL.len()],
+}
+
+impl Tail {
+    /// Streams from the slot, which stands at `from`, up to each kind's position.
+    pub(super) async fn read(
+        config: &Config,
+        slot: TemporarySlot,
+        from: Lsn,
+        upto: [Lsn; Kind::ALL.len()],
+    ) -> Result<Self> {
+        let mut reader = Reader {
+            config,
+            decoder: Decoder::new(&config.schema),
+            lookup: Lookup::new(Session::new(config.source.clone()), &config.schema),
+            batches: Batches::new(config.window, chrono::Utc::now().timestamp_micros()),
+            upto,
+            last: upto.into_iter().max().unwrap_or_default(),
+            tail: Self { rows: Default::default() },
+        };
+        if reader.last <= from {
+            return Ok(reader.tail);
+        }
+        let stream = slot.connection.start(&slot.name, &config.publication).await?;
+        let (sender, mut chunks) = mpsc::channel(CHUNKS_MAX);
+        // Nothing is ever acknowledged: the slot goes with its connection.
+        let (_durable, durable) = watch::channel(Lsn::ZERO);
+        let mut receiver = stream.spawn(sender, durable);
+        while let Some(chunk) = chunks.recv().await {
+            if reader.take(&chunk).await? {
+                reader.add_up()?;
+                return Ok(reader.tail);
+            }
+        }
+        receiver.ended().await?;
+        Err(Error::Internal("the stream from the snapshot's point ended early".to_owned()))
+    }
+
+    /// The rows of a kind whose time lies in a range, added up.
+    pub(super) fn sums(&self, kind: Kind, range: (i64, i64)) -> HourSums {
+        archive::sums_of(self.of(kind).iter().filter(|row| range.0 <= row.0 && row.0 < range.1).copied())
+    }
+
+    /// How many they are.
+    pub(super) fn rows(&self, kind: Kind, range: (i64, i64)) -> u64 {
+        self.sums(kind, range).values().map(|sum| sum.rows).sum()
+    }
+
+    /// Takes the rows of a time out of what the archive holds; returns how many it lacks.
+    pub(super) fn missing(&self, kind: Kind, range: (i64, i64), present: &mut Multiset) -> u64 {
+        let rows = self.of(kind).iter().filter(|row| range.0 <= row.0 && row.0 < range.1);
+        rows.filter(|(_, digest)| !present.take(*digest)).count() as u64
+    }
+
+    fn of(&self, kind: Kind) -> &[(i64, u128)] {
+        self.rows.get(kind.index()).map_or(&[], Vec::as_slice)
+    }
+}
+
+struct Reader<'a> {
+    config: &'a Config,
+    decoder: Decoder,
+    lookup: Lookup,
+    batches: Batches,
+    upto: [Lsn; Kind::ALL.len()],
+    /// The farthest of them.
+    last: Lsn,
+    tail: Tail,
+}
+
+impl Reader<'_> {
+    /// Whether all that is wanted has been read.
+    async fn take(&mut self, chunk: &Chunk) -> Result<bool> {
+        for frame in chunk.frames() {
+            match frame? {
+                Frame::XLogData { message, .. } => match Message::parse(message).map_err(malformed)? {
+                    Message::Begin(begin) if begin.final_lsn >= self.last => return Ok(true),
+                    Message::Begin(begin) => self.begin(begin),
+                    Message::Insert(insert) => self.insert(&insert).await?,
+                    Message::Relation(relation) => drop(self.decoder.relation(&relation)),
+                    Message::Commit(commit) if commit.end_lsn >= self.last => return Ok(true),
+                    Message::Commit(_) if self.batches.byte_count() >= self.config.batch_bytes_max() => {
+                        self.add_up()?;
+                    }
+                    Message::Commit(_) | Message::Logical(_) | Message::Other(_) => {}
+                },
+                // Everything before this position has been sent.
+                Frame::Keepalive { wal_end, .. } if wal_end >= self.last => return Ok(true),
+                Frame::Keepalive { .. } => {}
+            }
+        }
+        Ok(false)
+    }
+
+    /// The archive has the transactions whose commit record begins before its position; so those are wanted.
+    fn begin(&mut self, begin: Begin) {
+        let skip_before = self.upto.map(|upto| if begin.final_lsn < upto { Lsn::ZERO } else { Lsn(u64::MAX) });
+        self.decoder.begin(begin, skip_before);
+    }
+
+    async fn insert(&mut self, insert: &Insert<'_>) -> Result<()> {
+        loop {
+            match self.decoder.insert(insert, &mut self.batches).map_err(malformed)? {
+                Inserted::Done | Inserted::Quarantined => return Ok(()),
+                Inserted::UnknownEntity(id) => {
+                    let entity = self.lookup.entity(id).await?;
+                    self.decoder.resolve(id, entity);
+                }
+                Inserted::NotArchived => {
+                    let relation = insert.relation;
+                    let root = async |client: &_| watermark::archived_root(client, relation).await;
+                    let Some((name, kind)) = self.lookup.sql().run(root).await? else { return Ok(()) };
+                    let Some(kind) = Kind::DRIFT.into_iter().find(|known| known.name() == kind) else {
+                        return Ok(());
+                    };
+                    self.decoder.adopt(relation, kind, &name);
+                }
+            }
+        }
+    }
+
+    /// Keeps the digests of the rows so far.
+    fn add_up(&mut self) -> Result<()> {
+        let empty = Batches::new(self.config.window, chrono::Utc::now().timestamp_micros());
+        let batches = std::mem::replace(&mut self.batches, empty);
+        for rows in batches.files().iter().filter(|rows| rows.kind() != Kind::Quarantine) {
+            let kind = rows.kind();
+            let Some(place) = self.tail.rows.get_mut(kind.index()) else { continue };
+            for batch in rows.record_batches() {
+                let batch = batch.map_err(|error| Error::Encode {
+                    context: format!("building the columns of {}", kind.name()),
+                    source: Box::new(error),
+                })?;
+                archive::each_digest(kind, &batch, |time, digest| place.push((time, digest)))?;
+            }
+        }
+        let rows: usize = self.tail.rows.iter().map(Vec::len).sum();
+        if rows.saturating_mul(ROW_BYTES) <= self.config.memory_bytes / 3 {
+            return Ok(());
+        }
+        Err(Error::Setting {
+            setting: "HIGHWATER_MEMORY".to_owned(),
+            value: self.config.memory_bytes.to_string(),
+            accepted: format!(
+                "more, or verify at a quieter time: {rows} rows were written before the archive had passed the point that it \
+                 is compared at"
+            ),
+        })
+    }
+}
+
+fn malformed(error: impl std::fmt::Display) -> Error {
+    Error::Protocol { context: "decoding the replication stream".to_owned(), detail: error.to_string() }
+}

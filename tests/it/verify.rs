@@ -1,0 +1,188 @@
+//! `highwater verify` says whether the archive holds what Postgres does, and adds what it lacks.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio_postgres::Client;
+
+use crate::support::archive::{archived_rows, damage};
+use crate::support::load::{Load, create_entities};
+use crate::support::schema::{Shape, entity_id};
+use crate::support::sidecar::Launch;
+use crate::support::stage::Stage;
+use crate::support::wait::until;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The report, and the exit code.
+fn verify(launch: &Launch, flags: &[&str]) -> (Value, i32) {
+    let arguments: Vec<&str> = ["verify", "--format", "json"].iter().chain(flags).copied().collect();
+    let output = launch.output(&arguments);
+    let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+        panic!("{error}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    });
+    (report, output.status.code().unwrap())
+}
+
+fn table<'a>(report: &'a Value, name: &str) -> &'a Value {
+    report["tables"].as_array().unwrap().iter().find(|table| table["source_table"] == name).unwrap()
+}
+
+/// One row an hour of three days, with one that only the quarantine holds.
+async fn fill(client: &Client, shape: Shape) {
+    let entity = match shape {
+        Shape::Named => "'calm', 'shop', '1.0.0'".to_owned(),
+        Shape::Entity => {
+            create_entities(client).await;
+            entity_id(client, "shop", "calm", "1.0.0").await.to_string()
+        }
+    };
+    let columns = shape.entity_columns();
+    for (table, values) in [
+        ("custom_drift (created_at, metric, value", "'hour ' || n, n / 3.0"),
+        ("psi_drift (created_at, feature, bin_id, bin_count", "'f' || n % 5, n % 10, n"),
+        ("spc_drift (created_at, feature, value", "nullif('f' || n % 3, 'f0'), nullif(n, 9)"),
+    ] {
+        let sql = format!(
+            "insert into scouter.{table}, {columns})
+             select date_trunc('hour', now()) - n * interval '1 hour', {values}, {entity} from generate_series(1, 72) n;
+             insert into scouter.{table}, {columns}) select 'infinity', {values}, {entity} from generate_series(1, 1) n"
+        );
+        client.batch_execute(&sql).await.unwrap();
+    }
+}
+
+async fn is_equal_under_load(shape: Shape) {
+    let stage = Stage::partitioned(shape).await;
+    let client = stage.connect().await;
+    fill(&client, shape).await;
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    let load = Load::start(&stage.cluster().uri_unix(&stage.name), shape);
+    until("rows are written", DEADLINE, async || (load.committed() > 2_000).then_some(())).await;
+    for _ in 0..4 {
+        let (report, code) = verify(&stage.launch(), &[]);
+        assert_eq!((code, &report["equal"]), (0, &Value::Bool(true)), "{report:#}\n{}", sidecar.log());
+        for table in report["tables"].as_array().unwrap() {
+            let count = |column: &str| table[column].as_u64().unwrap();
+            // One of them is in the quarantine.
+            assert!(count("postgres_rows") > 72 && count("archive_rows") < count("postgres_rows"), "{table:#}");
+        }
+    }
+    let before = load.stop().await;
+    assert!(before > 0);
+    let (report, _) = verify(&stage.launch(), &[]);
+    let sql = "select p.source_table, p.partition_name, p.row_count, p.checksum, p.horizon::text,
+                      (select sum(row_count) from highwater.verified_partition o where o.source_table = p.source_table)::bigint
+               from highwater.verified_partition p order by 1, 2";
+    let recorded = client.query(sql, &[]).await.unwrap();
+    let reported: usize =
+        report["tables"].as_array().unwrap().iter().map(|table| table["partitions"].as_array().unwrap().len()).sum();
+    assert!(recorded.len() == reported && reported > 3, "{} of {reported}: {report:#}", recorded.len());
+    for row in &recorded {
+        let (name, partition): (&str, &str) = (row.get(0), row.get(1));
+        let table = table(&report, name);
+        let partitions = table["partitions"].as_array().unwrap();
+        let said = partitions.iter().find(|said| said["partition"] == partition).unwrap();
+        assert_eq!((&said["row_count"], &said["checksum"]), (&row.get::<_, i64>(2).into(), &row.get::<_, &str>(3).into()));
+        assert_eq!(table["postgres_rows"], row.get::<_, i64>(5), "{report:#}");
+        assert!(row.get::<_, &str>(4).parse::<u64>().unwrap() > 3);
+    }
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn named_rows_are_equal_while_more_are_written() {
+    is_equal_under_load(Shape::Named).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entity_rows_are_equal_while_more_are_written() {
+    is_equal_under_load(Shape::Entity).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missing_is_added() {
+    let stage = Stage::partitioned(Shape::Named).await;
+    let client = stage.connect().await;
+    fill(&client, Shape::Named).await;
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    assert_eq!(verify(&stage.launch(), &[]).1, 0);
+
+    let custom = stage.storage().join("custom");
+    for (action, metric) in [("delete", "hour 5"), ("double", "hour 30"), ("change", "hour 50")] {
+        damage(&custom, action, metric);
+    }
+    let (report, code) = verify(&stage.launch(), &[]);
+    assert_eq!(code, 1, "{report:#}");
+    let found = |report: &Value| -> Vec<(u64, u64, u64, u64, u64)> {
+        let differences = table(report, "scouter.custom_drift")["differences"].as_array().unwrap().clone();
+        let count = |difference: &Value, column: &str| difference[column].as_u64().unwrap();
+        let columns = ["postgres_rows", "archive_rows", "missing", "surplus", "added"];
+        let each = |difference: &Value| columns.map(|column| count(difference, column)).into();
+        differences.iter().map(each).collect()
+    };
+    // Oldest first: the changed bit, the doubled row, the deleted one.
+    assert_eq!(found(&report), [(1, 1, 1, 1, 0), (1, 2, 0, 1, 0), (1, 0, 1, 0, 0)], "{report:#}");
+    let hour = "select to_char((date_trunc('hour', now()) - interval '5 hours') at time zone 'UTC',
+                               'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')";
+    let hour: String = client.query_one(hour, &[]).await.unwrap().get(0);
+    assert_eq!(table(&report, "scouter.custom_drift")["differences"][2]["hour"], hour);
+    assert!(table(&report, "scouter.psi_drift")["differences"].as_array().unwrap().is_empty());
+    let taken_back = "select count(*) from highwater.verified_partition where source_table = 'scouter.custom_drift'";
+    let left: i64 = client.query_one(taken_back, &[]).await.unwrap().get(0);
+    let said = table(&report, "scouter.custom_drift")["partitions"].as_array().unwrap().clone();
+    let verified = said.iter().filter(|partition| partition["verified"] == true).count();
+    assert_eq!(usize::try_from(left).unwrap(), verified, "{report:#}");
+    assert!(verified < said.len());
+    let text = String::from_utf8(stage.launch().output(&["verify", "--table", "custom_drift"]).stdout).unwrap();
+    assert!(text.contains(&hour) && text.contains("the archive lacks 1 rows") && text.ends_with("NOT equal\n"), "{text}");
+
+    // Elsewhere all is well.
+    let (report, code) = verify(&stage.launch(), &["--table", "psi_drift", "--table", "scouter.spc_drift"]);
+    assert_eq!((code, report["tables"].as_array().unwrap().len()), (0, 2), "{report:#}");
+    let (report, code) = verify(&stage.launch(), &["--from", &hour]);
+    assert_eq!(found(&report), [(1, 0, 1, 0, 0)], "{report:#}");
+    assert_eq!(code, 1);
+
+    let (report, code) = verify(&stage.launch(), &["--repair"]);
+    assert_eq!(found(&report), [(1, 1, 1, 1, 1), (1, 2, 0, 1, 0), (1, 0, 1, 0, 1)], "{report:#}");
+    assert_eq!(code, 1);
+    // What is too much stays, and nothing else does; the sidecar goes on.
+    stage.insert_one(&client, "after the repair", Some(1.5)).await;
+    for _ in 0..2 {
+        let (report, code) = verify(&stage.launch(), &["--repair"]);
+        assert_eq!(found(&report), [(1, 2, 0, 1, 0), (1, 2, 0, 1, 0)], "{report:#}");
+        assert_eq!(code, 1);
+    }
+    let rows = archived_rows(&custom);
+    let of = |metric: &str| rows.iter().filter(|row| row.contains(&format!("{metric:?}"))).count();
+    assert_eq!([of("hour 5"), of("hour 30"), of("hour 50"), of("after the repair")], [1, 2, 2, 1]);
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    // The next session finds the entities counted.
+    let mut sidecar = stage.start().await;
+    let counted = "select w.row_count = sum(e.row_count) and w.row_count = 75
+                   from highwater.watermark w join highwater.entity_watermark e using (source_table)
+                   where source_table = 'scouter.custom_drift' group by w.row_count";
+    let is_counted = async || client.query_one(counted, &[]).await.unwrap().get::<_, bool>(0).then_some(());
+    until("the entities are counted", DEADLINE, is_counted).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_sidecar_or_a_table_it_says_so() {
+    let stage = Stage::shared(Shape::Named).await;
+    stage.launch().must(&["setup"]);
+    let said = |flags: &[&str]| {
+        let output = stage.launch().output(&[&["verify"], flags].concat());
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let unknown = said(&["--table", "other"]);
+    assert!(unknown.contains("\"other\"") && unknown.contains("scouter.psi_drift"), "{unknown}");
+    let reversed = said(&["--from", "2026-11-22", "--to", "2026-11-22"]);
+    assert!(reversed.contains("later than --from"), "{reversed}");
+    let alone = said(&[]);
+    assert!(alone.contains("nobody archives; start `highwater run`"), "{alone}");
+}
