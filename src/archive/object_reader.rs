@@ -1,15 +1,19 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use arrow::array::RecordBatch;
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
-use parquet::arrow::async_reader::AsyncFileReader;
+use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+
+use super::parquet_error;
 
 /// Bytes of a file's end that hold the footer of most files: one request instead of two.
 const FOOTER_BYTES: usize = 64 * 1024;
@@ -60,4 +64,25 @@ impl AsyncFileReader for ObjectReader {
         }
         .boxed()
     }
+}
+
+/// Hands the rows of a file to `seen`, batch by batch: all columns, or the ones that are named.
+pub(super) async fn each_batch(
+    store: &Arc<dyn ObjectStore>,
+    path: &str,
+    columns: Option<&[&str]>,
+    context: &str,
+    mut seen: impl FnMut(&RecordBatch) -> crate::Result<()>,
+) -> crate::Result<()> {
+    let reader = ObjectReader::new(Arc::clone(store), path, None);
+    let mut builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context))?;
+    if let Some(columns) = columns {
+        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
+        builder = builder.with_projection(mask);
+    }
+    let mut rows = builder.build().map_err(parquet_error(context))?;
+    while let Some(batch) = rows.try_next().await.map_err(parquet_error(context))? {
+        seen(&batch)?;
+    }
+    Ok(())
 }
