@@ -284,8 +284,7 @@ async fn entities_are_counted_once_when_sql_is_slow() {
     };
     until("the entities are counted", DEADLINE * 2, counted).await;
     let target = stage.insert_one(&client, "last", None).await;
-    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
-    until("everything is acknowledged", DEADLINE * 2, acknowledged).await;
+    stage.acknowledged(&client, target, DEADLINE * 2).await;
     let whole = async || (counted().await? >= 11).then_some(());
     until("every row is counted", DEADLINE * 2, whole).await;
     assert_eq!(counted().await, Some(11), "{}", sidecar.log());
