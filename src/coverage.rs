@@ -52,10 +52,7 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
                 covered => covered.map_err(Error::sql(format!("looking into {}", leaf.name)))?,
             };
             if covered == 0 {
-                found.push(Uncovered {
-                    source_table: source_table.clone(),
-                    partition: leaf.name.clone(),
-                });
+                found.push(Uncovered { source_table: source_table.clone(), partition: leaf.name.clone() });
             }
         }
     }

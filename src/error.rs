@@ -96,7 +96,9 @@ pub enum Error {
         detail: String,
     },
     /// Rows that were found missing from a table may have been added by somebody else meanwhile: they must be compared again.
-    #[error("archive table {table}: a copy or a repair has added rows meanwhile ({detail}); nothing was added")]
+    #[error(
+        "archive table {table}: a copy or a repair has added rows meanwhile ({detail}); nothing was added"
+    )]
     Conflict {
         /// The archived table.
         table: String,

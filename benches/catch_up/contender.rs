@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use highwater::Lsn;
 
 use super::drain;
+use super::measure;
 use super::support::cluster::Cluster;
 use super::support::sidecar::{Launch, Sidecar};
 
@@ -124,7 +125,7 @@ impl Running {
 impl Task<'_> {
     fn launch(&self) -> Launch {
         let uri = self.transport.uri(self.cluster, self.database);
-        Launch::new(&uri, &self.folder.join("archive"), self.slot, &self.folder.join("log"))
+        measure::launch(&uri, self.folder, self.slot)
             .with("HIGHWATER_PUBLICATION", self.publication)
             .with("HIGHWATER_MAX_LAG", self.max_lag)
     }

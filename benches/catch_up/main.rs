@@ -27,16 +27,18 @@
 
 mod contender;
 mod drain;
-mod process;
 mod report;
 mod source;
+
+#[path = "../measure/mod.rs"]
+mod measure;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use contender::{Contender, Transport};
+use measure::{load_average, number, text};
 use report::{Outcome, Report};
 use source::Source;
 
@@ -52,12 +54,6 @@ struct Wish {
 
 impl Wish {
     fn from_env() -> Self {
-        let text = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
-        let number = |name: &str, default: u64| {
-            text(name).map_or(default, |text| {
-                text.replace('_', "").parse().unwrap_or_else(|_| panic!("{name}={text} is not a number"))
-            })
-        };
         Self {
             rows: number("BENCH_ROWS", 2_000_000),
             rounds: usize::try_from(number("BENCH_ROUNDS", 3)).expect("few rounds"),
@@ -101,11 +97,3 @@ async fn compare(wish: &Wish) {
     }
     println!("\n{report}\nload average {}", load_average());
 }
-
-fn load_average() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
-}
-
-/// Longest time that one run may take.
-const RUN_DEADLINE: Duration = Duration::from_secs(600);

@@ -5,7 +5,8 @@ use std::fmt;
 use std::time::Duration;
 
 use super::contender::{Contender, Transport};
-use super::process::Usage;
+use super::measure::median;
+use super::measure::process::Usage;
 
 /// What one run took.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +57,7 @@ impl Report {
     }
 
     fn median_of(&self, key: (Contender, Transport), figure: impl Fn(&Outcome) -> f64) -> Option<f64> {
-        self.outcomes.get(&key).map(|outcomes| median(outcomes.iter().map(figure).collect()))
+        self.outcomes.get(&key).map(|outcomes| median(outcomes.iter().map(figure)))
     }
 
     fn rate(&self, contender: Contender, transport: Transport) -> Option<f64> {
@@ -78,12 +79,6 @@ impl Report {
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
-}
-
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "medians; CPU in seconds per million rows, user + system")?;
@@ -93,7 +88,7 @@ impl fmt::Display for Report {
         )?;
         writeln!(f, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")?;
         for (key @ (contender, transport), outcomes) in &self.outcomes {
-            let figure = |figure: &dyn Fn(&Outcome) -> f64| median(outcomes.iter().map(figure).collect());
+            let figure = |figure: &dyn Fn(&Outcome) -> f64| median(outcomes.iter().map(figure));
             let seconds = outcomes.iter().map(|outcome| outcome.wall.as_secs_f64());
             let slowest = seconds.clone().fold(0.0, f64::max);
             let fastest = seconds.fold(f64::INFINITY, f64::min);

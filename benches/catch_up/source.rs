@@ -4,24 +4,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use highwater::Lsn;
-use tempfile::TempDir;
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::contender::{Contender, Running, Task, Transport};
-use super::process::Watched;
+use super::measure::process::Watched;
+use super::measure::{DATABASE, LOOK_INTERVAL, NAME, RUN_DEADLINE, launch, new_folder, new_server};
 use super::support::cluster::Cluster;
-use super::support::schema::{self, Partitions, Shape};
-use super::support::sidecar::Launch;
-use super::{Outcome, RUN_DEADLINE, Wish};
-
-const DATABASE: &str = "bench";
-
-/// The slot that is only copied, and the publication.
-const NAME: &str = "bench";
-
-/// Between two looks at the processes: what is missed of their CPU time is less than a per cent.
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+use super::{Outcome, Wish};
 
 /// Rows of a transaction: what five models with 20 features of 10 bins write in a minute.
 const TRANSACTION_ROWS: u64 = 5 * 20 * 10;
@@ -41,20 +31,9 @@ pub(crate) struct Source {
 impl Source {
     /// A new server with rows to drain.
     pub(crate) async fn new(wish: &Wish) -> Self {
-        // Writing the rows is not what is measured, and nothing else should write while something is.
-        let cluster = Cluster::start_new(&[("fsync", "off"), ("autovacuum", "off")]);
-        let admin = cluster.connect("postgres").await;
-        admin.batch_execute(&format!("create database {DATABASE}")).await.expect("database");
-        let client = cluster.connect(DATABASE).await;
-        schema::create(&client, Shape::Named, Partitions::DefaultOnly).await;
-        let folder = new_folder();
-        Launch::new(
-            &cluster.uri_unix(DATABASE),
-            &folder.path().join("archive"),
-            NAME,
-            &folder.path().join("log"),
-        )
-        .must(&["setup"]);
+        let (cluster, client) = new_server().await;
+        // This slot is only copied.
+        launch(&cluster.uri_unix(DATABASE), new_folder().path(), NAME).must(&["setup"]);
         let transactions = wish.rows.div_ceil(TRANSACTION_ROWS).max(1);
         write_rows(&client, transactions).await;
         let sql = "select pg_current_wal_insert_lsn()";
@@ -171,10 +150,6 @@ struct SlotState {
     active_pid: Option<u32>,
     confirmed: Lsn,
     sent: Lsn,
-}
-
-fn new_folder() -> TempDir {
-    tempfile::Builder::new().prefix("highwater-bench-").tempdir().expect("temporary folder")
 }
 
 /// A transaction for each of so many minutes up to now, with the same numbers every time.

@@ -17,42 +17,29 @@
     reason = "a bench prints its table, and panics when something is not as it must be"
 )]
 
-#[path = "../catch_up/process.rs"]
-mod process;
+#[path = "../measure/mod.rs"]
+mod measure;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use process::{Usage, Watched};
+use measure::process::{Usage, Watched};
+use measure::{DATABASE, LOOK_INTERVAL, NAME, RUN_DEADLINE};
+use measure::{load_average, number};
 use support::cluster::Cluster;
-use support::schema::{self, Partitions, Shape};
-use support::sidecar::Launch;
 use tokio_postgres::Client;
 
-const DATABASE: &str = "bench";
-const NAME: &str = "bench";
-const DAYS: i64 = 10;
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-const RUN_DEADLINE: Duration = Duration::from_secs(600);
+const DAYS: u64 = 10;
 
 /// Seconds, and what the client used.
 type Outcome = (f64, Usage);
 
-fn number(name: &str, default: i64) -> i64 {
-    let text = std::env::var(name).ok().filter(|text| !text.is_empty());
-    text.map_or(default, |text| text.replace('_', "").parse().unwrap_or_else(|_| panic!("{name}={text}")))
-}
-
 #[tokio::main]
 async fn main() {
     let (rows, rounds) = (number("BENCH_ROWS", 5_000_000), number("BENCH_ROUNDS", 3));
-    let cluster = Cluster::start_new(&[("fsync", "off"), ("autovacuum", "off")]);
-    let admin = cluster.connect("postgres").await;
-    admin.batch_execute(&format!("create database {DATABASE}")).await.expect("database");
-    let client = cluster.connect(DATABASE).await;
-    schema::create(&client, Shape::Named, Partitions::DefaultOnly).await;
+    let (cluster, client) = measure::new_server().await;
     let rows = fill(&client, rows).await;
     println!(
         "first copy of {rows} PSI rows in {DAYS} partitions, {rounds} rounds; load average {}",
@@ -92,18 +79,11 @@ async fn main() {
 }
 
 fn median(outcomes: &[Outcome], figure: impl Fn(&Outcome) -> f64) -> f64 {
-    let mut values: Vec<f64> = outcomes.iter().map(figure).collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn load_average() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
+    measure::median(outcomes.iter().map(figure))
 }
 
 /// Fills a partition a day with the rows of 5 models with 20 features of 10 bins; how many there are.
-async fn fill(client: &Client, rows: i64) -> i64 {
+async fn fill(client: &Client, rows: u64) -> u64 {
     let minutes = rows / DAYS / 1000;
     for day in 1..=DAYS {
         let sql = format!(
@@ -125,10 +105,9 @@ async fn fill(client: &Client, rows: i64) -> i64 {
 }
 
 /// A copy from nothing.
-async fn highwater(cluster: &Cluster, client: &Client, rows: i64) -> Outcome {
-    let folder = tempfile::Builder::new().prefix("highwater-bench-").tempdir().expect("temporary folder");
-    let uri = cluster.uri_unix(DATABASE);
-    let launch = Launch::new(&uri, &folder.path().join("archive"), NAME, &folder.path().join("log"));
+async fn highwater(cluster: &Cluster, client: &Client, rows: u64) -> Outcome {
+    let folder = measure::new_folder();
+    let launch = measure::launch(&cluster.uri_unix(DATABASE), folder.path(), NAME);
     launch.must(&["setup"]);
     let start = Instant::now();
     let mut sidecar = launch.start();
@@ -138,7 +117,7 @@ async fn highwater(cluster: &Cluster, client: &Client, rows: i64) -> Outcome {
         watched.look();
         let row = client.query_one(sql, &[]).await.expect("watermark");
         if row.get(0) {
-            assert_eq!(row.get::<_, i64>(1), rows, "rows in the archive");
+            assert_eq!(u64::try_from(row.get::<_, i64>(1)), Ok(rows), "rows in the archive");
             break;
         }
         assert!(sidecar.ended().is_none() && start.elapsed() < RUN_DEADLINE, "{}", sidecar.log());

@@ -10,14 +10,12 @@ use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
 use arrow::datatypes::{Float64Type, Int32Type};
 use foldhash::fast::RandomState;
-use futures::TryStreamExt;
 use md5::{Digest as _, Md5};
-use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
 
 use super::entities::Strings;
-use super::object_reader::ObjectReader;
+use super::object_reader::each_batch;
 use super::stats::times;
-use super::{Storage, encode_error, parquet_error};
+use super::{Storage, encode_error};
 use crate::pgoutput::POSTGRES_EPOCH_MICROS;
 use crate::record::{ColumnType, Kind};
 use crate::{Error, Result};
@@ -44,26 +42,23 @@ impl Multiset {
     ) -> Result<()> {
         let store = storage.table_store(kind);
         for path in paths {
-            let context = || format!("reading {}{path}", storage.table_url(kind));
-            let reader = ObjectReader::new(store.clone(), path.as_str(), None);
-            let builder =
-                ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context()))?;
-            let mut rows = builder.build().map_err(parquet_error(context()))?;
-            while let Some(batch) = rows.try_next().await.map_err(parquet_error(context()))? {
+            let context = format!("reading {}{path}", storage.table_url(kind));
+            each_batch(&store, path, None, &context, |batch| {
                 let contains = |time: &i64| {
                     let after = ranges.partition_point(|(start, _)| start <= time);
                     after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)
                 };
-                let is_within: Vec<bool> = times(kind, &batch)?.values().iter().map(contains).collect();
+                let is_within: Vec<bool> = times(kind, batch)?.values().iter().map(contains).collect();
                 if !is_within.contains(&true) {
-                    continue;
+                    return Ok(());
                 }
-                digests(kind, &batch, |row, digest| {
+                digests(kind, batch, |row, digest| {
                     if is_within.get(row).copied().unwrap_or_default() {
                         *self.counts.entry(digest).or_default() += 1;
                     }
-                })?;
-            }
+                })
+            })
+            .await?;
         }
         Ok(())
     }

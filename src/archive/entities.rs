@@ -5,13 +5,10 @@ use std::collections::BTreeMap;
 use arrow::array::{Array, ArrayRef, AsArray, DictionaryArray, RecordBatch, StringArray};
 use arrow::compute::{max, min};
 use arrow::datatypes::{DataType, Int32Type, UInt32Type};
-use futures::TryStreamExt;
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::async_reader::ParquetRecordBatchStreamBuilder;
 
-use super::object_reader::ObjectReader;
+use super::Storage;
+use super::object_reader::each_batch;
 use super::stats::{ENTITY_COLUMNS, time_column, times};
-use super::{Storage, parquet_error};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
 
@@ -137,11 +134,8 @@ pub async fn quarantined(
     let store = storage.table_store(Kind::Quarantine);
     let mut found = Vec::new();
     for path in paths {
-        let context = || format!("reading the quarantine file {path}");
-        let reader = ObjectReader::new(store.clone(), path.as_str(), None);
-        let builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context()))?;
-        let mut rows = builder.build().map_err(parquet_error(context()))?;
-        while let Some(batch) = rows.try_next().await.map_err(parquet_error(context()))? {
+        let context = format!("reading the quarantine file {path}");
+        each_batch(&store, path, None, &context, |batch| {
             let column =
                 |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
             let (Some(tables), Some(texts), Some(lsns)) =
@@ -156,7 +150,9 @@ pub async fn quarantined(
                 let owned = |text: Option<&str>| text.unwrap_or_default().to_owned();
                 found.push(QuarantinedText { source_table: owned(table), row: owned(row), lsn: owned(lsn) });
             }
-        }
+            Ok(())
+        })
+        .await?;
     }
     Ok(found)
 }
@@ -171,17 +167,12 @@ pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Re
     let mut found = BTreeMap::new();
     if kind != Kind::Quarantine {
         let store = storage.table_store(kind);
+        let [space, name, version] = ENTITY_COLUMNS;
+        let columns = [space, name, version, time_column(kind)];
         for path in paths {
-            let context = || format!("reading the entities of {}{path}", storage.table_url(kind));
-            let reader = ObjectReader::new(store.clone(), path.as_str(), None);
-            let builder =
-                ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context()))?;
-            let names = ENTITY_COLUMNS.into_iter().chain([time_column(kind)]);
-            let mask = ProjectionMask::columns(builder.parquet_schema(), names);
-            let mut rows = builder.with_projection(mask).build().map_err(parquet_error(context()))?;
-            while let Some(batch) = rows.try_next().await.map_err(parquet_error(context()))? {
-                add_rows(kind, &batch, &mut found)?;
-            }
+            let context = format!("reading the entities of {}{path}", storage.table_url(kind));
+            let add = |batch: &RecordBatch| add_rows(kind, batch, &mut found);
+            each_batch(&store, path, Some(&columns), &context, add).await?;
         }
     }
     Ok(found.into_values().collect())

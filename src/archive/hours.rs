@@ -75,7 +75,8 @@ pub async fn hour_sums(
             return Err(Error::Internal("sums of hours have other columns than they should".to_owned()));
         };
         for ((hour, rows), sum) in hours.values().iter().zip(rows.values()).zip(digests.values()) {
-            *sums.entry(*hour).or_default() += RowSum { rows: rows.cast_unsigned(), sum: sum.cast_unsigned() };
+            *sums.entry(*hour).or_default() +=
+                RowSum { rows: rows.cast_unsigned(), sum: sum.cast_unsigned() };
         }
     }
     Ok(sums)
@@ -143,7 +144,8 @@ impl ScalarUDFImpl for PerRow {
             }
             Of::Digest => {
                 let mut numbers = Vec::with_capacity(batch.num_rows());
-                digests(self.kind, &batch, |_, digest| numbers.push(head(digest).cast_signed())).map_err(failed)?;
+                digests(self.kind, &batch, |_, digest| numbers.push(head(digest).cast_signed()))
+                    .map_err(failed)?;
                 numbers.into()
             }
         };

@@ -12,7 +12,7 @@ use object_store::ObjectStore;
 
 use super::log::CHECKPOINT_INTERVAL;
 use super::name::ObjectName;
-use super::table::open_delta;
+use super::open::open_delta;
 use super::{Namer, Table};
 use crate::{Error, Result};
 

@@ -13,6 +13,7 @@ mod maintain;
 mod merge;
 mod name;
 mod object_reader;
+mod open;
 mod scan;
 mod stats;
 mod storage;
@@ -25,6 +26,7 @@ mod tests;
 
 use std::error::Error as StdError;
 
+use deltalake_core::DeltaTableError;
 use parquet::errors::ParquetError;
 
 pub use digest::{Multiset, each_digest};
@@ -40,6 +42,7 @@ pub use table::{CommitNote, Snapshot, Table, Totals};
 pub use upload::{DataFile, upload};
 
 use crate::Error;
+use crate::record::Kind;
 
 fn encode_error<E: StdError + Send + Sync + 'static>(context: impl Into<String>) -> impl FnOnce(E) -> Error {
     let context = context.into();
@@ -59,4 +62,17 @@ fn parquet_error(context: impl Into<String>) -> impl FnOnce(ParquetError) -> Err
         },
         error => Error::Encode { context, source: Box::new(error) },
     }
+}
+
+impl Error {
+    /// Wraps a failure of the Delta library.
+    fn delta(kind: Kind, context: impl Into<String>) -> impl FnOnce(DeltaTableError) -> Self {
+        let context = context.into();
+        move |source| Self::Delta { table: kind.name().to_owned(), context, source: Box::new(source) }
+    }
+}
+
+/// What we ourselves find wrong with a table, as an error of the library.
+fn unusable(kind: Kind, context: &str, detail: &str) -> Error {
+    Error::delta(kind, context)(DeltaTableError::Generic(detail.to_owned()))
 }

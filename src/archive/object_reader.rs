@@ -1,15 +1,22 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use arrow::array::RecordBatch;
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Schema, TimeUnit};
+use arrow::error::ArrowError;
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
-use parquet::arrow::async_reader::AsyncFileReader;
+use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+
+use super::{encode_error, parquet_error};
 
 /// Bytes of a file's end that hold the footer of most files: one request instead of two.
 const FOOTER_BYTES: usize = 64 * 1024;
@@ -60,4 +67,48 @@ impl AsyncFileReader for ObjectReader {
         }
         .boxed()
     }
+}
+
+/// Hands the rows of a file to `seen`, batch by batch: all columns, or the ones that are named.
+pub(super) async fn each_batch(
+    store: &Arc<dyn ObjectStore>,
+    path: &str,
+    columns: Option<&[&str]>,
+    context: &str,
+    mut seen: impl FnMut(&RecordBatch) -> crate::Result<()>,
+) -> crate::Result<()> {
+    let reader = ObjectReader::new(Arc::clone(store), path, None);
+    let mut builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context))?;
+    if let Some(columns) = columns {
+        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
+        builder = builder.with_projection(mask);
+    }
+    let mut rows = builder.build().map_err(parquet_error(context))?;
+    while let Some(batch) = rows.try_next().await.map_err(parquet_error(context))? {
+        seen(&as_ours(batch).map_err(encode_error(context))?)?;
+    }
+    Ok(())
+}
+
+/// The rows with the types that our own files have: whoever else writes into a table may have texts as views, or times in
+/// other units.
+fn as_ours(batch: RecordBatch) -> std::result::Result<RecordBatch, ArrowError> {
+    let ours = |found: &DataType| match found {
+        DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
+        DataType::Timestamp(..) => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
+        found => found.clone(),
+    };
+    let schema = batch.schema();
+    if schema.fields().iter().all(|field| ours(field.data_type()) == *field.data_type()) {
+        return Ok(batch);
+    }
+    let fields = schema.fields().iter().map(|field| field.as_ref().clone());
+    let fields = fields.map(|field| {
+        let data_type = ours(field.data_type());
+        field.with_data_type(data_type)
+    });
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let columns = batch.columns().iter().zip(schema.fields());
+    let columns = columns.map(|(column, field)| cast(column, field.data_type())).collect::<Result<_, _>>()?;
+    RecordBatch::try_new(schema, columns)
 }

@@ -5,19 +5,17 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use chrono::Utc;
-use deltalake_core::logstore::{LogStoreRef, StorageConfig, default_logstore};
 use deltalake_core::kernel::LogicalFileView;
 use deltalake_core::table::state::DeltaTableState;
-use deltalake_core::{DeltaTable, DeltaTableError};
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 use serde_json::{Map, Value, json};
 
-use super::log::{self, CommitId, Entry, TableFile, entry_path, schema_text};
+use super::log::{self, CommitId, Entry, TableFile, entry_path};
 use super::merge::Merged;
-use super::name::ObjectName;
-use super::{DataFile, Storage};
+use super::open::{check_columns, check_protocol, create_if_absent, open_checked, open_delta};
+use super::{DataFile, Storage, unusable};
 use crate::record::Kind;
 use crate::{Error, Lsn, Result, failpoint};
 
@@ -75,7 +73,7 @@ impl Snapshot {
     ///
     /// [`Error::Storage`] and [`Error::Delta`] if the log can't be read, [`Error::Delta`] also if there is none.
     pub async fn read(storage: &Storage, kind: Kind, app_id: &str) -> Result<Self> {
-        let delta = open_delta(storage, kind).await?;
+        let delta = open_checked(storage, kind).await?;
         let failed = || Error::delta(kind, "reading the log");
         let state = delta.snapshot().map_err(failed())?;
         let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
@@ -202,18 +200,9 @@ impl Table {
     }
 
     async fn load(storage: &Storage, kind: Kind, app_id: &str, session_id: &str, start: Lsn) -> Result<Self> {
-        let delta = open_delta(storage, kind).await?;
+        let delta = open_checked(storage, kind).await?;
         let failed = || Error::delta(kind, "reading the log");
         let state = delta.snapshot().map_err(failed())?;
-        check_protocol(kind, state.protocol().min_reader_version(), state.protocol().min_writer_version())?;
-        let schema = serde_json::to_value(state.schema().as_ref()).map_err(|source| {
-            failed()(DeltaTableError::InvalidJsonLog {
-                json_err: source,
-                line: String::new(),
-                version: state.version(),
-            })
-        })?;
-        check_columns(kind, &schema_text(&schema))?;
         let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
         let mut table = Self {
             storage: storage.clone(),
@@ -595,69 +584,8 @@ impl CommitNote {
     }
 }
 
-/// The library's handle of a table, loaded at the end of its log. It is not used to commit.
-pub(super) async fn open_delta(storage: &Storage, kind: Kind) -> Result<DeltaTable> {
-    let url = storage.table_url(kind);
-    let log_store: LogStoreRef =
-        default_logstore(storage.table_store(kind), storage.root_store(), &url, &StorageConfig::default());
-    let mut delta = DeltaTable::new(log_store);
-    delta.load().await.map_err(Error::delta(kind, format!("opening {url}")))?;
-    Ok(delta)
-}
-
-async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()> {
-    let store = storage.table_store(kind);
-    let failed = || Error::storage(format!("creating the table {}", storage.table_url(kind)));
-    // Version 0 may have been trimmed away: only an empty log means that there is no table.
-    let mut log = store.list(Some(&Path::from("_delta_log")));
-    if log.try_next().await.map_err(failed())?.is_some() {
-        return Ok(());
-    }
-    // Files of ours without a log are orphans, and harmless. Anything else is somebody's, who would find a
-    // table around it.
-    let mut objects = store.list(None);
-    while let Some(object) = objects.try_next().await.map_err(failed())? {
-        if ObjectName::parse(object.location.as_ref()).is_none() {
-            return Err(Error::Setting {
-                setting: "storage".to_owned(),
-                value: storage.table_url(kind).to_string(),
-                accepted: format!(
-                    "an empty folder or a table of Highwater: it has no _delta_log, but {}",
-                    object.location
-                ),
-            });
-        }
-    }
-    let entry = log::to_bytes(&log::creation(kind, Utc::now().timestamp_millis()));
-    match store.put_opts(&entry_path(0), entry.into(), PutMode::Create.into()).await {
-        Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
-        Err(error) => Err(failed()(error)),
-    }
-}
-
-fn check_protocol(kind: Kind, reader: i32, writer: i32) -> Result<()> {
-    if reader <= 1 && writer <= 2 {
-        return Ok(());
-    }
-    let detail =
-        format!("it asks for reader {reader} and writer {writer}; reader 1 and writer 2 are supported");
-    Err(unusable(kind, "checking its protocol", &detail))
-}
-
-fn check_columns(kind: Kind, found: &str) -> Result<()> {
-    let wanted = schema_text(&log::schema(kind));
-    if found == wanted {
-        return Ok(());
-    }
-    Err(unusable(kind, "checking its columns", &format!("it has ({found}), but must have ({wanted})")))
-}
-
 fn number(version: u64) -> i32 {
     i32::try_from(version).unwrap_or(i32::MAX)
-}
-
-fn unusable(kind: Kind, context: &str, detail: &str) -> Error {
-    Error::delta(kind, context)(DeltaTableError::Generic(detail.to_owned()))
 }
 
 fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
@@ -668,12 +596,4 @@ fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
 
 fn to_txn(lsn: Lsn) -> Result<i64> {
     i64::try_from(lsn.0).map_err(|_| Error::Internal(format!("position {lsn} is past what a log holds")))
-}
-
-impl Error {
-    /// Wraps a failure of the Delta library.
-    pub(super) fn delta(kind: Kind, context: impl Into<String>) -> impl FnOnce(DeltaTableError) -> Self {
-        let context = context.into();
-        move |source| Self::Delta { table: kind.name().to_owned(), context, source: Box::new(source) }
-    }
 }

@@ -59,7 +59,7 @@ pub(super) async fn check(
         report_missing(config, tables, report);
         return Ok(());
     };
-    let publication = read(&row)?;
+    let publication = read(&row).map_err(Error::sql(CONTEXT))?;
     let mut is_good = report_options(&publication, name, report);
     for table in tables {
         is_good &= check_member(client, config, &publication, table, report).await?;
@@ -71,15 +71,15 @@ pub(super) async fn check(
     Ok(())
 }
 
-fn read(row: &Row) -> Result<Publication> {
+fn read(row: &Row) -> Result<Publication, tokio_postgres::Error> {
     Ok(Publication {
-        oid: row.try_get(0).map_err(Error::sql(CONTEXT))?,
-        has_all_tables: row.try_get(1).map_err(Error::sql(CONTEXT))?,
-        inserts: row.try_get(2).map_err(Error::sql(CONTEXT))?,
-        changes: row.try_get(3).map_err(Error::sql(CONTEXT))?,
-        truncates: row.try_get(4).map_err(Error::sql(CONTEXT))?,
-        via_root: row.try_get(5).map_err(Error::sql(CONTEXT))?,
-        is_owner: row.try_get(6).map_err(Error::sql(CONTEXT))?,
+        oid: row.try_get(0)?,
+        has_all_tables: row.try_get(1)?,
+        inserts: row.try_get(2)?,
+        changes: row.try_get(3)?,
+        truncates: row.try_get(4)?,
+        via_root: row.try_get(5)?,
+        is_owner: row.try_get(6)?,
     })
 }
 

@@ -1,6 +1,6 @@
 //! The server's settings, and the role that Highwater connects as.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
 use super::{Report, SERVER_VERSION_MIN, identifier};
 use crate::config::Config;
@@ -47,23 +47,26 @@ const SERVER: &str = "
 
 impl Server {
     pub(super) async fn read(client: &Client, slot: &str) -> Result<Self> {
-        let context = "reading the server's settings";
-        let row = client.query_one(SERVER, &[&slot]).await.map_err(Error::sql(context))?;
+        let row = client.query_one(SERVER, &[&slot]).await;
+        row.and_then(|row| Self::of(&row)).map_err(Error::sql("reading the server's settings"))
+    }
+
+    fn of(row: &Row) -> Result<Self, tokio_postgres::Error> {
         Ok(Self {
-            version: row.try_get(0).map_err(Error::sql(context))?,
-            version_text: row.try_get(1).map_err(Error::sql(context))?,
-            wal_level: row.try_get(2).map_err(Error::sql(context))?,
-            is_standby: row.try_get(3).map_err(Error::sql(context))?,
-            database: row.try_get(4).map_err(Error::sql(context))?,
-            role: row.try_get(5).map_err(Error::sql(context))?,
-            slots_max: row.try_get(6).map_err(Error::sql(context))?,
-            slots_used: row.try_get(7).map_err(Error::sql(context))?,
-            senders_max: row.try_get(8).map_err(Error::sql(context))?,
-            senders_used: row.try_get(9).map_err(Error::sql(context))?,
-            wal_keep_mib: row.try_get(10).map_err(Error::sql(context))?,
-            idle_slot_timeout: row.try_get(11).map_err(Error::sql(context))?,
-            has_own_slot: row.try_get(12).map_err(Error::sql(context))?,
-            has_own_sender: row.try_get(13).map_err(Error::sql(context))?,
+            version: row.try_get(0)?,
+            version_text: row.try_get(1)?,
+            wal_level: row.try_get(2)?,
+            is_standby: row.try_get(3)?,
+            database: row.try_get(4)?,
+            role: row.try_get(5)?,
+            slots_max: row.try_get(6)?,
+            slots_used: row.try_get(7)?,
+            senders_max: row.try_get(8)?,
+            senders_used: row.try_get(9)?,
+            wal_keep_mib: row.try_get(10)?,
+            idle_slot_timeout: row.try_get(11)?,
+            has_own_slot: row.try_get(12)?,
+            has_own_sender: row.try_get(13)?,
         })
     }
 

@@ -50,7 +50,7 @@ pub(super) async fn check(
     let Some(row) = client.query_opt(SLOT, &[&name]).await.map_err(Error::sql(CONTEXT))? else {
         return check_missing(client, name, report).await;
     };
-    let slot = read(&row)?;
+    let slot = read(&row).map_err(Error::sql(CONTEXT))?;
     if report_identity(&slot, name, server, report) {
         report_status(&slot, name, report);
         report_retained(&slot, name, server, report);
@@ -58,14 +58,14 @@ pub(super) async fn check(
     Ok(())
 }
 
-fn read(row: &Row) -> Result<Slot> {
+fn read(row: &Row) -> Result<Slot, tokio_postgres::Error> {
     Ok(Slot {
-        plugin: row.try_get(0).map_err(Error::sql(CONTEXT))?,
-        database: row.try_get(1).map_err(Error::sql(CONTEXT))?,
-        is_active: row.try_get(2).map_err(Error::sql(CONTEXT))?,
-        wal_status: row.try_get(3).map_err(Error::sql(CONTEXT))?,
-        is_temporary: row.try_get(4).map_err(Error::sql(CONTEXT))?,
-        retained_bytes: row.try_get(5).map_err(Error::sql(CONTEXT))?,
+        plugin: row.try_get(0)?,
+        database: row.try_get(1)?,
+        is_active: row.try_get(2)?,
+        wal_status: row.try_get(3)?,
+        is_temporary: row.try_get(4)?,
+        retained_bytes: row.try_get(5)?,
     })
 }
 

@@ -102,7 +102,7 @@ pub(super) async fn check(
 ) -> Result<Vec<Table>> {
     let mut names: Vec<_> = Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect();
     names.push(ENTITY_TABLE);
-    let mut tables = read(client, &config.schema, &names).await?;
+    let mut tables = read(client, &config.schema, &names).await.map_err(Error::sql(CONTEXT))?;
     let entities = tables.iter().position(|table| table.name == ENTITY_TABLE).map(|at| tables.remove(at));
     if tables.is_empty() {
         report_none(client, config, report).await?;
@@ -121,27 +121,27 @@ pub(super) async fn check(
     Ok(tables)
 }
 
-async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table>> {
-    let rows = client.query(TABLES, &[&schema, &names]).await.map_err(Error::sql(CONTEXT))?;
+async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table>, tokio_postgres::Error> {
+    let rows = client.query(TABLES, &[&schema, &names]).await?;
     let mut tables = Vec::with_capacity(rows.len());
     for row in rows {
-        let oid: u32 = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+        let oid: u32 = row.try_get(0)?;
         let mut columns = Vec::new();
-        for row in client.query(COLUMNS, &[&oid]).await.map_err(Error::sql(CONTEXT))? {
+        for row in client.query(COLUMNS, &[&oid]).await? {
             columns.push(Column {
-                name: row.try_get(0).map_err(Error::sql(CONTEXT))?,
-                type_oid: row.try_get(1).map_err(Error::sql(CONTEXT))?,
-                type_name: row.try_get(2).map_err(Error::sql(CONTEXT))?,
-                is_generated: row.try_get(3).map_err(Error::sql(CONTEXT))?,
+                name: row.try_get(0)?,
+                type_oid: row.try_get(1)?,
+                type_name: row.try_get(2)?,
+                is_generated: row.try_get(3)?,
             });
         }
         tables.push(Table {
-            name: row.try_get(1).map_err(Error::sql(CONTEXT))?,
-            relation_kind: row.try_get(2).map_err(Error::sql(CONTEXT))?,
-            persistence: row.try_get(3).map_err(Error::sql(CONTEXT))?,
-            may_select: row.try_get(4).map_err(Error::sql(CONTEXT))?,
-            is_filtered: row.try_get(5).map_err(Error::sql(CONTEXT))?,
-            is_owner: row.try_get(6).map_err(Error::sql(CONTEXT))?,
+            name: row.try_get(1)?,
+            relation_kind: row.try_get(2)?,
+            persistence: row.try_get(3)?,
+            may_select: row.try_get(4)?,
+            is_filtered: row.try_get(5)?,
+            is_owner: row.try_get(6)?,
             columns,
             has_known_shape: true,
             needed: Vec::new(),

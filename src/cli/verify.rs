@@ -45,8 +45,9 @@ fn time(text: &str) -> Result<DateTime<Utc>, String> {
         return Ok(time.to_utc());
     }
     let day = text.parse::<NaiveDate>().ok().and_then(|day| day.and_hms_opt(0, 0, 0));
-    day.map(|time| time.and_utc())
-        .ok_or_else(|| "not a time: write 2026-11-22T13:00:00Z, or 2026-11-22 for the start of that day".to_owned())
+    day.map(|time| time.and_utc()).ok_or_else(|| {
+        "not a time: write 2026-11-22T13:00:00Z, or 2026-11-22 for the start of that day".to_owned()
+    })
 }
 
 /// Compares, and prints what was found; the exit code is 0 when both sides are equal, 1 when not.

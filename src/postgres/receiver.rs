@@ -52,6 +52,7 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 const READ_BYTES: usize = 512 << 10;
 /// A read is not worth while with less space than this.
 const READ_BYTES_MIN: usize = 64 << 10;
+
 /// 2000-01-01 in seconds of Unix time: the protocol's clock starts there.
 const EPOCH_2000: Duration = Duration::from_secs(946_684_800);
 

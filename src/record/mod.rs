@@ -8,7 +8,8 @@ mod window;
 
 pub use kind::{ColumnSpec, ColumnType, Kind, RECORD_COLUMNS_MAX};
 pub use window::{
-    CALENDAR, Day, MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE, Window, WindowWidth, YEAR_RANGE, clamp_to_calendar, is_in_calendar,
+    CALENDAR, Day, MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE, Window, WindowWidth, YEAR_RANGE,
+    clamp_to_calendar, is_in_calendar,
 };
 
 /// The model (or agent) that a drift record speaks of. Sorts by space, then name, then version, as

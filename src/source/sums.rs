@@ -47,9 +47,7 @@ impl Source {
         let mut sums = PartitionSums::default();
         for row in client.query(&query, &[]).await.map_err(failed())? {
             let hour: Option<i64> = row.try_get(0).map_err(failed())?;
-            let count = |index: usize| {
-                row.try_get::<_, i64>(index).map(i64::cast_unsigned).map_err(failed())
-            };
+            let count = |index: usize| row.try_get::<_, i64>(index).map(i64::cast_unsigned).map_err(failed());
             let (rows, fit) = (count(1)?, count(2)?);
             sums.rows += rows;
             let Some(hour) = hour else {
@@ -61,7 +59,8 @@ impl Source {
             }
             if fit > 0 {
                 let text: String = row.try_get(3).map_err(failed())?;
-                let sum: i128 = text.parse().map_err(|_| Error::Internal(format!("{text:?} is not a sum")))?;
+                let sum: i128 =
+                    text.parse().map_err(|_| Error::Internal(format!("{text:?} is not a sum")))?;
                 // The server adds without bounds, the archive modulo 2^64.
                 let sum = u64::try_from(sum.rem_euclid(1 << 64)).unwrap_or_default();
                 sums.fit.insert(hour, RowSum { rows: fit, sum });
@@ -137,7 +136,10 @@ impl Source {
                     _ => format!("{value}::text"),
                 };
                 let utf8 = format!("convert_to({text}, 'UTF8')");
-                Expression { fits: is_there, bytes: or_null(format!("int4send(octet_length({utf8})) || {utf8}")) }
+                Expression {
+                    fits: is_there,
+                    bytes: or_null(format!("int4send(octet_length({utf8})) || {utf8}")),
+                }
             }
             (ColumnType::Int, oid) if INTEGERS.contains(&oid) => Expression {
                 fits: format!("{is_there} and {value} between -2147483648 and 2147483647"),

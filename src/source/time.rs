@@ -62,7 +62,9 @@ impl TimeColumn {
         let (start, end) = (self.literal(CALENDAR.start), self.literal(CALENDAR.end));
         match self {
             Self::None => "false".to_owned(),
-            _ => format!("({value} is not null and isfinite({value}) and {value} >= {start} and {value} < {end})"),
+            _ => format!(
+                "({value} is not null and isfinite({value}) and {value} >= {start} and {value} < {end})"
+            ),
         }
     }
 
@@ -137,4 +139,3 @@ impl Slice {
 pub(super) const fn day_of(micros: i64) -> i64 {
     micros.div_euclid(MICROS_PER_DAY)
 }
-

@@ -168,7 +168,8 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
         let mut table = TableReport::new(row);
         table.lsn = Some(lsn.to_string());
         let still = now.iter().find(|now| now.source_table == row.source_table);
-        let is_steady = still.is_some_and(|now| now.state == State::Streaming && now.gap_count == row.gap_count);
+        let is_steady =
+            still.is_some_and(|now| now.state == State::Streaming && now.gap_count == row.gap_count);
         if row.state == State::Streaming && is_steady {
             let work = Table {
                 config,
@@ -248,12 +249,18 @@ async fn wait_until_archived(
         if holder.is_some() {
             held = Instant::now();
         } else if held.elapsed() > HOLDER_WAIT {
-            return Err(waited("nobody archives; start `highwater run`, which has to go on while this compares"));
+            return Err(waited(
+                "nobody archives; start `highwater run`, which has to go on while this compares",
+            ));
         }
         if begun.elapsed() > config.max_lag * 2 + CHECKPOINT_WAIT {
             let busy = rows.iter().find(|row| row.state != State::Streaming);
             let detail = busy.map_or("the sidecar is behind; see its log".to_owned(), |row| {
-                format!("the sidecar adds the rows of {} first (state {})", row.source_table, row.state.name())
+                format!(
+                    "the sidecar adds the rows of {} first (state {})",
+                    row.source_table,
+                    row.state.name()
+                )
             });
             return Err(waited(&detail));
         }
@@ -330,7 +337,8 @@ impl Table<'_> {
             .collect();
         let timeless: u64 = sums.iter().map(|sums| sums.timeless).sum();
         report.hours = hours.len() as u64;
-        report.postgres_rows = sums.iter().map(|sums| sums.rows).sum::<u64>() + tail.rows(self.kind, self.range);
+        report.postgres_rows =
+            sums.iter().map(|sums| sums.rows).sum::<u64>() + tail.rows(self.kind, self.range);
         report.archive_rows = archive.values().map(|sum| sum.rows).sum();
         let mut different = BTreeSet::new();
         let mut timeless_differ = false;
@@ -341,7 +349,8 @@ impl Table<'_> {
                     &format!("comparing the rows of {}", hour_text(*hour)),
                     (index as u64, suspect.len() as u64),
                 );
-                let expected = [postgres.get(hour), archive.get(hour)].into_iter().flatten().map(|sum| sum.rows);
+                let expected =
+                    [postgres.get(hour), archive.get(hour)].into_iter().flatten().map(|sum| sum.rows);
                 let mut found = comparison.hour(*hour, expected.sum(), tail).await?;
                 if !self.is_held(&leaves, *hour) {
                     found.surplus = 0;
@@ -398,7 +407,9 @@ impl Table<'_> {
         for leaf in leaves {
             self.told(&format!("adding up {}", leaf.name), (count(done), count(expected)));
             done += leaf.rows_expected;
-            if !whole && leaf.bounds.is_some_and(|bounds| bounds.1 <= self.range.0 || bounds.0 >= self.range.1) {
+            if !whole
+                && leaf.bounds.is_some_and(|bounds| bounds.1 <= self.range.0 || bounds.0 >= self.range.1)
+            {
                 all.push(PartitionSums::default());
                 continue;
             }
@@ -458,10 +469,8 @@ impl Table<'_> {
     /// has not reached it.
     fn is_held(&self, leaves: &[Partition], hour: i64) -> bool {
         let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
-        let has_partition = leaves
-            .iter()
-            .filter_map(|leaf| leaf.bounds)
-            .any(|(low, high)| low < end && start < high);
+        let has_partition =
+            leaves.iter().filter_map(|leaf| leaf.bounds).any(|(low, high)| low < end && start < high);
         let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
         has_partition || start >= chrono::Utc::now().timestamp_micros() - retention
     }
@@ -502,7 +511,8 @@ impl Table<'_> {
             let is_verified = is_whole && !differs;
             let mut is_recorded = false;
             if is_verified {
-                is_recorded = sql.run(async |client| watermark::record_verified(client, &verified).await).await?;
+                is_recorded =
+                    sql.run(async |client| watermark::record_verified(client, &verified).await).await?;
             } else if differs {
                 sql.run(async |client| watermark::forget_verified(client, &verified).await).await?;
             }
@@ -544,6 +554,3 @@ fn merged(mut ranges: Vec<(i64, i64)>) -> Vec<(i64, i64)> {
     }
     merged
 }
-
-
-

@@ -222,11 +222,7 @@ impl<'a> Comparison<'a> {
     }
 
     /// Adds what is to be added; returns how many rows of each difference.
-    pub(super) async fn finish(
-        self,
-        repair: &mut Repair,
-        sql: &mut Session,
-    ) -> Result<BTreeMap<usize, u64>> {
+    pub(super) async fn finish(self, repair: &mut Repair, sql: &mut Session) -> Result<BTreeMap<usize, u64>> {
         let (kind, lsn) = (self.table.kind, self.table.point.lsn);
         let mut added = BTreeMap::new();
         for (difference, _, file) in &self.files {

@@ -117,7 +117,8 @@ impl Reader<'_> {
 
     /// The archive has the transactions whose commit record begins before its position; so those are wanted.
     fn begin(&mut self, begin: Begin) {
-        let skip_before = self.upto.map(|upto| if begin.final_lsn < upto { Lsn::ZERO } else { Lsn(u64::MAX) });
+        let skip_before =
+            self.upto.map(|upto| if begin.final_lsn < upto { Lsn::ZERO } else { Lsn(u64::MAX) });
         self.decoder.begin(begin, skip_before);
     }
 

@@ -406,7 +406,10 @@ async fn a_resync_compares_every_row() {
     let rows = async || archived_rows(&custom).iter().filter(|row| row.contains("to be deleted")).count();
     assert_eq!(rows().await, 0, "below the horizon nothing is compared");
     let said = stage.launch().must(&["resync", "custom_drift"]);
-    assert!(said.contains("scouter.custom_drift is marked as a gap") && said.contains("within seconds"), "{said}");
+    assert!(
+        said.contains("scouter.custom_drift is marked as a gap") && said.contains("within seconds"),
+        "{said}"
+    );
     until("every row is compared", DEADLINE, async || (times(&sidecar) == 3).then_some(())).await;
     assert_eq!(rows().await, 1);
     stage.assert_archived(DEADLINE).await;

@@ -7,7 +7,7 @@ use rand::RngExt as _;
 use crate::support::load::{Load, create_entities};
 use crate::support::schema::Shape;
 use crate::support::stage::Stage;
-use crate::support::wait::{until, within};
+use crate::support::wait::within;
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
@@ -87,9 +87,7 @@ async fn the_server_crashes_and_the_sidecar_stays() {
     let mut sidecar = stage.start().await;
     let load = Load::start(&stage.cluster().uri_tcp(&stage.name), Shape::Named);
     for _ in 0..3 {
-        let before = load.committed();
-        let more = async || (load.committed() > before + 3_000).then_some(());
-        until("the load goes on", Duration::from_secs(60), more).await;
+        load.goes_on(3_000, Duration::from_secs(60)).await;
         stage.cluster().restart(Stop::Immediate);
     }
     load.stop().await;

@@ -6,7 +6,7 @@ use tokio_postgres::Client;
 
 use crate::support::archive::archived_rows;
 use crate::support::schema::Shape;
-use crate::support::sidecar::Launch;
+use crate::support::sidecar::{Launch, Sidecar};
 use crate::support::stage::Stage;
 use crate::support::wait::{throughout, until};
 
@@ -57,6 +57,22 @@ async fn archived_once(stage: &Stage) -> String {
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     // The stop itself may have moved it once more.
     mark(&client).await.1.unwrap_or(horizon)
+}
+
+/// A stage whose sidecar has archived a row and goes on.
+async fn archiving() -> (Stage, Sidecar, Client) {
+    let stage = Stage::shared(Shape::Named).await;
+    let sidecar = stage.start().await;
+    let client = stage.connect().await;
+    stage.insert_one(&client, "first", None).await;
+    archived(&stage, "first").await;
+    (stage, sidecar, client)
+}
+
+/// Takes the custom table out of the publication.
+async fn unpublish(stage: &Stage, client: &Client) {
+    let sql = format!("alter publication {} drop table scouter.custom_drift", stage.name);
+    client.batch_execute(&sql).await.unwrap();
 }
 
 /// The new slot is made before any sidecar has noticed that the old one is gone.
@@ -162,14 +178,8 @@ async fn becomes(client: &Client, state: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_taken_out_of_the_publication_is_a_gap_that_setup_does_not_hide() {
-    let stage = Stage::shared(Shape::Named).await;
-    let sidecar = stage.start().await;
-    let client = stage.connect().await;
-    stage.insert_one(&client, "first", None).await;
-    archived(&stage, "first").await;
-    let publication = &stage.name;
-    let without = format!("alter publication {publication} drop table scouter.custom_drift");
-    client.batch_execute(&without).await.unwrap();
+    let (stage, sidecar, client) = archiving().await;
+    unpublish(&stage, &client).await;
     stage.insert_one(&client, "unseen", None).await;
     // Put back before the sidecar looks: setup is what notices.
     let said = stage.launch().must(&["setup"]);
@@ -186,11 +196,7 @@ async fn a_running_sidecar_notices_a_table_that_is_not_published_any_more() {
     let stage = Stage::shared(Shape::Named).await;
     let sidecar = stage.start().await;
     let client = stage.connect().await;
-    let publication = &stage.name;
-    client
-        .batch_execute(&format!("alter publication {publication} drop table scouter.custom_drift"))
-        .await
-        .unwrap();
+    unpublish(&stage, &client).await;
     // Rows of another table move the watermarks.
     let psi = "insert into scouter.psi_drift (space, name, version, feature, bin_id, bin_count)
                values ('s', 'n', 'v', 'f', 1, 2)";
@@ -211,14 +217,9 @@ async fn a_running_sidecar_notices_a_table_that_is_not_published_any_more() {
 /// By its oid a table is known whatever it is called, and a partition whatever it is published as.
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_a_renamed_table_and_of_partitions_published_as_themselves_are_archived() {
-    let stage = Stage::shared(Shape::Named).await;
-    let sidecar = stage.start().await;
-    let client = stage.connect().await;
-    stage.insert_one(&client, "first", None).await;
-    archived(&stage, "first").await;
-    let publication = &stage.name;
+    let (stage, sidecar, client) = archiving().await;
     let via_root = async |value: bool| {
-        let sql = format!("alter publication {publication} set (publish_via_partition_root = {value})");
+        let sql = format!("alter publication {} set (publish_via_partition_root = {value})", stage.name);
         client.batch_execute(&sql).await.unwrap();
     };
     via_root(false).await;
@@ -283,8 +284,7 @@ async fn entities_are_counted_once_when_sql_is_slow() {
     };
     until("the entities are counted", DEADLINE * 2, counted).await;
     let target = stage.insert_one(&client, "last", None).await;
-    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
-    until("everything is acknowledged", DEADLINE * 2, acknowledged).await;
+    stage.acknowledged(&client, target, DEADLINE * 2).await;
     let whole = async || (counted().await? >= 11).then_some(());
     until("every row is counted", DEADLINE * 2, whole).await;
     assert_eq!(counted().await, Some(11), "{}", sidecar.log());

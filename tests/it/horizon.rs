@@ -62,6 +62,23 @@ async fn insert_rows(client: &Client, series: &str) -> u64 {
     transaction_id(client).await
 }
 
+/// Waits until the horizon is past a transaction, on a server that writes nothing else.
+async fn passes(client: &Client, id: u64) {
+    let passed = async || (horizon(client).await > id).then_some(());
+    until("the horizon is past the transaction", IDLE_DEADLINE, passed).await;
+}
+
+/// Watches that no horizon passes an unfinished transaction while newer ones are archived.
+async fn stays_before(client: &Client, id: u64) {
+    let mut number = 0;
+    throughout("the horizon is not past the unfinished transaction", WATCH, async || {
+        number += 1;
+        insert_everywhere(client, &format!("newer {number}")).await;
+        furthest(client).await <= id
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn it_passes_an_archived_transaction_also_on_an_idle_server() {
     let stage = stage().await;
@@ -70,8 +87,7 @@ async fn it_passes_an_archived_transaction_also_on_an_idle_server() {
     for number in 0..2 {
         let id = insert_everywhere(&client, &format!("row {number}")).await;
         // Nothing else is written from here on but what the sidecar writes itself.
-        let passed = async || (horizon(&client).await > id).then_some(());
-        until("the horizon is past the transaction", IDLE_DEADLINE, passed).await;
+        passes(&client, id).await;
         stage.assert_same().await;
     }
 }
@@ -107,13 +123,7 @@ async fn it_never_passes_an_open_transaction() {
     long.batch_execute("rollback to b; savepoint c").await.unwrap();
     insert_rows(&long, "open savepoint").await;
 
-    let mut number = 0;
-    throughout("the horizon is not past the open transaction", WATCH, async || {
-        number += 1;
-        insert_everywhere(&client, &format!("newer {number}")).await;
-        furthest(&client).await <= id
-    })
-    .await;
+    stays_before(&client, id).await;
     let row = client.query_one("select max(row_count) from highwater.watermark", &[]).await.unwrap();
     assert!(row.get::<_, i64>(0) > 5, "newer transactions were archived in the meantime");
 
@@ -122,8 +132,7 @@ async fn it_never_passes_an_open_transaction() {
     long.batch_execute("commit").await.unwrap();
     assert!(furthest(&client).await <= id);
     let _sidecar = stage.launch().start();
-    let passed = async || (horizon(&client).await > id).then_some(());
-    until("the horizon is past the long transaction", IDLE_DEADLINE, passed).await;
+    passes(&client, id).await;
     stage.assert_same().await;
 }
 
@@ -137,15 +146,8 @@ async fn it_never_passes_a_prepared_transaction() {
     other.batch_execute("prepare transaction 'waiting'").await.unwrap();
     // Its session ends; the transaction doesn't.
     drop(other);
-    let mut number = 0;
-    throughout("the horizon is not past the prepared transaction", WATCH, async || {
-        number += 1;
-        insert_everywhere(&client, &format!("newer {number}")).await;
-        furthest(&client).await <= id
-    })
-    .await;
+    stays_before(&client, id).await;
     client.batch_execute("commit prepared 'waiting'").await.unwrap();
-    let passed = async || (horizon(&client).await > id).then_some(());
-    until("the horizon is past the prepared transaction", IDLE_DEADLINE, passed).await;
+    passes(&client, id).await;
     stage.assert_same().await;
 }

@@ -95,9 +95,7 @@ async fn stopped_in_order_under_load_nothing_is_missing_or_doubled() {
     for _ in 0..5 {
         let mut sidecar = stage.launch().start();
         stage.streaming().await;
-        let before = load.committed();
-        let more = async || (load.committed() > before + 2_000).then_some(());
-        until("the load goes on", DEADLINE, more).await;
+        load.goes_on(2_000, DEADLINE).await;
         assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     }
     load.stop().await;

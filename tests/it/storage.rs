@@ -67,8 +67,7 @@ async fn outage(stage: &Stage, storage: &Path, break_it: impl FnOnce(), mend_it:
     let mut sidecar = launch.start();
     stage.streaming().await;
     let load = Load::start(&stage.cluster().uri_tcp(&stage.name), stage.shape);
-    let more = async || (load.committed() > 5_000).then_some(());
-    until("the load goes on", DEADLINE, more).await;
+    load.goes_on(5_000, DEADLINE).await;
 
     let client = stage.connect().await;
     break_it();
@@ -83,8 +82,7 @@ async fn outage(stage: &Stage, storage: &Path, break_it: impl FnOnce(), mend_it:
     load.stop().await;
     mend_it();
     let target = stage.insert_one(&client, "last", None).await;
-    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
-    until("everything is acknowledged", DEADLINE, acknowledged).await;
+    stage.acknowledged(&client, target, DEADLINE).await;
     crate::support::archive::assert_same(&client, storage, stage.shape).await;
 }
 
@@ -127,8 +125,7 @@ async fn a_stop_during_an_outage_ends_and_loses_nothing() {
     let mut sidecar = launch.start();
     stage.streaming().await;
     let load = Load::start(&stage.cluster().uri_tcp(&stage.name), stage.shape);
-    let some = async || (load.committed() > 5_000).then_some(());
-    until("the load goes on", DEADLINE, some).await;
+    load.goes_on(5_000, DEADLINE).await;
     tmpfs.remount("ro");
     let failing = async || sidecar.log().contains("failed; rows wait").then_some(());
     until("the outage is noticed", DEADLINE, failing).await;
@@ -142,8 +139,7 @@ async fn a_stop_during_an_outage_ends_and_loses_nothing() {
     let successor = launch.start();
     let client = stage.connect().await;
     let target = stage.insert_one(&client, "last", None).await;
-    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
-    until("everything is acknowledged", DEADLINE, acknowledged).await;
+    stage.acknowledged(&client, target, DEADLINE).await;
     crate::support::archive::assert_same(&client, &storage, stage.shape).await;
     drop(successor);
 }

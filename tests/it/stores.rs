@@ -9,7 +9,7 @@ use crate::support::load::Load;
 use crate::support::schema::Shape;
 use crate::support::stage::Stage;
 use crate::support::store::Store;
-use crate::support::wait::{until, within};
+use crate::support::wait::within;
 
 const DEADLINE: Duration = Duration::from_secs(180);
 
@@ -22,7 +22,7 @@ async fn killed_in_the_middle(store: Store) {
     for _ in 0..3 {
         // Few rows: the late ones among them have a file for each of their days, and the stores are slow.
         let load = Load::start(&stage.cluster().uri_unix(&stage.name), stage.shape);
-        until("rows are written", DEADLINE, async || (load.committed() > 300).then_some(())).await;
+        load.goes_on(300, DEADLINE).await;
         load.stop().await;
         // Wherever it is by then: reading, claiming, encoding, uploading, committing.
         let mut sidecar = launch.start();
@@ -34,8 +34,7 @@ async fn killed_in_the_middle(store: Store) {
     let mut sidecar = launch.start();
     let client = stage.connect().await;
     let target = stage.insert_one(&client, "last", None).await;
-    let acknowledged = async || (stage.confirmed(&client).await > target).then_some(());
-    until("everything is acknowledged", DEADLINE, acknowledged).await;
+    stage.acknowledged(&client, target, DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     let folder = store.download().await;
     archive::assert_same(&client, folder.path(), stage.shape).await;

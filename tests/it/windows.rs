@@ -26,8 +26,7 @@ async fn insert_and_wait(stage: &Stage, client: &Client, round: i32) {
                  from unnest($2::int[]) minutes";
     client.execute(sql, &[&round, &WINDOWS.to_vec()]).await.unwrap();
     let target = stage.insert_one(client, "now", Some(f64::from(round))).await;
-    let acknowledged = async || (stage.confirmed(client).await > target).then_some(());
-    until("the round is acknowledged", DEADLINE, acknowledged).await;
+    stage.acknowledged(client, target, DEADLINE).await;
 }
 
 /// How many files each window has, by the front of their names, which says the window.

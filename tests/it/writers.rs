@@ -5,7 +5,6 @@ use std::time::Duration;
 use crate::support::load::Load;
 use crate::support::schema::Shape;
 use crate::support::stage::Stage;
-use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
@@ -24,8 +23,7 @@ async fn a_writer_that_wakes_up_after_its_successor_ends_without_harm() {
     let mut successor = stage.launch().start();
     let client = stage.connect().await;
     let target = stage.insert_one(&client, "while asleep", None).await;
-    let taken_over = async || (stage.confirmed(&client).await > target).then_some(());
-    until("the successor archives", DEADLINE, taken_over).await;
+    stage.acknowledged(&client, target, DEADLINE).await;
 
     sleeper.signal("CONT");
     let status = sleeper.wait(DEADLINE).await;
@@ -33,9 +31,7 @@ async fn a_writer_that_wakes_up_after_its_successor_ends_without_harm() {
     let log = sleeper.log();
     assert!(log.contains("another writer has taken over") || log.contains("replication slot"), "{log}");
 
-    let before = load.committed();
-    let more = async || (load.committed() > before + 2_000).then_some(());
-    until("the load goes on", DEADLINE, more).await;
+    load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
     stage.assert_archived(DEADLINE).await;
     assert!(successor.ended().is_none(), "the successor is untouched\n{}", successor.log());
@@ -68,9 +64,7 @@ async fn two_sidecars_started_at_once_double_nothing() {
     let mut second = stage.launch().logging_to(&stage.folder().join("second.log")).start();
     stage.streaming().await;
     for _ in 0..5 {
-        let before = load.committed();
-        let more = async || (load.committed() > before + 1_000).then_some(());
-        until("the load goes on", DEADLINE, more).await;
+        load.goes_on(1_000, DEADLINE).await;
         // Whoever holds the slot loses it; either may be next.
         stage.cut().await;
     }

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray as _, Float64Array, Int32Array, RecordBatch, StringArray, StructArray,
-    TimestampMicrosecondArray,
+    Array, ArrayRef, AsArray as _, Float64Array, Int32Array, RecordBatch, StringArray, StringViewArray,
+    StructArray, TimestampMicrosecondArray,
 };
 use foldhash::quality::FixedState;
 use futures::TryStreamExt as _;
@@ -263,6 +263,9 @@ fn push_cell(text: &mut String, column: &ArrayRef, row: usize) {
         Cell::Double(numbers.value(row))
     } else if let Some(texts) = any.downcast_ref::<StringArray>() {
         Cell::Text(texts.value(row))
+    } else if let Some(texts) = any.downcast_ref::<StringViewArray>() {
+        // Not ours: somebody else's file.
+        Cell::Text(texts.value(row))
     } else {
         panic!("a column of type {} in the archive", column.data_type())
     };
@@ -362,7 +365,11 @@ pub fn damage(table: &Path, action: &str, metric: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = root.join("target/reader/bin/python");
     assert!(python.exists(), "{} is missing: run `scripts/setup reader`", python.display());
-    let output =
-        Command::new(python).arg(root.join("tests/it/damage.py")).arg(table).args([action, metric]).output().unwrap();
+    let output = Command::new(python)
+        .arg(root.join("tests/it/damage.py"))
+        .arg(table)
+        .args([action, metric])
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls, Transaction};
 
 use super::schema::{KINDS, Shape, Source};
+use super::wait::until;
 
 /// Sessions that write at the same time, so that transactions overlap in the log.
 const WRITERS: u64 = 4;
@@ -72,6 +73,12 @@ impl Load {
     /// Rows committed so far; a lower bound, since the answer to a commit may be lost.
     pub fn committed(&self) -> u64 {
         self.committed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many more rows are committed.
+    pub async fn goes_on(&self, row_count: u64, deadline: Duration) {
+        let target = self.committed() + row_count;
+        until("the load goes on", deadline, async || (self.committed() > target).then_some(())).await;
     }
 
     /// Lets the running transactions end, and stops. Returns the rows committed.

@@ -134,6 +134,12 @@ impl Stage {
         client.query_one(sql, &[&self.name]).await.expect("slot").get(0)
     }
 
+    /// Waits until the server knows everything before a position to be archived.
+    pub async fn acknowledged(&self, client: &Client, target: PgLsn, deadline: Duration) {
+        let acknowledged = async || (self.confirmed(client).await > target).then_some(());
+        until(&format!("everything before {target} is acknowledged"), deadline, acknowledged).await;
+    }
+
     /// Inserts one custom metric, through the shape that the table has; the LSN that its commit is beyond.
     pub async fn insert_one(&self, client: &Client, metric: &str, value: Option<f64>) -> PgLsn {
         let sql = match self.shape {
@@ -163,10 +169,7 @@ impl Stage {
         let client = self.connect().await;
         // The position before the row: whatever else writes WAL, the row's own commit lies beyond it.
         let target = self.insert_one(&client, "last", None).await;
-        until("everything is acknowledged", deadline, async || {
-            (self.confirmed(&client).await > target).then_some(())
-        })
-        .await;
+        self.acknowledged(&client, target, deadline).await;
         // Should a keepalive have been acknowledged just before the row's commit, it follows at once.
         within(Duration::from_secs(5), async || {
             let difference = compare(&client, &self.storage(), self.shape, KINDS[0]).await;

@@ -1,0 +1,172 @@
+//! Claims and commits: what counts once, and what does not.
+
+use object_store::ObjectStoreExt as _;
+
+use super::*;
+use crate::archive::log::entry_path;
+use crate::config::ObjectStorageSettings;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_between_upload_and_commit_leaves_the_position() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    assert_eq!(table.lsn(), Lsn(100));
+    for (lsn, count) in [(200, 10), (300, 5)] {
+        let file = place.file(rows(count), lsn).await;
+        table.commit(&[file], Lsn(lsn), &note()).await.unwrap();
+    }
+    table.commit(&[], Lsn(350), &note()).await.unwrap();
+    let orphan = place.file(rows(3), 400).await;
+    let before = table.totals();
+    drop(table);
+    let table = place.claim("two").await;
+    assert_eq!(table.lsn(), Lsn(350));
+    assert_eq!((table.totals().row_count, table.totals().file_count), (15, 2));
+    assert_eq!(table.totals().byte_count, before.byte_count);
+    assert_eq!(before.max_created_at, Some(NOON + 9));
+    assert_eq!(table.totals().max_created_at, Some(NOON + 1000), "rounded up to a millisecond");
+    assert!(table.files().all(|file| file.path != orphan.path && file.name.is_some()));
+    let paths: Vec<String> = table.files().map(|file| file.path.clone()).collect();
+    let stats = entity_stats(&place.storage, Kind::Psi, &paths).await.unwrap();
+    assert_eq!(stats.len(), 1);
+    assert_eq!((stats[0].min_created_at, stats[0].max_created_at, stats[0].row_count), (NOON, NOON + 9, 15));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_successor_fences_even_before_it_writes() {
+    let place = Place::new();
+    let mut old = place.claim("old").await;
+    let mut new = place.claim("new").await;
+    let file = place.file(rows(1), 200).await;
+    let error = old.commit(std::slice::from_ref(&file), Lsn(200), &note()).await.unwrap_err();
+    assert!(matches!(error, Error::Fenced { .. }), "{error}");
+    assert!(matches!(old.vacuum(&place.namer, Duration::ZERO).await, Err(Error::Fenced { .. })));
+    new.commit(&[file], Lsn(200), &note()).await.unwrap();
+    assert_eq!(new.totals().row_count, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleeper_does_not_trust_a_trimmed_log() {
+    let place = Place::new();
+    let mut old = place.claim("old").await;
+    let mut new = place.claim("new").await;
+    for number in 1..=210 {
+        new.commit(&[], Lsn(100 + number), &note()).await.unwrap();
+        if number % 100 == 0 {
+            place.age(Duration::from_hours(2));
+        }
+        new.maintain().await;
+    }
+    let next = place.folder.path().join("psi").join(entry_path(old.version() + 1).as_ref());
+    assert!(!next.exists(), "the claim itself is trimmed");
+    old.looked_at -= Duration::from_mins(90);
+    for _ in 0..2 {
+        let error = old.commit(&[], Lsn(200), &note()).await.unwrap_err();
+        assert!(matches!(error, Error::Fenced { .. }), "{error}");
+    }
+    assert_eq!(place.claim("third").await.lsn(), Lsn(310), "what it wrote is not in the table");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_answer_is_recognised() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let file = place.file(rows(4), 200).await;
+    place.observed.lose_next_answer.store(true, Ordering::Relaxed);
+    table.commit(&[file], Lsn(200), &note()).await.unwrap();
+    let file = place.file(rows(2), 300).await;
+    table.commit(&[file], Lsn(300), &note()).await.unwrap();
+    assert_eq!((table.totals().row_count, table.totals().file_count), (6, 2));
+    drop(table);
+    let table = place.claim("two").await;
+    assert_eq!((table.totals().row_count, table.lsn()), (6, Lsn(300)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_entries_are_passed_over_and_foreign_columns_are_not() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let store = place.storage.table_store(Kind::Psi);
+    let foreign = r#"{"commitInfo":{"operation":"OPTIMIZE"}}
+{"txn":{"appId":"somebody else","version":9}}"#;
+    store.put(&entry_path(table.version() + 1), foreign.into()).await.unwrap();
+    let file = place.file(rows(4), 200).await;
+    table.commit(&[file], Lsn(200), &note()).await.unwrap();
+    assert_eq!((table.version(), table.lsn()), (3, Lsn(200)));
+    let changed = r#"{"metaData":{"schemaString":"{\"type\":\"struct\",\"fields\":[{\"name\":\"x\",\"type\":\"long\",\"nullable\":true,\"metadata\":{}}]}"}}"#;
+    store.put(&entry_path(table.version() + 1), changed.into()).await.unwrap();
+    let error = table.commit(&[], Lsn(300), &note()).await.unwrap_err();
+    assert!(error.chain().contains("it has (x long)"), "{}", error.chain());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_row_counts_that_went_to_another_folder() {
+    let base = tempfile::tempdir().unwrap();
+    let (folder, away) = (base.path().join("archive"), base.path().join("away"));
+    let settings = ObjectStorageSettings::new(folder.to_str().unwrap(), "").unwrap();
+    let storage = Storage::open(&settings).unwrap();
+    let mut table = Table::claim(&storage, Kind::Psi, APP, "one", Lsn(100)).await.unwrap();
+    let file = |lsn| {
+        let file = encode(Kind::Psi, [rows(5)]).unwrap().unwrap();
+        upload(&storage, Kind::Psi, Namer::new().name(Window::of(NOON, WindowWidth::DAY), Lsn(lsn)), file)
+    };
+    let uploaded = file(200).await.unwrap();
+    std::fs::rename(&folder, &away).unwrap();
+    let vanished = |error: Error| {
+        let text = error.chain();
+        assert!(text.contains("replaced or unmounted"), "{text}");
+        assert!(matches!(error, Error::Storage { .. }) && error.is_transient(), "{text}");
+    };
+    vanished(table.commit(std::slice::from_ref(&uploaded), Lsn(200), &note()).await.unwrap_err());
+    vanished(file(300).await.unwrap_err());
+    assert!(!folder.exists(), "the path was made anew");
+    // The mount point without its volume, even with a log that could go on.
+    std::fs::create_dir_all(folder.join("psi/_delta_log")).unwrap();
+    vanished(table.commit(std::slice::from_ref(&uploaded), Lsn(200), &note()).await.unwrap_err());
+    assert_eq!(std::fs::read_dir(folder.join("psi/_delta_log")).unwrap().count(), 0);
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::rename(&away, &folder).unwrap();
+    table.commit(&[uploaded], Lsn(200), &note()).await.unwrap();
+    assert_eq!((table.totals().row_count, table.lsn()), (5, Lsn(200)));
+    // Only the table's part of it is gone.
+    std::fs::rename(folder.join("psi"), &away).unwrap();
+    let error = table.commit(&[], Lsn(300), &note()).await.unwrap_err();
+    assert!(error.is_transient() && error.chain().contains("has vanished"), "{}", error.chain());
+    assert!(!folder.join("psi").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_counts_once_its_name_is_synced() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let file = place.file(rows(5), 200).await;
+    let log = place.folder.path().join("psi/_delta_log");
+    synced::tests::fail_syncs(&log, 3);
+    for _ in 0..4 {
+        let landed = table.commit(std::slice::from_ref(&file), Lsn(200), &note()).await.is_ok();
+        assert!(log.join("00000000000000000002.json").exists(), "the entry can be read");
+        assert_eq!(landed, synced::tests::failures_left(&log) == 0);
+        if landed {
+            break;
+        }
+    }
+    assert_eq!((table.totals().row_count, table.version()), (5, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_table_is_made_around_the_files_of_others() {
+    let place = Place::new();
+    let orphan = place.file(rows(1), 200).await;
+    let store = place.storage.table_store(Kind::Psi);
+    let foreign = Path::from("models/x.parquet");
+    store.put(&foreign, "x".into()).await.unwrap();
+    let claim = || Table::claim(&place.storage, Kind::Psi, APP, "one", Lsn(100));
+    let error = claim().await.unwrap_err();
+    assert!(!error.is_transient());
+    let folder = place.storage.table_url(Kind::Psi).to_string();
+    assert!(error.chain().contains(&folder) && error.chain().contains(foreign.as_ref()), "{}", error.chain());
+    assert!(!place.folder.path().join("psi/_delta_log").exists());
+    store.delete(&foreign).await.unwrap();
+    claim().await.unwrap();
+    assert!(place.folder.path().join("psi").join(orphan.path).exists());
+}
