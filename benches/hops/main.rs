@@ -61,7 +61,7 @@ fn decode(chunk: &Chunk, input: &Input) -> Batches {
             }
             Message::Begin(begin) => decoder.begin(begin, [Lsn::ZERO; Kind::ALL.len()]),
             Message::Relation(relation) => drop(decoder.relation(&relation)),
-            Message::Commit(_) | Message::Other(_) => {}
+            Message::Commit(_) | Message::Logical(_) | Message::Other(_) => {}
         }
     }
     batches

@@ -297,6 +297,22 @@ impl TableReport {
     }
 }
 
+/// What both sides have been added up to.
+struct Counted<'a> {
+    postgres: &'a HourSums,
+    archive: &'a HourSums,
+    /// Rows in Postgres without a usable time.
+    timeless: u64,
+}
+
+/// What was found to differ.
+#[derive(Debug, Default)]
+struct Different {
+    hours: BTreeSet<i64>,
+    /// The rows without a usable time.
+    timeless: bool,
+}
+
 /// One table that is compared.
 struct Table<'a> {
     config: &'a Config,
@@ -340,57 +356,65 @@ impl Table<'_> {
         report.postgres_rows =
             sums.iter().map(|sums| sums.rows).sum::<u64>() + tail.rows(self.kind, self.range);
         report.archive_rows = archive.values().map(|sum| sum.rows).sum();
-        let mut different = BTreeSet::new();
-        let mut timeless_differ = false;
+        let mut different = Different::default();
         if !suspect.is_empty() || timeless > 0 {
+            let counted = Counted { postgres: &postgres, archive: &archive, timeless };
             let mut comparison = Comparison::new(self, &source, &leaves, repair).await?;
-            for (index, hour) in suspect.iter().enumerate() {
-                self.told(
-                    &format!("comparing the rows of {}", hour_text(*hour)),
-                    (index as u64, suspect.len() as u64),
-                );
-                let expected =
-                    [postgres.get(hour), archive.get(hour)].into_iter().flatten().map(|sum| sum.rows);
-                let mut found = comparison.hour(*hour, expected.sum(), tail).await?;
-                if !self.is_held(&leaves, *hour) {
-                    found.surplus = 0;
-                }
-                if found.missing + found.surplus > 0 {
-                    different.insert(*hour);
-                    let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
-                    report.differences.push(Difference {
-                        hour: Some(hour_text(*hour)),
-                        postgres_rows: rows(&postgres),
-                        archive_rows: rows(&archive),
-                        missing: found.missing,
-                        surplus: found.surplus,
-                        added: 0,
-                    });
-                    comparison.remember(report.differences.len() - 1, found.repairable);
-                }
-            }
-            if timeless > 0 {
-                let found = comparison.timeless().await?;
-                if found.missing > 0 {
-                    timeless_differ = true;
-                    report.differences.push(Difference {
-                        hour: None,
-                        postgres_rows: timeless,
-                        archive_rows: 0,
-                        missing: found.missing,
-                        surplus: 0,
-                        added: 0,
-                    });
-                    comparison.remember(report.differences.len() - 1, found.repairable);
-                }
-            }
+            different = self.compare_rows(&mut comparison, &leaves, &suspect, &counted, report, tail).await?;
             for (index, added) in comparison.finish(repair, sql).await? {
                 if let Some(difference) = report.differences.get_mut(index) {
                     difference.added = added;
                 }
             }
         }
-        self.record(&leaves, &sums, &different, timeless_differ, report, sql).await
+        self.record(&leaves, &sums, &different, report, sql).await
+    }
+
+    /// Compares these hours, and the rows without a usable time, row by row.
+    async fn compare_rows(
+        &self,
+        comparison: &mut Comparison<'_>,
+        leaves: &[Partition],
+        suspect: &[i64],
+        counted: &Counted<'_>,
+        report: &mut TableReport,
+        tail: &Tail,
+    ) -> Result<Different> {
+        let mut different = Different::default();
+        for (index, hour) in suspect.iter().enumerate() {
+            let step = format!("comparing the rows of {}", hour_text(*hour));
+            self.told(&step, (index as u64, suspect.len() as u64));
+            let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
+            let (postgres_rows, archive_rows) = (rows(counted.postgres), rows(counted.archive));
+            let mut found = comparison.hour(*hour, postgres_rows + archive_rows, tail).await?;
+            if !self.is_held(leaves, *hour) {
+                found.surplus = 0;
+            }
+            if found.missing + found.surplus > 0 {
+                different.hours.insert(*hour);
+                let (missing, surplus) = (found.missing, found.surplus);
+                let hour = Some(hour_text(*hour));
+                let difference = Difference { hour, postgres_rows, archive_rows, missing, surplus, added: 0 };
+                comparison.remember(report.differences.len(), found.repairable);
+                report.differences.push(difference);
+            }
+        }
+        if counted.timeless > 0 {
+            let found = comparison.timeless().await?;
+            if found.missing > 0 {
+                different.timeless = true;
+                comparison.remember(report.differences.len(), found.repairable);
+                report.differences.push(Difference {
+                    hour: None,
+                    postgres_rows: counted.timeless,
+                    archive_rows: 0,
+                    missing: found.missing,
+                    surplus: 0,
+                    added: 0,
+                });
+            }
+        }
+        Ok(different)
     }
 
     /// What Postgres holds, partition by partition; `None` if one of them has changed meanwhile.
@@ -480,8 +504,7 @@ impl Table<'_> {
         &self,
         leaves: &[Partition],
         sums: &[PartitionSums],
-        different: &BTreeSet<i64>,
-        timeless_differ: bool,
+        different: &Different,
         report: &mut TableReport,
         sql: &mut Session,
     ) -> Result<()> {
@@ -489,13 +512,13 @@ impl Table<'_> {
             let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
             let is_whole = self.range == (i64::MIN, i64::MAX)
                 || (leaf.bounds.is_some() && self.range.0 <= low && high <= self.range.1);
-            let hours = different.iter().filter(|hour| {
+            let hours = different.hours.iter().filter(|hour| {
                 let start = **hour * MICROS_PER_HOUR;
                 sums.fit.contains_key(hour)
                     || sums.unfit_hours.contains(hour)
                     || (leaf.bounds.is_some() && low < start + MICROS_PER_HOUR && start < high)
             });
-            let differs = hours.count() > 0 || (timeless_differ && sums.timeless > 0);
+            let differs = hours.count() > 0 || (different.timeless && sums.timeless > 0);
             let mut total = RowSum::default();
             sums.fit.values().for_each(|sum| total += *sum);
             let checksum = format!("{:016x}", total.sum);
