@@ -107,6 +107,8 @@ pub struct Table {
     lsn: Lsn,
     files: BTreeMap<String, TableFile>,
     totals: Totals,
+    /// The last entry since the claim in which somebody else has added rows that did not come by the stream.
+    foreign_copy: Option<u64>,
     pub(super) checkpoint_version: u64,
     /// When the version was last known to be at the end of the log.
     pub(super) looked_at: SystemTime,
@@ -215,6 +217,7 @@ impl Table {
             lsn: txn.map_or(Ok(start), |version| to_lsn(kind, version))?,
             files: BTreeMap::new(),
             totals: Totals::default(),
+            foreign_copy: None,
             checkpoint_version: 0,
             looked_at: SystemTime::now(),
         };
@@ -291,8 +294,8 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// As [`Table::commit`]; and [`Error::Conflict`] if somebody else has added rows in this way since this handle looked at
-    /// the log: they may be the same ones.
+    /// As [`Table::commit`]; and [`Error::Conflict`] if somebody else has added rows in this way since the claim: they may
+    /// be the same ones.
     pub async fn commit_copy(
         &mut self,
         files: &[DataFile],
@@ -376,6 +379,10 @@ impl Table {
     async fn land(&mut self, change: Change) -> Result<bool> {
         let mut retried = false;
         for _ in 0..ATTEMPTS_MAX {
+            if let (true, Some(version)) = (change.is_copy, self.foreign_copy) {
+                let detail = format!("version {version} of its log");
+                return Err(Error::Conflict { table: self.kind.name().to_owned(), detail });
+            }
             if !change.removes.iter().all(|path| self.files.contains_key(path)) {
                 return Ok(false);
             }
@@ -402,9 +409,7 @@ impl Table {
                     return Ok(true);
                 }
                 Ok(Since::Moved) => {}
-                Err(fatal @ (Error::Fenced { .. } | Error::Conflict { .. } | Error::Delta { .. })) => {
-                    return Err(fatal);
-                }
+                Err(fatal @ (Error::Fenced { .. } | Error::Delta { .. })) => return Err(fatal),
                 Ok(Since::Nothing) | Err(_) => return Err(failed(error)),
             }
         }
@@ -437,13 +442,8 @@ impl Table {
                     "a foreign writer added deletion vectors",
                 ));
             }
-            if ours.is_none()
-                && entry.is_copy
-                && !entry.adds.is_empty()
-                && mine.is_some_and(|mine| mine.is_copy)
-            {
-                let detail = format!("version {version} of its log");
-                return Err(Error::Conflict { table: self.kind.name().to_owned(), detail });
+            if ours.is_none() && entry.is_copy && !entry.adds.is_empty() {
+                self.foreign_copy = Some(version);
             }
             let number = ours.map(|commit| commit.number);
             let paths = |files: &[TableFile]| files.iter().map(|file| file.path.clone()).collect::<Vec<_>>();
@@ -464,6 +464,18 @@ impl Table {
             since = Since::Moved;
         }
         Ok(since)
+    }
+
+    /// Takes over what others have written, for a handle that is used after hours: by then the log may be trimmed past its
+    /// version.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`].
+    pub async fn keep_up(&mut self) -> Result<()> {
+        self.check_claim().await?;
+        self.looked_at = SystemTime::now();
+        Ok(())
     }
 
     /// Makes sure that no other session has claimed the table, as far as the log says now.

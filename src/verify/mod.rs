@@ -339,7 +339,7 @@ impl Table<'_> {
             return Ok(());
         };
         let leaves = source::leaves(&self.point.client, &self.row.source_table, source.oid).await?;
-        let Some(sums) = self.partition_sums(&source, &leaves, report).await? else { return Ok(()) };
+        let Some(sums) = self.partition_sums(&source, &leaves, report, repair).await? else { return Ok(()) };
         let postgres = self.postgres_sums(&sums, tail);
         let archive = self.archive_sums(&leaves, &postgres).await?;
 
@@ -360,7 +360,16 @@ impl Table<'_> {
         if !suspect.is_empty() || timeless > 0 {
             let counted = Counted { postgres: &postgres, archive: &archive, timeless };
             let mut comparison = Comparison::new(self, &source, &leaves, repair).await?;
-            different = self.compare_rows(&mut comparison, &leaves, &suspect, &counted, report, tail).await?;
+            different = self
+                .compare_rows(
+                    &mut comparison,
+                    &leaves,
+                    &suspect,
+                    &counted,
+                    (&mut *report, &mut *repair),
+                    tail,
+                )
+                .await?;
             for (index, added) in comparison.finish(repair, sql).await? {
                 if let Some(difference) = report.differences.get_mut(index) {
                     difference.added = added;
@@ -377,11 +386,12 @@ impl Table<'_> {
         leaves: &[Partition],
         suspect: &[i64],
         counted: &Counted<'_>,
-        report: &mut TableReport,
+        (report, repair): (&mut TableReport, &mut Repair),
         tail: &Tail,
     ) -> Result<Different> {
         let mut different = Different::default();
         for (index, hour) in suspect.iter().enumerate() {
+            repair.keep_up().await?;
             let step = format!("comparing the rows of {}", hour_text(*hour));
             self.told(&step, (index as u64, suspect.len() as u64));
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
@@ -423,6 +433,7 @@ impl Table<'_> {
         source: &Source,
         leaves: &[Partition],
         report: &mut TableReport,
+        repair: &mut Repair,
     ) -> Result<Option<Vec<PartitionSums>>> {
         let whole = self.range == (i64::MIN, i64::MAX);
         let expected = leaves.iter().map(|leaf| leaf.rows_expected).sum::<f64>();
@@ -431,6 +442,7 @@ impl Table<'_> {
         for leaf in leaves {
             self.told(&format!("adding up {}", leaf.name), (count(done), count(expected)));
             done += leaf.rows_expected;
+            repair.keep_up().await?;
             if !whole
                 && leaf.bounds.is_some_and(|bounds| bounds.1 <= self.range.0 || bounds.0 >= self.range.1)
             {

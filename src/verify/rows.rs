@@ -42,6 +42,14 @@ impl Repair {
         Ok(Self { tables, namer: Some(Arc::new(Namer::new())) })
     }
 
+    /// Takes over what others have written since the claim; to be called again and again, since a comparison may take hours.
+    pub(super) async fn keep_up(&mut self) -> Result<()> {
+        for table in &mut self.tables {
+            table.keep_up().await?;
+        }
+        Ok(())
+    }
+
     /// Adds files to a kind's table.
     async fn commit(&mut self, kind: Kind, files: &[DataFile], lsn: Lsn) -> Result<()> {
         let Some(table) = self.tables.iter_mut().find(|table| table.kind() == kind) else { return Ok(()) };

@@ -68,6 +68,66 @@ async fn a_sleeper_does_not_trust_a_trimmed_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_copy_and_a_repair_never_add_the_same_rows() {
+    let place = Place::new();
+    let repair =
+        async |session: &str| Table::claim_for_repair(&place.storage, Kind::Psi, APP, session).await.unwrap();
+    let conflicts = |result: crate::Result<()>| matches!(result, Err(Error::Conflict { .. }));
+
+    // A repair goes on beside the stream, and the stream beside it.
+    let mut sidecar = place.claim("sidecar").await;
+    let mut first = repair("first").await;
+    sidecar.commit(&[place.file(rows(1), 200).await], Lsn(200), &note()).await.unwrap();
+    first.keep_up().await.unwrap();
+    first.commit_copy(&[place.file(rows(2), 150).await], &[], &note()).await.unwrap();
+    sidecar.commit(&[place.file(rows(4), 300).await], Lsn(300), &note()).await.unwrap();
+    assert_eq!((sidecar.totals().row_count, sidecar.lsn()), (7, Lsn(300)));
+
+    // A copy of the sidecar that was compared before the repair.
+    let late = [place.file(rows(8), 300).await];
+    let marks = [("1/16384".to_owned(), 700)];
+    for _ in 0..2 {
+        assert!(conflicts(sidecar.commit_copy(&late, &marks, &note()).await));
+    }
+    let mut sidecar = place.claim("sidecar again").await;
+    let mut second = repair("second").await;
+    sidecar.commit_copy(&late, &marks, &note()).await.unwrap();
+    assert_eq!(sidecar.marks(&[marks[0].0.clone()]).await.unwrap().get("1/16384"), Some(&700));
+
+    // A repair that was compared before that copy, whether it looks meanwhile or not.
+    second.keep_up().await.unwrap();
+    assert!(conflicts(second.commit_copy(&[place.file(rows(16), 300).await], &[], &note()).await));
+    let mut third = repair("third").await;
+    let fenced = second.commit_copy(&[place.file(rows(16), 300).await], &[], &note()).await;
+    assert!(fenced.is_err(), "a later repair has taken over");
+    third.commit_copy(&[place.file(rows(16), 300).await], &[], &note()).await.unwrap();
+    assert_eq!(place.claim("last").await.totals().row_count, 31);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_ways_of_adding_up_agree() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let hour = 3_600_000_000;
+    let batches = [psi(&[(NOON, "a", 1), (NOON + 1, "a", 2), (NOON + hour, "ü", 3)]), psi(&[(-1, "", -4)])];
+    let mut rows = Vec::new();
+    for (lsn, batch) in (200..).zip(batches) {
+        each_digest(Kind::Psi, &batch, |time, digest| rows.push((time, digest))).unwrap();
+        table.commit(&[place.file(batch, lsn).await], Lsn(lsn), &note()).await.unwrap();
+    }
+    let expected = sums_of(rows.iter().copied());
+    assert_eq!(expected.keys().copied().collect::<Vec<_>>(), [-1, NOON / hour, NOON / hour + 1]);
+    let snapshot = Snapshot::read(&place.storage, Kind::Psi, APP).await.unwrap();
+    assert_eq!(snapshot.lsn, Some(Lsn(201)));
+    let files: Vec<&TableFile> = snapshot.files.iter().collect();
+    let read = async |start, end| hour_sums(&place.storage, Kind::Psi, &files, start, end).await.unwrap();
+    assert_eq!(read(i64::MIN, i64::MAX).await, expected);
+    let part = read(NOON + 1, NOON + hour).await;
+    assert_eq!(part, sums_of(rows.iter().copied().filter(|row| row.0 == NOON + 1)));
+    assert_eq!(part.values().map(|sum| sum.rows).sum::<u64>(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lost_answer_is_recognised() {
     let place = Place::new();
     let mut table = place.claim("one").await;
