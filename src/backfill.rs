@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use indicatif::ProgressBar;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -38,6 +39,7 @@ use crate::record::Kind;
 use crate::recover;
 use crate::slot;
 use crate::source::{self, Fate, Partition, Point, Slice, Source};
+use crate::telemetry::{self, whole};
 use crate::watermark::Watermark;
 
 /// How often progress is told.
@@ -77,14 +79,17 @@ impl Backfill<'_> {
         for row in &incomplete.mendable {
             self.complete(&point, row).await?;
         }
-        // So that the horizon moves even if nobody writes.
-        self.sql.run(slot::ask_for_checkpoint).await
+        // So that the horizon moves even if nobody writes; else it waits until somebody does.
+        if let Err(error) = self.sql.run(slot::ask_for_checkpoint).await {
+            tracing::warn!(error = error.chain(), "no checkpoint was asked for");
+        }
+        Ok(())
     }
 
     /// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped,
     /// with all others up to the copy's position; those that it has not reached are found when the table is completed.
     async fn skip_copied(&mut self, row: &Watermark) -> Result<()> {
-        let Some(kind) = drift_kind(row) else { return Ok(()) };
+        let Some(kind) = Kind::of_name(&row.kind) else { return Ok(()) };
         let name = self.copied_mark();
         let table = table_of(self.tables, kind)?;
         let copied = table.marks(std::slice::from_ref(&name)).await?.remove(&name).map(Lsn);
@@ -107,7 +112,7 @@ impl Backfill<'_> {
     }
 
     async fn complete(&mut self, point: &Point, row: &Watermark) -> Result<()> {
-        let Some(kind) = drift_kind(row) else { return Ok(()) };
+        let Some(kind) = Kind::of_name(&row.kind) else { return Ok(()) };
         let table = row.source_table.as_str();
         let Some(source) = Source::find(&point.client, row).await? else {
             tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());
@@ -192,10 +197,6 @@ impl Backfill<'_> {
     fn copied_mark(&self) -> String {
         format!("{}/copied", self.timeline_id)
     }
-}
-
-fn drift_kind(row: &Watermark) -> Option<Kind> {
-    Kind::DRIFT.into_iter().find(|kind| kind.name() == row.kind)
 }
 
 /// The error that ends a session which can't go on with its snapshot; the next one takes another.
@@ -292,19 +293,20 @@ impl<'a> Work<'a> {
         let (quarantined, own): (Vec<_>, Vec<_>) =
             files.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
         // The quarantine first: what it holds is recognised when the partition is copied again.
-        let at = self.point.lsn;
+        let (at, copied_mark) = (self.point.lsn, backfill.copied_mark());
         if !quarantined.is_empty() {
             let (files, note) = named(quarantined, at);
             let table = table_of(backfill.tables, Kind::Quarantine)?;
-            let lsn = table.lsn();
+            // Also a copy: a repair may be about to add the same rows.
+            let marks = [(copied_mark.clone(), at.0)];
             let mut retry = StorageRetry::new("committing the quarantine");
-            while let Err(error) = table.commit(&files, lsn, &note).await {
+            while let Err(error) = table.commit_copy(&files, &marks, &note).await {
                 retry.wait(error).await?;
             }
             failpoint::hit("between-tables");
         }
         let (files, note) = named(own, at);
-        let marks = [(backfill.mark(partition), self.point.xmin), (backfill.copied_mark(), at.0)];
+        let marks = [(backfill.mark(partition), self.point.xmin), (copied_mark, at.0)];
         let table = table_of(backfill.tables, self.kind)?;
         let what = format!("committing {}", partition.name);
         let mut retry = StorageRetry::new(&what);
@@ -444,8 +446,9 @@ fn named(files: Vec<(Kind, DataFile)>, at: Lsn) -> (Vec<DataFile>, CommitNote) {
     (files, CommitNote { last_lsn: at, row_count, ..CommitNote::default() })
 }
 
-/// How far a table is, told from time to time.
+/// How far a table is: a bar on the terminal, or told in the log from time to time.
 struct Progress {
+    bar: Option<ProgressBar>,
     table: String,
     begun: Instant,
     told: Instant,
@@ -461,11 +464,17 @@ struct Progress {
 impl Progress {
     fn new(table: &str, partitions: &[Partition]) -> Self {
         let now = Instant::now();
+        let expected: f64 = partitions.iter().map(|partition| partition.rows_expected).sum();
+        let bar = telemetry::bar();
+        if let Some(bar) = &bar {
+            bar.set_length(whole(expected));
+        }
         Self {
+            bar,
             table: table.to_owned(),
             begun: now,
             told: now,
-            expected: partitions.iter().map(|partition| partition.rows_expected).sum(),
+            expected,
             done: 0.0,
             read: 0,
             added: 0,
@@ -477,6 +486,9 @@ impl Progress {
     fn partition(&mut self, partition: &Partition) {
         partition.name.clone_into(&mut self.partition);
         self.read_before = self.read;
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("copying {}", partition.name));
+        }
     }
 
     fn partition_done(&mut self, partition: &Partition) {
@@ -488,6 +500,10 @@ impl Progress {
     #[expect(clippy::cast_precision_loss, reason = "an estimate, told in per cent")]
     fn rows(&mut self, rows: u32) {
         self.read += u64::from(rows);
+        if let Some(bar) = &self.bar {
+            bar.set_position(whole(self.done) + self.read - self.read_before);
+            return;
+        }
         if self.told.elapsed() < PROGRESS_INTERVAL {
             return;
         }

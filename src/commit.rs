@@ -61,6 +61,11 @@ pub(crate) enum Work {
         /// What it covers.
         range: Range,
     },
+    /// Nothing is pending before this position, which is to be in the archive's logs, too.
+    Mark {
+        /// Where a commit ends.
+        lsn: Lsn,
+    },
     /// Nothing is pending before this position.
     Idle {
         /// A keepalive's position.
@@ -177,6 +182,10 @@ impl Committer {
                 self.write_files(batches, range.last_lsn).await?;
                 self.commit(range).await?;
                 self.record_position(range.last_lsn).await
+            }
+            Work::Mark { lsn } => {
+                self.mark(lsn).await?;
+                self.record_position(lsn).await
             }
             Work::Idle { lsn } => self.record_position(lsn).await,
         }

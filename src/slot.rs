@@ -85,8 +85,8 @@ pub(crate) async fn create(
 /// Prefix and content of the logical message that asks for a checkpoint.
 pub(crate) const CHECKPOINT_REQUEST: (&[u8], &[u8]) = (b"highwater", b"checkpoint");
 
-/// Asks whoever archives this database to make everything durable that is committed by now, and to say so in the watermark
-/// rows, rather than when it is due.
+/// Asks whoever archives this database to make everything durable that is committed by now, and to say so in the logs of the
+/// archive and in the watermark rows, rather than when it is due.
 ///
 /// # Errors
 ///

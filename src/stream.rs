@@ -252,13 +252,7 @@ impl Builder {
         let asked = std::mem::take(&mut self.asked);
         if self.batches.is_empty() && !self.in_pieces {
             // Nothing of it was for us, or all of it is archived.
-            if asked {
-                self.idle = Some(commit.end_lsn);
-                self.record_idle().await?;
-                // The horizon that is read then is published by the next move.
-                self.horizon_waits = true;
-            }
-            return Ok(());
+            return if asked { self.mark(commit.end_lsn).await } else { Ok(()) };
         }
         let first = self
             .range
@@ -269,7 +263,11 @@ impl Builder {
             first_commit: first.1,
             last_commit: commit.commit_micros,
         });
-        if asked || self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
+        if asked {
+            self.cut().await?;
+            return self.mark(commit.end_lsn).await;
+        }
+        if self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
             return self.cut().await;
         }
         self.deadline.get_or_insert_with(|| Instant::now() + time_to_cut(self.max_lag, self.window, now()));
@@ -300,6 +298,15 @@ impl Builder {
             self.recorded = (lsn, Instant::now());
             self.horizon_waits = false;
         }
+        Ok(())
+    }
+
+    /// Has the position recorded everywhere, as somebody has asked for it. Everything before it must have been handed on.
+    async fn mark(&mut self, lsn: Lsn) -> Result<()> {
+        self.hand_on(Work::Mark { lsn }).await?;
+        self.recorded = (lsn, Instant::now());
+        // The horizon that is read then is published by the next move.
+        self.horizon_waits = true;
         Ok(())
     }
 
@@ -342,8 +349,7 @@ impl Builder {
             self.lookup.sql().run(async |client| watermark::archived_root(client, relation).await).await?;
         let publication = &self.publication;
         let table = self.decoder.table_name(relation).unwrap_or_default();
-        let kind =
-            root.as_ref().and_then(|(_, kind)| Kind::DRIFT.into_iter().find(|known| known.name() == kind));
+        let kind = root.as_ref().and_then(|(_, kind)| Kind::of_name(kind));
         let (Some((root, _)), Some(kind)) = (&root, kind) else {
             tracing::warn!(
                 "table {table} is in publication {publication}, but is not archived: it only costs WAL there"

@@ -56,7 +56,14 @@ pub(crate) fn bar() -> Option<ProgressBar> {
         // What can't be written is not shown.
         let _ = write!(text, "{:.0}/s", state.per_sec());
     });
-    BARS.get().map(|bars| bars.add(ProgressBar::new(0).with_style(style)))
+    let bar = ProgressBar::new(0).with_style(style);
+    BARS.get().map(|bars| bars.add(bar))
+}
+
+/// An estimate of rows, as a bar shows it.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate, for people")]
+pub(crate) fn whole(rows: f64) -> u64 {
+    rows.max(0.0) as u64
 }
 
 /// Stderr, with the bars out of the way while a line is written.

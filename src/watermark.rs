@@ -350,6 +350,7 @@ pub async fn mark_gap(client: &Client, slot: &str) -> Result<Vec<String>> {
 pub async fn resync(client: &Client, source_table: &str) -> Result<()> {
     // Whoever copies from now on has a snapshot of a later xmin, as soon as what runs now has ended.
     let statement = "
+        with unverified as (delete from highwater.verified_partition where source_table = $1)
         update highwater.watermark
         set state = 'gap', gap_count = gap_count + 1, archived_before = null,
             marks_void_upto = pg_snapshot_xmin(pg_current_snapshot()), updated_at = clock_timestamp()

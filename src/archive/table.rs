@@ -169,6 +169,16 @@ impl Table {
         start: Lsn,
     ) -> Result<Self> {
         create_if_absent(storage, kind).await?;
+        Self::claim_as(storage, kind, app_id, session_id, start).await
+    }
+
+    async fn claim_as(
+        storage: &Storage,
+        kind: Kind,
+        app_id: &str,
+        session_id: &str,
+        start: Lsn,
+    ) -> Result<Self> {
         for _ in 0..ATTEMPTS_MAX {
             let mut table = Self::load(storage, kind, app_id, session_id, start).await?;
             let claim = table.change("HIGHWATER CLAIM", table.lsn);
@@ -191,14 +201,14 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// As [`Table::claim`].
+    /// As [`Table::claim`]; also if there is no table.
     pub async fn claim_for_repair(
         storage: &Storage,
         kind: Kind,
         app_id: &str,
         session_id: &str,
     ) -> Result<Self> {
-        Self::claim(storage, kind, &log::repair_id(app_id), session_id, Lsn::ZERO).await
+        Self::claim_as(storage, kind, &log::repair_id(app_id), session_id, Lsn::ZERO).await
     }
 
     async fn load(storage: &Storage, kind: Kind, app_id: &str, session_id: &str, start: Lsn) -> Result<Self> {

@@ -12,7 +12,7 @@ use super::{Format, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::telemetry;
-use crate::verify::{Difference, Options, Progress, Report, TableReport};
+use crate::verify::{Difference, Options, Progress, RepairMode, Report, TableReport};
 
 /// How often progress is logged where there is no terminal.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -34,9 +34,14 @@ pub(super) struct VerifyFlags {
     #[arg(long, value_name = "TIME", value_parser = time)]
     to: Option<DateTime<Utc>>,
 
-    /// Add the rows that the archive lacks. What it has too much is reported, and left as it is
+    /// Add the rows that the archive lacks, but not in hours where rows were changed in Postgres, as far as can be told: where
+    /// the archive has others, too. What it has too much is left as it is
     #[arg(long)]
     repair: bool,
+
+    /// As --repair, and also in those hours: the archive then has a changed row in both forms
+    #[arg(long)]
+    repair_changed: bool,
 }
 
 /// A time as people type it: RFC 3339, or a day, which means its start in UTC.
@@ -66,7 +71,11 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
         tables: flags.table.clone(),
         from: from.map(|time| time.timestamp_micros()),
         to: to.map(|time| time.timestamp_micros()),
-        repair: flags.repair,
+        repair: match (flags.repair_changed, flags.repair) {
+            (true, _) => RepairMode::AddChanged,
+            (false, true) => RepairMode::AddMissing,
+            (false, false) => RepairMode::Report,
+        },
     };
     let bar = telemetry::bar();
     let logged = Mutex::new(Instant::now());
@@ -86,9 +95,7 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
         }
     };
     let report = crate::verify::verify(config, &options, &tell).await;
-    if let Some(bar) = &bar {
-        bar.finish_and_clear();
-    }
+    drop(bar);
     let report = report?;
     print(&match format {
         Format::Table => text(&report),

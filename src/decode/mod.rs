@@ -197,7 +197,7 @@ impl Decoder {
         };
         if self.transaction.has(Kind::Quarantine)
             && self.settled.0.contains_key(&self.transaction.final_lsn)
-            && self.settled.take(self.transaction.quarantined(table, insert.tuple, String::new())?)
+            && self.settled.take(self.transaction.final_lsn, table, insert.tuple)?
         {
             return Ok(Inserted::Done);
         }
@@ -225,11 +225,7 @@ impl Transaction {
         tuple: Tuple<'_>,
         reason: String,
     ) -> Result<QuarantinedRow, DecodeError> {
-        let mut row = serde_json::Map::new();
-        for (column, value) in table.columns.iter().zip(tuple.values()) {
-            let text = value::display(value?, column.source_type);
-            row.insert(column.name.clone(), text.map_or(Json::Null, Json::String));
-        }
+        let row = texts(table, tuple, |_| true)?;
         Ok(QuarantinedRow {
             quarantined_at: self.commit_micros,
             source_table: table.name.clone(),
@@ -240,7 +236,26 @@ impl Transaction {
     }
 }
 
+/// The values of a row as texts, by column.
+fn texts(
+    table: &Table,
+    tuple: Tuple<'_>,
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<serde_json::Map<String, Json>, DecodeError> {
+    let mut row = serde_json::Map::new();
+    for (column, value) in table.columns.iter().zip(tuple.values()) {
+        let value = value?;
+        if is_wanted(&column.name) {
+            let text = value::display(value, column.source_type);
+            row.insert(column.name.clone(), text.map_or(Json::Null, Json::String));
+        }
+    }
+    Ok(row)
+}
+
 /// Quarantined rows, by the position of their transaction's commit record, and how many of each there are.
+///
+/// They are told by the columns that are archived: others may be written to later (`archived`, `updated_at`), come and go.
 #[derive(Debug, Default)]
 pub(crate) struct Settled(HashMap<Lsn, HashMap<(String, String), u64>>);
 
@@ -249,22 +264,25 @@ impl Settled {
     /// can't come again.
     pub(crate) fn add(&mut self, source_table: &str, row: &str, lsn: &str) {
         // Parsed, so that the text does not have to be what this version would write.
-        if let (Ok(lsn), Ok(row)) = (lsn.parse(), serde_json::from_str::<Json>(row)) {
+        if let (Ok(lsn), Ok(Json::Object(mut row))) = (lsn.parse(), serde_json::from_str::<Json>(row)) {
+            row.retain(|column, _| relation::is_archived(column));
+            let row = Json::Object(row);
             let rows = self.0.entry(lsn).or_default();
             *rows.entry((source_table.to_owned(), row.to_string())).or_default() += 1;
         }
     }
 
     /// Whether the row is one of them, which then is used up.
-    fn take(&mut self, row: QuarantinedRow) -> bool {
-        let place = self.0.get_mut(&row.lsn).and_then(|rows| rows.get_mut(&(row.source_table, row.row)));
-        match place {
+    fn take(&mut self, lsn: Lsn, table: &Table, tuple: Tuple<'_>) -> Result<bool, DecodeError> {
+        let Some(rows) = self.0.get_mut(&lsn) else { return Ok(false) };
+        let row = Json::Object(texts(table, tuple, relation::is_archived)?).to_string();
+        Ok(match rows.get_mut(&(table.name.clone(), row)) {
             Some(count) if *count > 0 => {
                 *count -= 1;
                 true
             }
             _ => false,
-        }
+        })
     }
 }
 

@@ -63,6 +63,12 @@ pub const ENTITY_TABLE: &str = "drift_entities";
 /// Columns that every drift table has for its own bookkeeping; not archived, and not worth a notice.
 const BOOKKEEPING_COLUMNS: [&str; 3] = ["id", "updated_at", "archived"];
 
+/// Whether a column of a drift table has a part in its archived rows.
+pub(super) fn is_archived(column: &str) -> bool {
+    let mut archived = Kind::DRIFT.iter().flat_map(|kind| kind.columns());
+    column == "entity_id" || archived.any(|archived| archived.name == column)
+}
+
 /// Something about a table that its operator should know.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Notice {

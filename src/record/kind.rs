@@ -63,6 +63,12 @@ impl Kind {
     /// Every table of the archive.
     pub const ALL: [Self; 4] = [Self::Custom, Self::Psi, Self::Spc, Self::Quarantine];
 
+    /// The kind of a drift table, by [`Kind::name`].
+    #[must_use]
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::DRIFT.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// Position in [`Kind::ALL`].
     #[must_use]
     pub const fn index(self) -> usize {

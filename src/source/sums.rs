@@ -82,7 +82,8 @@ impl Source {
             partition.filter,
             range.map_or_else(|| "true".to_owned(), |(start, end)| self.time.within(start, end))
         );
-        if self.is_by_id() {
+        // Where `entity_id` is no number, no row fits.
+        if self.is_by_id() && self.type_of("entity_id").is_some_and(|oid| INTEGERS.contains(&oid)) {
             let (schema, _) = self.name.split_once('.').unwrap_or_default();
             let schema = quote_identifier(schema);
             from.push_str(&format!(" left join {schema}.{ENTITY_TABLE} e on e.id = t.entity_id"));

@@ -26,7 +26,10 @@ impl TimeColumn {
 
     /// The condition for rows of these microseconds since the epoch.
     pub(super) fn within(self, start: i64, end: i64) -> String {
-        format!("created_at >= {} and created_at < {}", self.literal(start), self.literal(end))
+        match self {
+            Self::None => "false".to_owned(),
+            _ => format!("created_at >= {} and created_at < {}", self.literal(start), self.literal(end)),
+        }
     }
 
     pub(super) fn literal(self, micros: i64) -> String {

@@ -28,6 +28,7 @@ use crate::postgres::Session;
 use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
 use crate::slot;
 use crate::source::{self, Fate, Partition, PartitionSums, Point, Source};
+use crate::telemetry::whole;
 use crate::watermark::{self, State, Verified, Watermark};
 use rows::{Comparison, Repair};
 use tail::Tail;
@@ -37,6 +38,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How long nobody may hold the slot before that is an error: a sidecar that begins anew holds none.
 const HOLDER_WAIT: Duration = Duration::from_secs(15);
+
+/// How long the log of a table may be behind its watermark.
+const ARCHIVE_WAIT: Duration = Duration::from_secs(15);
 
 /// Added to twice the staleness bound: how long the archive may take to pass the point.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
@@ -50,8 +54,21 @@ pub struct Options {
     pub from: Option<i64>,
     /// First microsecond after the last; rounded up to an hour.
     pub to: Option<i64>,
-    /// Add what the archive lacks.
-    pub repair: bool,
+    /// What becomes of rows that the archive lacks.
+    pub repair: RepairMode,
+}
+
+/// What becomes of rows that the archive lacks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RepairMode {
+    /// They are reported.
+    #[default]
+    Report,
+    /// They are added; but not in hours of which the archive also has rows that Postgres has not. Those are rows that were
+    /// changed, as far as can be told: the archive has them as they were inserted.
+    AddMissing,
+    /// They are added, so that the archive has both what was inserted and what Postgres has today.
+    AddChanged,
 }
 
 /// What was found.
@@ -80,6 +97,8 @@ pub struct TableReport {
     pub archive_rows: u64,
     /// Hours in which Postgres or the archive has rows.
     pub hours: u64,
+    /// How many of them were compared row by row: those that are not plainly equal, or have rows that only the quarantine holds.
+    pub hours_by_row: u64,
     /// Hours that differ, oldest first.
     pub differences: Vec<Difference>,
     /// The partitions (or the table itself).
@@ -140,19 +159,20 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let identity = slot::identify(&mut slot.connection).await?;
     let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
     let chosen = choose(config, options, &identity.system_identifier, sql.run(watermark::read).await?)?;
-    let mut repair = Repair::default();
-    if options.repair {
-        // Before the archive is read: whoever repairs it then is noticed.
-        repair = Repair::claim(&storage, &chosen, &app_id).await?;
-    }
     sql.run(slot::ask_for_checkpoint).await?;
-    let flushed = wait_until_archived(config, &mut sql, &chosen, point.lsn).await?;
+    wait_until_archived(config, &mut sql, &chosen, point.lsn).await?;
+    let mut repair = Repair::default();
+    if options.repair != RepairMode::Report {
+        for row in &chosen {
+            archive_of(config, &storage, row, &app_id, point.lsn).await?;
+        }
+        // Before the archive is read: whoever repairs it then is noticed.
+        repair = Repair::claim(&storage, &chosen, &app_id, options.repair).await?;
+    }
     let mut archives = Vec::new();
-    for (row, flushed) in chosen.iter().zip(flushed) {
-        let Some(kind) = Kind::DRIFT.into_iter().find(|kind| kind.name() == row.kind) else { continue };
-        let snapshot = Snapshot::read(&storage, kind, &app_id).await?;
-        // The watermark was read first and never runs ahead, so everything before either is in these files.
-        let lsn = snapshot.lsn.unwrap_or_default().max(flushed);
+    for row in &chosen {
+        let Some(kind) = Kind::of_name(&row.kind) else { continue };
+        let (snapshot, lsn) = archive_of(config, &storage, row, &app_id, point.lsn).await?;
         archives.push((row, kind, snapshot, lsn));
     }
     let mut upto = [Lsn::ZERO; Kind::ALL.len()];
@@ -161,7 +181,7 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
             *place = *lsn;
         }
     }
-    let mut tail = Tail::read(config, slot, point.lsn, upto).await?;
+    let tail = Tail::read(config, slot, point.lsn, upto).await?;
     let now = sql.run(watermark::read).await?;
     let mut report = Report { equal: true, tables: Vec::new() };
     for (row, kind, snapshot, lsn) in &archives {
@@ -181,7 +201,14 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
                 range: (options.from.map_or(i64::MIN, floor_hour), options.to.map_or(i64::MAX, ceil_hour)),
                 tell,
             };
-            work.compare(&mut table, &mut tail, &mut repair, &mut sql).await?;
+            if let Err(error) = work.compare(&mut table, &tail, &mut repair, &mut sql).await {
+                // The others may be compared all the same, and what was added is told.
+                if !is_about_table(&error) {
+                    return Err(error);
+                }
+                let _ = point.rollback_to_savepoint().await;
+                table.not_compared = Some(error.chain());
+            }
         } else {
             let state = still.map_or(row.state, |now| now.state);
             table.not_compared = Some(match state {
@@ -219,13 +246,55 @@ fn choose(
     }
 }
 
-/// Waits until the watermarks of these tables have passed `lsn`, and returns them.
+/// The newest version of a table's archive, and its position, which must have passed `lsn`: only the sidecar's own archive has.
+async fn archive_of(
+    config: &Config,
+    storage: &Storage,
+    row: &Watermark,
+    app_id: &str,
+    lsn: Lsn,
+) -> Result<(Snapshot, Lsn)> {
+    let kind = Kind::of_name(&row.kind).unwrap_or(Kind::Quarantine);
+    let begun = Instant::now();
+    loop {
+        let snapshot = Snapshot::read(storage, kind, app_id).await?;
+        let at = snapshot.lsn.unwrap_or_default();
+        // The watermark may be a moment ahead, where nothing was pending. That of an incomplete table stands still.
+        if at >= lsn || row.state != State::Streaming {
+            return Ok((snapshot, at));
+        }
+        if begun.elapsed() > ARCHIVE_WAIT {
+            return Err(Error::Setting {
+                setting: "storage".to_owned(),
+                value: config.storage.storage_uri.clone(),
+                accepted: format!(
+                    "the storage that the sidecar writes to: the watermark of {} has passed {lsn}, but {} is at {at}",
+                    row.source_table,
+                    storage.table_url(kind)
+                ),
+            });
+        }
+        sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// Whether an error is about one table, and leaves the others be.
+fn is_about_table(error: &Error) -> bool {
+    match error {
+        Error::Slot { transient, .. } => *transient,
+        // Gone, or locked by somebody.
+        Error::Server { code, .. } => ["42P01", "55P03"].contains(&code.as_str()),
+        _ => false,
+    }
+}
+
+/// Waits until the watermarks of these tables have passed `lsn`.
 async fn wait_until_archived(
     config: &Config,
     sql: &mut Session,
     chosen: &[Watermark],
     lsn: Lsn,
-) -> Result<Vec<Lsn>> {
+) -> Result<()> {
     let begun = Instant::now();
     let mut held = Instant::now();
     loop {
@@ -236,7 +305,7 @@ async fn wait_until_archived(
         // The others are not compared.
         let streaming = chosen.iter().zip(&flushed).filter(|(row, _)| row.state == State::Streaming);
         if streaming.into_iter().all(|(_, flushed)| *flushed >= lsn) {
-            return Ok(flushed);
+            return Ok(());
         }
         let holder = slot::find(sql, &config.slot).await?.and_then(|slot| slot.active_pid);
         let waited = |detail: &str| Error::Slot {
@@ -291,6 +360,7 @@ impl TableReport {
             postgres_rows: 0,
             archive_rows: 0,
             hours: 0,
+            hours_by_row: 0,
             differences: Vec::new(),
             partitions: Vec::new(),
         }
@@ -301,6 +371,8 @@ impl TableReport {
 struct Counted<'a> {
     postgres: &'a HourSums,
     archive: &'a HourSums,
+    /// Hours that are not plainly equal.
+    suspect: &'a [i64],
     /// Rows in Postgres without a usable time.
     timeless: u64,
 }
@@ -330,7 +402,7 @@ impl Table<'_> {
     async fn compare(
         &self,
         report: &mut TableReport,
-        tail: &mut Tail,
+        tail: &Tail,
         repair: &mut Repair,
         sql: &mut Session,
     ) -> Result<()> {
@@ -339,7 +411,7 @@ impl Table<'_> {
             return Ok(());
         };
         let leaves = source::leaves(&self.point.client, &self.row.source_table, source.oid).await?;
-        let Some(sums) = self.partition_sums(&source, &leaves, report, repair).await? else { return Ok(()) };
+        let sums = self.partition_sums(&source, &leaves, repair).await?;
         let postgres = self.postgres_sums(&sums, tail);
         let archive = self.archive_sums(&leaves, &postgres).await?;
 
@@ -353,28 +425,15 @@ impl Table<'_> {
             .collect();
         let timeless: u64 = sums.iter().map(|sums| sums.timeless).sum();
         report.hours = hours.len() as u64;
+        report.hours_by_row = suspect.len() as u64;
         report.postgres_rows =
             sums.iter().map(|sums| sums.rows).sum::<u64>() + tail.rows(self.kind, self.range);
         report.archive_rows = archive.values().map(|sum| sum.rows).sum();
         let mut different = Different::default();
         if !suspect.is_empty() || timeless > 0 {
-            let counted = Counted { postgres: &postgres, archive: &archive, timeless };
-            let mut comparison = Comparison::new(self, &source, &leaves, repair).await?;
-            different = self
-                .compare_rows(
-                    &mut comparison,
-                    &leaves,
-                    &suspect,
-                    &counted,
-                    (&mut *report, &mut *repair),
-                    tail,
-                )
-                .await?;
-            for (index, added) in comparison.finish(repair, sql).await? {
-                if let Some(difference) = report.differences.get_mut(index) {
-                    difference.added = added;
-                }
-            }
+            let counted = Counted { postgres: &postgres, archive: &archive, suspect: &suspect, timeless };
+            let mut comparison = Comparison::new(self, &source, &leaves, tail, repair).await?;
+            different = self.compare_rows(&mut comparison, &leaves, &counted, report, (repair, sql)).await?;
         }
         self.record(&leaves, &sums, &different, report, sql).await
     }
@@ -384,19 +443,18 @@ impl Table<'_> {
         &self,
         comparison: &mut Comparison<'_>,
         leaves: &[Partition],
-        suspect: &[i64],
         counted: &Counted<'_>,
-        (report, repair): (&mut TableReport, &mut Repair),
-        tail: &Tail,
+        report: &mut TableReport,
+        (repair, sql): (&mut Repair, &mut Session),
     ) -> Result<Different> {
         let mut different = Different::default();
-        for (index, hour) in suspect.iter().enumerate() {
+        for (index, hour) in counted.suspect.iter().enumerate() {
             repair.keep_up().await?;
             let step = format!("comparing the rows of {}", hour_text(*hour));
-            self.told(&step, (index as u64, suspect.len() as u64));
+            self.told(&step, (index as u64, counted.suspect.len() as u64));
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
             let (postgres_rows, archive_rows) = (rows(counted.postgres), rows(counted.archive));
-            let mut found = comparison.hour(*hour, postgres_rows + archive_rows, tail).await?;
+            let mut found = comparison.hour(*hour, postgres_rows + archive_rows).await?;
             if !self.is_held(leaves, *hour) {
                 found.surplus = 0;
             }
@@ -404,46 +462,52 @@ impl Table<'_> {
                 different.hours.insert(*hour);
                 let (missing, surplus) = (found.missing, found.surplus);
                 let hour = Some(hour_text(*hour));
-                let difference = Difference { hour, postgres_rows, archive_rows, missing, surplus, added: 0 };
-                comparison.remember(report.differences.len(), found.repairable);
-                report.differences.push(difference);
+                let added = comparison.add(found, repair, sql).await?;
+                report.differences.push(Difference {
+                    hour,
+                    postgres_rows,
+                    archive_rows,
+                    missing,
+                    surplus,
+                    added,
+                });
             }
         }
         if counted.timeless > 0 {
             let found = comparison.timeless().await?;
             if found.missing > 0 {
                 different.timeless = true;
-                comparison.remember(report.differences.len(), found.repairable);
+                let missing = found.missing;
+                let added = comparison.add(found, repair, sql).await?;
                 report.differences.push(Difference {
                     hour: None,
                     postgres_rows: counted.timeless,
                     archive_rows: 0,
-                    missing: found.missing,
+                    missing,
                     surplus: 0,
-                    added: 0,
+                    added,
                 });
             }
         }
         Ok(different)
     }
 
-    /// What Postgres holds, partition by partition; `None` if one of them has changed meanwhile.
+    /// What Postgres holds, partition by partition.
     async fn partition_sums(
         &self,
         source: &Source,
         leaves: &[Partition],
-        report: &mut TableReport,
         repair: &mut Repair,
-    ) -> Result<Option<Vec<PartitionSums>>> {
-        let whole = self.range == (i64::MIN, i64::MAX);
+    ) -> Result<Vec<PartitionSums>> {
+        let is_whole = self.range == (i64::MIN, i64::MAX);
         let expected = leaves.iter().map(|leaf| leaf.rows_expected).sum::<f64>();
         let mut done = 0.0;
         let mut all = Vec::new();
         for leaf in leaves {
-            self.told(&format!("adding up {}", leaf.name), (count(done), count(expected)));
+            self.told(&format!("adding up {}", leaf.name), (whole(done), whole(expected)));
             done += leaf.rows_expected;
             repair.keep_up().await?;
-            if !whole
+            if !is_whole
                 && leaf.bounds.is_some_and(|bounds| bounds.1 <= self.range.0 || bounds.0 >= self.range.1)
             {
                 all.push(PartitionSums::default());
@@ -451,21 +515,19 @@ impl Table<'_> {
             }
             self.point.savepoint().await?;
             let client = &self.point.client;
-            let sums = source.sums(client, leaf, self.kind, (!whole).then_some(self.range)).await;
+            let sums = source.sums(client, leaf, self.kind, (!is_whole).then_some(self.range)).await;
             let fate = match &sums {
                 Ok(_) => leaf.fate(client).await?,
                 Err(_) => Fate::Unchanged,
             };
             self.point.rollback_to_savepoint().await?;
-            if fate != Fate::Unchanged || sums.as_ref().is_err_and(is_gone) {
-                let what = format!("{} was dropped, renamed or rewritten meanwhile; verify again", leaf.name);
-                report.not_compared = Some(what);
-                return Ok(None);
+            if fate != Fate::Unchanged {
+                return Err(changed(self.config, leaf));
             }
             all.push(sums?);
         }
-        self.told("adding up the archive", (count(done), count(expected)));
-        Ok(Some(all))
+        self.told("adding up the archive", (whole(done), whole(expected)));
+        Ok(all)
     }
 
     /// All of Postgres at the archive's position: the snapshot, and what was committed after it.
@@ -501,14 +563,16 @@ impl Table<'_> {
         Ok(sums)
     }
 
-    /// Whether Postgres still has every row of an hour: it has a partition for it, or, where there are none by time, retention
-    /// has not reached it.
+    /// Whether Postgres still has every row of an hour: its partitions reach over all of it, or, where there are none by time,
+    /// retention has not reached it.
     fn is_held(&self, leaves: &[Partition], hour: i64) -> bool {
         let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
-        let has_partition =
-            leaves.iter().filter_map(|leaf| leaf.bounds).any(|(low, high)| low < end && start < high);
-        let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
-        has_partition || start >= chrono::Utc::now().timestamp_micros() - retention
+        let bounds = merged(leaves.iter().filter_map(|leaf| leaf.bounds).collect());
+        if bounds.is_empty() {
+            let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
+            return start >= chrono::Utc::now().timestamp_micros() - retention;
+        }
+        bounds.iter().any(|(low, high)| *low <= start && end <= *high)
     }
 
     /// Records which partitions are verified, and takes back what an earlier verification said of others.
@@ -568,13 +632,10 @@ impl Table<'_> {
     }
 }
 
-fn is_gone(error: &Error) -> bool {
-    matches!(error, Error::Server { code, .. } if code == "42P01")
-}
-
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate, for people")]
-fn count(rows: f64) -> u64 {
-    rows.max(0.0) as u64
+/// The error of a partition that is no longer what the snapshot saw: a rewritten one looks empty to it.
+fn changed(config: &Config, partition: &Partition) -> Error {
+    let detail = format!("{} was dropped, renamed or rewritten meanwhile; verify again", partition.name);
+    Error::Slot { slot: config.slot.clone(), detail, transient: true }
 }
 
 /// Ranges in order, with those that touch made one.

@@ -1,8 +1,7 @@
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Table;
 use super::tail::Tail;
+use super::{RepairMode, Table, changed};
 use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
 use crate::commit::{self, StorageRetry};
@@ -13,7 +12,7 @@ use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::{Kind, MICROS_PER_HOUR};
 use crate::recover;
-use crate::source::{self, Partition, Slice, Source};
+use crate::source::{self, Fate, Partition, Slice, Source};
 use crate::watermark::{self, Watermark};
 
 /// Memory that one digest takes in a comparison, with its share of an unfilled table.
@@ -26,12 +25,18 @@ const DIGEST_BYTES: u64 = 64;
 #[derive(Debug, Default)]
 pub(super) struct Repair {
     tables: Vec<archive::Table>,
+    mode: RepairMode,
     namer: Option<Arc<Namer>>,
 }
 
 impl Repair {
     /// Claims the tables of these watermarks, and the quarantine.
-    pub(super) async fn claim(storage: &Storage, rows: &[Watermark], app_id: &str) -> Result<Self> {
+    pub(super) async fn claim(
+        storage: &Storage,
+        rows: &[Watermark],
+        app_id: &str,
+        mode: RepairMode,
+    ) -> Result<Self> {
         let session = format!("{:032x}", rand::random::<u128>());
         let mut tables = Vec::new();
         for kind in Kind::ALL {
@@ -39,7 +44,7 @@ impl Repair {
                 tables.push(archive::Table::claim_for_repair(storage, kind, app_id, &session).await?);
             }
         }
-        Ok(Self { tables, namer: Some(Arc::new(Namer::new())) })
+        Ok(Self { tables, mode, namer: Some(Arc::new(Namer::new())) })
     }
 
     /// Takes over what others have written since the claim; to be called again and again, since a comparison may take hours.
@@ -82,9 +87,8 @@ pub(super) struct Comparison<'a> {
     leaves: &'a [Partition],
     decoder: Decoder,
     entities: Lookup,
+    tail: &'a Tail,
     namer: Option<Arc<Namer>>,
-    /// Files to be added, with the difference that they mend.
-    files: Vec<(usize, Kind, DataFile)>,
 }
 
 impl<'a> Comparison<'a> {
@@ -92,6 +96,7 @@ impl<'a> Comparison<'a> {
         table: &'a Table<'a>,
         source: &'a Source,
         leaves: &'a [Partition],
+        tail: &'a Tail,
         repair: &Repair,
     ) -> Result<Self> {
         let config = table.config;
@@ -107,18 +112,19 @@ impl<'a> Comparison<'a> {
             leaves,
             decoder,
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
+            tail,
             namer: repair.namer.clone(),
-            files: Vec::new(),
         })
     }
 
     /// Compares an hour, of which both sides together have about `rows` rows.
-    pub(super) async fn hour(&mut self, hour: i64, rows: u64, tail: &Tail) -> Result<Found> {
+    pub(super) async fn hour(&mut self, hour: i64, rows: u64) -> Result<Found> {
         let memory = self.table.config.memory_bytes as u64;
         // The digests of the archive's rows are held, those of Postgres's are not.
         let parts = i64::try_from(rows * DIGEST_BYTES / (memory / 3).max(1)).unwrap_or(i64::MAX);
         let parts = parts.clamp(1, MICROS_PER_HOUR / 1_000_000);
-        let (start, width) = (hour * MICROS_PER_HOUR, MICROS_PER_HOUR / parts + 1);
+        // Whole milliseconds, which is what other writers' statistics have.
+        let (start, width) = (hour * MICROS_PER_HOUR, (MICROS_PER_HOUR / parts / 1_000 + 1) * 1_000);
         let mut found = Found::default();
         for part in 0..parts {
             let low = start + part * width;
@@ -126,19 +132,19 @@ impl<'a> Comparison<'a> {
             if range.0 >= range.1 {
                 break;
             }
-            self.part(range, tail, &mut found).await?;
+            self.part(range, &mut found).await?;
         }
         Ok(found)
     }
 
-    async fn part(&mut self, range: (i64, i64), tail: &Tail, found: &mut Found) -> Result<()> {
+    async fn part(&mut self, range: (i64, i64), found: &mut Found) -> Result<()> {
         let table = self.table;
         let files = table.files.iter().filter(|file| file.may_hold(range.0, range.1));
         let paths: Vec<String> = files.map(|file: &TableFile| file.path.clone()).collect();
         let mut present = Multiset::default();
         present.read(table.storage, table.kind, &paths, &[range]).await?;
         // What was committed after the snapshot can't be read from it; a later repair finds it.
-        found.missing += tail.missing(table.kind, range, &mut present);
+        found.missing += self.tail.missing(table.kind, range, &mut present);
         let present = Arc::new(Mutex::new(present));
         let slice = self.source.time.slice(vec![range]);
         for leaf in self.leaves {
@@ -180,8 +186,12 @@ impl<'a> Comparison<'a> {
             }
         }
         drop(rows);
-        self.take(batches, present, found).await?;
-        point.rollback_to_savepoint().await
+        let fate = leaf.fate(&point.client).await?;
+        point.rollback_to_savepoint().await?;
+        if fate != Fate::Unchanged {
+            return Err(changed(self.table.config, leaf));
+        }
+        self.take(batches, present, found).await
     }
 
     fn new_batches(&self) -> Batches {
@@ -224,32 +234,27 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// Takes note of files that mend a difference.
-    pub(super) fn remember(&mut self, difference: usize, files: Vec<(Kind, DataFile)>) {
-        self.files.extend(files.into_iter().map(|(kind, file)| (difference, kind, file)));
-    }
-
-    /// Adds what is to be added; returns how many rows of each difference.
-    pub(super) async fn finish(self, repair: &mut Repair, sql: &mut Session) -> Result<BTreeMap<usize, u64>> {
-        let (kind, lsn) = (self.table.kind, self.table.point.lsn);
-        let mut added = BTreeMap::new();
-        for (difference, _, file) in &self.files {
-            *added.entry(*difference).or_default() += file.stats.row_count;
+    /// Adds the missing rows that a comparison has found, if they are to be; returns how many.
+    pub(super) async fn add(&self, found: Found, repair: &mut Repair, sql: &mut Session) -> Result<u64> {
+        if repair.mode != RepairMode::AddChanged && found.surplus > 0 {
+            return Ok(0);
         }
-        let of = |wanted: Kind| -> Vec<DataFile> {
-            let files = self.files.iter().filter(|(_, kind, _)| *kind == wanted);
-            files.map(|(_, _, file)| file.clone()).collect()
-        };
-        let (quarantined, own) = (of(Kind::Quarantine), of(kind));
+        let lsn = self.table.point.lsn;
+        let added = found.repairable.iter().map(|(_, file)| file.stats.row_count).sum();
+        let (quarantined, own): (Vec<_>, Vec<_>) =
+            found.repairable.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
+        let files =
+            |files: Vec<(Kind, DataFile)>| files.into_iter().map(|(_, file)| file).collect::<Vec<_>>();
+        let (quarantined, own) = (files(quarantined), files(own));
         // The quarantine first: what it holds is recognised when the rest is repeated.
         if !quarantined.is_empty() {
             repair.commit(Kind::Quarantine, &quarantined, lsn).await?;
         }
         if !own.is_empty() {
-            repair.commit(kind, &own, lsn).await?;
+            repair.commit(self.table.kind, &own, lsn).await?;
             let paths: Vec<String> = own.iter().map(|file| file.path.clone()).collect();
             let name = &self.table.row.source_table;
-            let spans = recover::spans(self.table.storage, kind, name, &paths).await?;
+            let spans = recover::spans(self.table.storage, self.table.kind, name, &paths).await?;
             // Should we fail before this, the next session of the sidecar counts anew.
             sql.run(async |client| watermark::add_entities(client, &spans).await).await?;
         }

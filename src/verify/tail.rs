@@ -1,3 +1,5 @@
+use std::collections::HashSet;
+
 use tokio::sync::{mpsc, watch};
 
 use crate::archive::{self, HourSums, Multiset};
@@ -39,6 +41,8 @@ impl Tail {
             batches: Batches::new(config.window, chrono::Utc::now().timestamp_micros()),
             upto,
             last: upto.into_iter().max().unwrap_or_default(),
+            in_transaction: false,
+            foreign: HashSet::new(),
             tail: Self { rows: Default::default() },
         };
         if reader.last <= from {
@@ -88,6 +92,9 @@ struct Reader<'a> {
     upto: [Lsn; Kind::ALL.len()],
     /// The farthest of them.
     last: Lsn,
+    in_transaction: bool,
+    /// Tables that are none of ours.
+    foreign: HashSet<u32>,
     tail: Tail,
 }
 
@@ -98,17 +105,20 @@ impl Reader<'_> {
             match frame? {
                 Frame::XLogData { message, .. } => match Message::parse(message).map_err(malformed)? {
                     Message::Begin(begin) if begin.final_lsn >= self.last => return Ok(true),
-                    Message::Begin(begin) => self.begin(begin),
+                    Message::Begin(begin) => {
+                        self.in_transaction = true;
+                        self.begin(begin);
+                    }
                     Message::Insert(insert) => self.insert(&insert).await?,
                     Message::Relation(relation) => drop(self.decoder.relation(&relation)),
                     Message::Commit(commit) if commit.end_lsn >= self.last => return Ok(true),
-                    Message::Commit(_) if self.batches.byte_count() >= self.config.batch_bytes_max() => {
-                        self.add_up()?;
-                    }
-                    Message::Commit(_) | Message::Logical(_) | Message::Other(_) => {}
+                    Message::Commit(_) => self.in_transaction = false,
+                    Message::Logical(_) | Message::Other(_) => {}
                 },
                 // Everything before this position has been sent.
-                Frame::Keepalive { wal_end, .. } if wal_end >= self.last => return Ok(true),
+                Frame::Keepalive { wal_end, .. } if wal_end >= self.last && !self.in_transaction => {
+                    return Ok(true);
+                }
                 Frame::Keepalive { .. } => {}
             }
         }
@@ -123,6 +133,10 @@ impl Reader<'_> {
     }
 
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<()> {
+        // Also within a transaction, which may be larger than memory.
+        if self.batches.byte_count() >= self.config.batch_bytes_max() {
+            self.add_up()?;
+        }
         loop {
             match self.decoder.insert(insert, &mut self.batches).map_err(malformed)? {
                 Inserted::Done | Inserted::Quarantined => return Ok(()),
@@ -132,9 +146,14 @@ impl Reader<'_> {
                 }
                 Inserted::NotArchived => {
                     let relation = insert.relation;
+                    if self.foreign.contains(&relation) {
+                        return Ok(());
+                    }
                     let root = async |client: &_| watermark::archived_root(client, relation).await;
-                    let Some((name, kind)) = self.lookup.sql().run(root).await? else { return Ok(()) };
-                    let Some(kind) = Kind::DRIFT.into_iter().find(|known| known.name() == kind) else {
+                    let root = self.lookup.sql().run(root).await?;
+                    let known = root.and_then(|(name, kind)| Some((name, Kind::of_name(&kind)?)));
+                    let Some((name, kind)) = known else {
+                        self.foreign.insert(relation);
                         return Ok(());
                     };
                     self.decoder.adopt(relation, kind, &name);

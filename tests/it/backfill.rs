@@ -16,8 +16,11 @@ use crate::support::wait::{until, within};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// Rows of each table that are there before the slot.
-const EARLIER: i64 = 40_000;
+/// Rows of each table that are there before the slot; `TEST_EARLIER_ROWS=1700000` makes 5 million of three tables.
+fn earlier() -> i64 {
+    std::env::var("TEST_EARLIER_ROWS")
+        .map_or(40_000, |text| text.parse().expect("TEST_EARLIER_ROWS is a number"))
+}
 
 /// Steps of a copy at which it is killed, and how often each is passed before. What was finished stays so, and the next
 /// step meets the rest.
@@ -38,7 +41,7 @@ async fn fill(client: &Client, shape: Shape) {
         Shape::Named => "'old', 'shop', '1.0.0'".to_owned(),
         Shape::Entity => entity_id(client, "shop", "old", "1.0.0").await.to_string(),
     };
-    let columns = shape.entity_columns();
+    let (columns, earlier) = (shape.entity_columns(), earlier());
     for (table, values) in [
         ("custom_drift (created_at, metric, value", "'m' || n % 7, n * 0.1"),
         ("psi_drift (created_at, feature, bin_id, bin_count", "'f' || n % 5, n % 10, n"),
@@ -46,7 +49,8 @@ async fn fill(client: &Client, shape: Shape) {
     ] {
         let sql = format!(
             "insert into scouter.{table}, {columns})
-             select now() - n * interval '7 seconds', {values}, {entity} from generate_series(1, {EARLIER}) n;
+             select now() - n * interval '280000 seconds' / {earlier}, {values}, {entity}
+             from generate_series(1, {earlier}) n;
              insert into scouter.{table}, {columns})
              select case n when 1 then 'infinity'::timestamptz else '0044-03-15 00:00+00 BC' end, {values}, {entity}
              from generate_series(1, 2) n"

@@ -190,8 +190,12 @@ async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missin
     assert_eq!(found(&report), [(1, 0, 1, 0, 0)], "{report:#}");
     assert_eq!(code, 1);
 
+    // A row that looks changed is added only when that is asked for.
     let (report, code) = verify(&stage.launch(), &["--repair"]);
-    assert_eq!(found(&report), [(1, 1, 1, 1, 1), (1, 2, 0, 1, 0), (1, 0, 1, 0, 1)], "{report:#}");
+    assert_eq!(found(&report), [(1, 1, 1, 1, 0), (1, 2, 0, 1, 0), (1, 0, 1, 0, 1)], "{report:#}");
+    assert_eq!(code, 1);
+    let (report, code) = verify(&stage.launch(), &["--repair-changed"]);
+    assert_eq!(found(&report), [(1, 1, 1, 1, 1), (1, 2, 0, 1, 0)], "{report:#}");
     assert_eq!(code, 1);
     // What is too much stays, and nothing else does; the sidecar goes on.
     stage.insert_one(&client, "after the repair", Some(1.5)).await;
@@ -225,6 +229,14 @@ async fn without_a_sidecar_or_a_table_it_says_so() {
     };
     let unknown = said(&["--table", "other"]);
     assert!(unknown.contains("\"other\"") && unknown.contains("scouter.psi_drift"), "{unknown}");
+    // Not the storage that the sidecar writes to: nothing is made there, or taken for verified.
+    let elsewhere = stage.folder().join("elsewhere");
+    let launch = stage.launch().with("SCOUTER_STORAGE_URI", elsewhere.to_str().unwrap());
+    let mut sidecar = stage.start().await;
+    let output = launch.output(&["verify", "--repair"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(!elsewhere.join("psi").exists());
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     let reversed = said(&["--from", "2026-11-22", "--to", "2026-11-22"]);
     assert!(reversed.contains("later than --from"), "{reversed}");
     let alone = said(&[]);
