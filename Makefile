@@ -21,7 +21,7 @@ demo:
 
 test:
 	scripts/setup reader stores
-	$(LINTED) cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
+	$(if $(shell command -v clippy-driver),$(LINTED)) cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
 
 lint:
 	cargo fmt --check

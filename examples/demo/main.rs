@@ -172,7 +172,9 @@ impl Stage {
 
     /// Waits until everything is archived, and ends the sidecar; whether it ended well.
     async fn finish(&self, sidecar: &mut Sidecar, generator: &mut Generator) -> bool {
-        step(4, "The rest is archived, and the sidecar is told to end (SIGTERM)");
+        step(4, "`highwater verify` compares the archive with Postgres, while the sidecar goes on");
+        quote(&self.launch.must(&["verify"]));
+        step(5, "The rest is archived, and the sidecar is told to end (SIGTERM)");
         let sql = "select pg_current_wal_insert_lsn()";
         let target: tokio_postgres::types::PgLsn =
             self.client.query_one(sql, &[]).await.expect("position").get(0);
@@ -188,7 +190,7 @@ impl Stage {
     }
 
     fn show_archive(&self) {
-        step(5, "`highwater --watermarks` says how far the archive reaches");
+        step(6, "`highwater --watermarks` says how far the archive reaches");
         quote(&self.launch.must(&["--watermarks"]));
         println!("\n    The files, which any reader of Delta Lake or Parquet opens:\n");
         for kind in KINDS {
@@ -197,7 +199,7 @@ impl Stage {
     }
 
     async fn prove(&self, sidecar: &Sidecar, is_clean: bool) -> bool {
-        step(6, "The proof: all rows of the source against all rows of the archive, bit by bit");
+        step(7, "The proof: all rows of the source against all rows of the archive, bit by bit");
         let mut is_same = true;
         for kind in KINDS {
             let difference = compare(&self.client, &self.storage, Shape::Entity, kind).await;

@@ -14,7 +14,7 @@ use crate::support::sidecar::Sidecar;
 use crate::support::stage::Stage;
 use crate::support::wait::{until, within};
 
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// Rows of each table that are there before the slot; `TEST_EARLIER_ROWS=1700000` makes 5 million of three tables.
 fn earlier() -> i64 {
@@ -98,7 +98,7 @@ async fn copied_in_spite_of_kills(shape: Shape) {
     let launch = stage.launch().with("HIGHWATER_MAX_LAG", "200ms");
     for (step, passes) in STEPS {
         let mut failing = launch.clone().failing(&format!("{step}={passes}*off->return")).start();
-        let status = failing.wait(Duration::from_secs(60)).await;
+        let status = failing.wait(DEADLINE).await;
         assert!(!status.success(), "{step}: ended with {status} instead of a crash");
         // Enough for a test.
         if step == "after-copy"
