@@ -541,6 +541,19 @@ struct Spans<'a> {
 }
 
 impl<'a> Spans<'a> {
+    /// The columns as parameters of a statement, in their order.
+    fn parameters(&self) -> [&(dyn ToSql + Sync); 7] {
+        [
+            &self.table,
+            &self.space,
+            &self.name,
+            &self.version,
+            &self.min_created_at,
+            &self.max_created_at,
+            &self.row_count,
+        ]
+    }
+
     fn new(spans: &'a [(String, EntitySpan)]) -> Self {
         let mut columns = Self::default();
         for (table, span) in spans {
@@ -605,20 +618,8 @@ pub async fn add_entities(client: &Client, spans: &[(String, EntitySpan)]) -> Re
         set min_created_at = least(e.min_created_at, excluded.min_created_at),
             max_created_at = greatest(e.max_created_at, excluded.max_created_at),
             row_count = e.row_count + excluded.row_count, updated_at = clock_timestamp()";
-    let spans = Spans::new(spans);
     client
-        .execute(
-            statement,
-            &[
-                &spans.table,
-                &spans.space,
-                &spans.name,
-                &spans.version,
-                &spans.min_created_at,
-                &spans.max_created_at,
-                &spans.row_count,
-            ],
-        )
+        .execute(statement, &Spans::new(spans).parameters())
         .await
         .map_err(Error::sql("counting the entities of added rows"))
         .map(drop)
@@ -708,19 +709,9 @@ pub async fn recount(client: &Client, table: &str, spans: &[(String, EntitySpan)
         set min_created_at = excluded.min_created_at, max_created_at = excluded.max_created_at,
             row_count = excluded.row_count, updated_at = clock_timestamp()";
     let spans = Spans::new(spans);
+    let [_, space, name, version, low, high, rows] = spans.parameters();
     client
-        .execute(
-            statement,
-            &[
-                &table,
-                &spans.space,
-                &spans.name,
-                &spans.version,
-                &spans.min_created_at,
-                &spans.max_created_at,
-                &spans.row_count,
-            ],
-        )
+        .execute(statement, &[&table, space, name, version, low, high, rows])
         .await
         .map_err(Error::sql(format!("counting the entities of {table} anew")))
         .map(drop)

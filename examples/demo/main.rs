@@ -66,7 +66,7 @@ async fn interrupted() {
 
 /// A headline.
 fn step(number: u32, text: &str) {
-    println!("\n[{number}/6] {text}\n");
+    println!("\n[{number}/7] {text}\n");
 }
 
 /// What a program printed, moved in under its headline.
