@@ -276,7 +276,7 @@ impl<'a> Work<'a> {
         // What waits for a lock of ours may keep others waiting: it is held for one part at a time.
         self.point.savepoint().await?;
         let slices = self.slices(backfill, partition, horizon, memory / 3 / DIGEST_BYTES).await?;
-        let mut fate = self.end_part(partition).await?;
+        let mut fate = self.point.end_part(partition).await?;
         let mut files = Vec::new();
         for slice in &slices {
             if fate != Fate::Unchanged {
@@ -284,7 +284,7 @@ impl<'a> Work<'a> {
             }
             self.point.savepoint().await?;
             files.extend(self.copy(backfill, partition, slice).await?);
-            fate = self.end_part(partition).await?;
+            fate = self.point.end_part(partition).await?;
         }
         self.progress.partition_done(partition);
         if slices.is_empty() || fate != Fate::Unchanged {
@@ -314,13 +314,6 @@ impl<'a> Work<'a> {
             retry.wait(error).await?;
         }
         failpoint::hit("after-partition");
-        Ok(fate)
-    }
-
-    /// Whether what was read is what the snapshot saw; gives back the locks.
-    async fn end_part(&self, partition: &Partition) -> Result<Fate> {
-        let fate = partition.fate(&self.point.client).await?;
-        self.point.rollback_to_savepoint().await?;
         Ok(fate)
     }
 

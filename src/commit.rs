@@ -507,10 +507,6 @@ fn encode_files(
         let (mut failure, mut left_out) = (None, 0);
         // Built one by one as the encoder wants them, so that only one sorted copy exists at a time.
         let record_batches = rows.record_batches().map_while(|batch| {
-            let batch = batch.map_err(|error| {
-                let context = format!("building the columns of {}", kind.name());
-                Error::Encode { context, source: Box::new(error) }
-            });
             let missing = batch.and_then(|batch| match present {
                 // A quarantined row was compared before it got here.
                 Some(present) if kind != Kind::Quarantine => {

@@ -391,7 +391,8 @@ fn now() -> i64 {
     chrono::Utc::now().timestamp_micros()
 }
 
-fn malformed(error: impl std::fmt::Display) -> Error {
+/// The error of a stream that is not what it should be.
+pub(crate) fn malformed(error: impl std::fmt::Display) -> Error {
     Error::Protocol { context: "decoding the replication stream".to_owned(), detail: error.to_string() }
 }
 

@@ -5,8 +5,6 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use chrono::Utc;
-use deltalake_core::kernel::LogicalFileView;
-use deltalake_core::table::state::DeltaTableState;
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
@@ -15,6 +13,7 @@ use serde_json::{Map, Value, json};
 use super::log::{self, CommitId, Entry, TableFile, entry_path};
 use super::merge::Merged;
 use super::open::{check_columns, check_protocol, create_if_absent, open_checked, open_delta};
+use super::snapshot::table_files;
 use super::{DataFile, Storage, unusable};
 use crate::record::Kind;
 use crate::{Error, Lsn, Result, failpoint};
@@ -55,40 +54,6 @@ pub struct CommitNote {
     pub last_committed_at: Option<i64>,
     /// Rows that it adds to this table.
     pub row_count: u64,
-}
-
-/// What one version of a table's log says, to be read without writing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// Position up to which the table is complete for the application that was asked for, if that ever wrote it.
-    pub lsn: Option<Lsn>,
-    /// The active files.
-    pub files: Vec<TableFile>,
-}
-
-impl Snapshot {
-    /// Reads the newest version.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Storage`] and [`Error::Delta`] if the log can't be read, [`Error::Delta`] also if there is none.
-    pub async fn read(storage: &Storage, kind: Kind, app_id: &str) -> Result<Self> {
-        let delta = open_checked(storage, kind).await?;
-        let failed = || Error::delta(kind, "reading the log");
-        let state = delta.snapshot().map_err(failed())?;
-        let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
-        let lsn = txn.map(|version| to_lsn(kind, version)).transpose()?;
-        Ok(Self { lsn, files: table_files(kind, state) })
-    }
-}
-
-fn table_files(kind: Kind, state: &DeltaTableState) -> Vec<TableFile> {
-    let file = |file: LogicalFileView| {
-        let size = u64::try_from(file.size()).unwrap_or_default();
-        let path = file.object_store_path().to_string();
-        TableFile::new(kind, path, size, file.modification_time(), file.stats())
-    };
-    state.log_data().iter().map(file).collect()
 }
 
 /// One Delta table, claimed by this session.
@@ -610,7 +575,7 @@ fn number(version: u64) -> i32 {
     i32::try_from(version).unwrap_or(i32::MAX)
 }
 
-fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
+pub(super) fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
     u64::try_from(version)
         .map(Lsn)
         .map_err(|_| unusable(kind, "reading its position", &format!("txn version {version} is negative")))

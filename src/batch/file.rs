@@ -10,6 +10,7 @@ use arrow::error::ArrowError;
 use super::columns::{EntityBatch, SeriesOrder};
 use super::interner::Interner;
 use super::quarantine::QuarantineBatch;
+use crate::error::{Error, Result};
 use crate::record::{Entity, Kind, Window};
 
 /// Rows that one record batch holds at most: enough to keep the encoder's inner loops long, few enough
@@ -99,9 +100,19 @@ pub struct RecordBatches<'a> {
 }
 
 impl Iterator for RecordBatches<'_> {
-    type Item = Result<RecordBatch, ArrowError>;
+    type Item = Result<RecordBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
+        let batch = self.build()?;
+        Some(batch.map_err(|error| Error::Encode {
+            context: format!("building the columns of {}", self.file.kind.name()),
+            source: Box::new(error),
+        }))
+    }
+}
+
+impl RecordBatches<'_> {
+    fn build(&mut self) -> Option<Result<RecordBatch, ArrowError>> {
         match &self.file.source {
             Source::Quarantine(batch) => {
                 let first = self.position == 0;

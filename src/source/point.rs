@@ -2,6 +2,7 @@
 
 use tokio_postgres::Client;
 
+use super::{Fate, Partition};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
@@ -72,6 +73,13 @@ impl Point {
     /// Begins a part of the work whose locks [`Point::rollback_to_savepoint`] gives back.
     pub(crate) async fn savepoint(&self) -> Result<()> {
         self.client.batch_execute("savepoint part").await.map_err(Error::sql("setting a savepoint"))
+    }
+
+    /// Ends a part that has read a partition, and says whether what it read is what the snapshot saw.
+    pub(crate) async fn end_part(&self, partition: &Partition) -> Result<Fate> {
+        let fate = partition.fate(&self.client).await?;
+        self.rollback_to_savepoint().await?;
+        Ok(fate)
     }
 
     /// Ends a part, also one that has failed. The snapshot stays.

@@ -12,6 +12,7 @@
 //! nothing more is read. Where not, and where rows of the hour are in the quarantine, the hour is compared row by row, which
 //! also tells the missing rows that a repair adds.
 
+mod report;
 mod rows;
 mod tail;
 
@@ -30,6 +31,7 @@ use crate::slot;
 use crate::source::{self, Fate, Partition, PartitionSums, Point, Source};
 use crate::telemetry::whole;
 use crate::watermark::{self, State, Verified, Watermark};
+pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};
 use rows::{Comparison, Repair};
 use tail::Tail;
 
@@ -44,107 +46,6 @@ const ARCHIVE_WAIT: Duration = Duration::from_secs(15);
 
 /// Added to twice the staleness bound: how long the archive may take to pass the point.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
-
-/// What is compared, and what becomes of a difference.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Tables, as `schema.table` or `table`; none means all that are archived.
-    pub tables: Vec<String>,
-    /// First microsecond since the epoch of `created_at`; rounded down to an hour.
-    pub from: Option<i64>,
-    /// First microsecond after the last; rounded up to an hour.
-    pub to: Option<i64>,
-    /// What becomes of rows that the archive lacks.
-    pub repair: RepairMode,
-}
-
-/// What becomes of rows that the archive lacks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RepairMode {
-    /// They are reported.
-    #[default]
-    Report,
-    /// They are added; but not in hours of which the archive also has rows that Postgres has not. Those are rows that were
-    /// changed, as far as can be told: the archive has them as they were inserted.
-    AddMissing,
-    /// They are added, so that the archive has both what was inserted and what Postgres has today.
-    AddChanged,
-}
-
-/// What was found.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Report {
-    /// Whether nothing was missing and nothing too much, and every table was compared. Rows that a repair has added were missing.
-    pub equal: bool,
-    /// The tables, by name.
-    pub tables: Vec<TableReport>,
-}
-
-/// What was found in one table.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct TableReport {
-    /// The drift table with its schema.
-    pub source_table: String,
-    /// The kind of its rows.
-    pub kind: String,
-    /// Why it was not compared.
-    pub not_compared: Option<String>,
-    /// Position up to which both sides were compared.
-    pub lsn: Option<String>,
-    /// Rows in Postgres.
-    pub postgres_rows: u64,
-    /// Rows in the archive, of the same hours.
-    pub archive_rows: u64,
-    /// Hours in which Postgres or the archive has rows.
-    pub hours: u64,
-    /// How many of them were compared row by row: those that are not plainly equal, or have rows that only the quarantine holds.
-    pub hours_by_row: u64,
-    /// Hours that differ, oldest first.
-    pub differences: Vec<Difference>,
-    /// The partitions (or the table itself).
-    pub partitions: Vec<PartitionReport>,
-}
-
-/// An hour of `created_at` in which the archive does not hold what Postgres does.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Difference {
-    /// Its start, RFC 3339; `None` for the rows without a time that the archive can hold, which belong into the quarantine.
-    pub hour: Option<String>,
-    /// Rows in Postgres.
-    pub postgres_rows: u64,
-    /// Rows in the archive, without the quarantine.
-    pub archive_rows: u64,
-    /// Rows that Postgres has, and neither the archive nor its quarantine.
-    pub missing: u64,
-    /// Rows that the archive has, and Postgres does not; not counting hours that Postgres may have forgotten.
-    pub surplus: u64,
-    /// How many of the missing rows were added.
-    pub added: u64,
-}
-
-/// What was found in one partition.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct PartitionReport {
-    /// Its name with its schema.
-    pub partition: String,
-    /// Its rows in Postgres.
-    pub row_count: u64,
-    /// The sum of their digests, 16 hexadecimal digits.
-    pub checksum: String,
-    /// Whether every hour of it is equal, and it was compared as a whole; then it is in `highwater.verified_partition`.
-    pub verified: bool,
-}
-
-/// How far a verification is, for whoever shows it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Progress {
-    /// The table.
-    pub table: String,
-    /// What is being done, and to what.
-    pub step: String,
-    /// Rows that are done, and all of the table; the server's estimate.
-    pub rows: (u64, u64),
-}
 
 /// Compares the archive with Postgres; see the module's documentation. `tell` is called as it goes on.
 ///
@@ -350,23 +251,6 @@ fn hour_text(hour: i64) -> String {
     time.unwrap_or_default().to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
 }
 
-impl TableReport {
-    fn new(row: &Watermark) -> Self {
-        Self {
-            source_table: row.source_table.clone(),
-            kind: row.kind.clone(),
-            not_compared: None,
-            lsn: None,
-            postgres_rows: 0,
-            archive_rows: 0,
-            hours: 0,
-            hours_by_row: 0,
-            differences: Vec::new(),
-            partitions: Vec::new(),
-        }
-    }
-}
-
 /// What both sides have been added up to.
 struct Counted<'a> {
     postgres: &'a HourSums,
@@ -448,6 +332,7 @@ impl Table<'_> {
         (repair, sql): (&mut Repair, &mut Session),
     ) -> Result<Different> {
         let mut different = Different::default();
+        let bounds = merged(leaves.iter().filter_map(|leaf| leaf.bounds).collect());
         for (index, hour) in counted.suspect.iter().enumerate() {
             repair.keep_up().await?;
             let step = format!("comparing the rows of {}", hour_text(*hour));
@@ -455,7 +340,7 @@ impl Table<'_> {
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
             let (postgres_rows, archive_rows) = (rows(counted.postgres), rows(counted.archive));
             let mut found = comparison.hour(*hour, postgres_rows + archive_rows).await?;
-            if !self.is_held(leaves, *hour) {
+            if !self.is_held(&bounds, *hour) {
                 found.surplus = 0;
             }
             if found.missing + found.surplus > 0 {
@@ -515,16 +400,10 @@ impl Table<'_> {
             }
             self.point.savepoint().await?;
             let client = &self.point.client;
-            let sums = source.sums(client, leaf, self.kind, (!is_whole).then_some(self.range)).await;
-            let fate = match &sums {
-                Ok(_) => leaf.fate(client).await?,
-                Err(_) => Fate::Unchanged,
-            };
-            self.point.rollback_to_savepoint().await?;
-            if fate != Fate::Unchanged {
+            all.push(source.sums(client, leaf, self.kind, (!is_whole).then_some(self.range)).await?);
+            if self.point.end_part(leaf).await? != Fate::Unchanged {
                 return Err(changed(self.config, leaf));
             }
-            all.push(sums?);
         }
         self.told("adding up the archive", (whole(done), whole(expected)));
         Ok(all)
@@ -564,10 +443,9 @@ impl Table<'_> {
     }
 
     /// Whether Postgres still has every row of an hour: its partitions reach over all of it, or, where there are none by time,
-    /// retention has not reached it.
-    fn is_held(&self, leaves: &[Partition], hour: i64) -> bool {
+    /// retention has not reached it. `bounds` are those of the partitions, merged.
+    fn is_held(&self, bounds: &[(i64, i64)], hour: i64) -> bool {
         let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
-        let bounds = merged(leaves.iter().filter_map(|leaf| leaf.bounds).collect());
         if bounds.is_empty() {
             let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
             return start >= chrono::Utc::now().timestamp_micros() - retention;

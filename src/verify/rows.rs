@@ -6,7 +6,7 @@ use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Snapshot, Stor
 use crate::batch::Batches;
 use crate::commit::{self, StorageRetry};
 use crate::decode::Decoder;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
@@ -186,9 +186,7 @@ impl<'a> Comparison<'a> {
             }
         }
         drop(rows);
-        let fate = leaf.fate(&point.client).await?;
-        point.rollback_to_savepoint().await?;
-        if fate != Fate::Unchanged {
+        if point.end_part(leaf).await? != Fate::Unchanged {
             return Err(changed(self.table.config, leaf));
         }
         self.take(batches, present, found).await
@@ -220,12 +218,8 @@ impl<'a> Comparison<'a> {
             match present.filter(|_| kind != Kind::Quarantine) {
                 Some(present) => {
                     for batch in rows.record_batches() {
-                        let batch = batch.map_err(|error| Error::Encode {
-                            context: format!("building the columns of {}", kind.name()),
-                            source: Box::new(error),
-                        })?;
                         let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
-                        found.missing += present.missing(kind, &batch)?.num_rows() as u64;
+                        found.missing += present.missing(kind, &batch?)?.num_rows() as u64;
                     }
                 }
                 None => found.missing += rows.row_count(),

@@ -13,6 +13,7 @@ use crate::pgoutput::{Begin, Insert, Message};
 use crate::postgres::{Chunk, Frame, Session};
 use crate::record::Kind;
 use crate::source::TemporarySlot;
+use crate::stream::malformed;
 use crate::watermark;
 
 /// Chunks between the receiver and the decoder.
@@ -170,11 +171,7 @@ impl Reader<'_> {
             let kind = rows.kind();
             let Some(place) = self.tail.rows.get_mut(kind.index()) else { continue };
             for batch in rows.record_batches() {
-                let batch = batch.map_err(|error| Error::Encode {
-                    context: format!("building the columns of {}", kind.name()),
-                    source: Box::new(error),
-                })?;
-                archive::each_digest(kind, &batch, |time, digest| place.push((time, digest)))?;
+                archive::each_digest(kind, &batch?, |time, digest| place.push((time, digest)))?;
             }
         }
         let rows: usize = self.tail.rows.iter().map(Vec::len).sum();
@@ -190,8 +187,4 @@ impl Reader<'_> {
             ),
         })
     }
-}
-
-fn malformed(error: impl std::fmt::Display) -> Error {
-    Error::Protocol { context: "decoding the replication stream".to_owned(), detail: error.to_string() }
 }

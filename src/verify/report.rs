@@ -1,0 +1,121 @@
+//! What is asked of a verification, and what it finds.
+
+use crate::watermark::Watermark;
+
+/// What is compared, and what becomes of a difference.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Tables, as `schema.table` or `table`; none means all that are archived.
+    pub tables: Vec<String>,
+    /// First microsecond since the epoch of `created_at`; rounded down to an hour.
+    pub from: Option<i64>,
+    /// First microsecond after the last; rounded up to an hour.
+    pub to: Option<i64>,
+    /// What becomes of rows that the archive lacks.
+    pub repair: RepairMode,
+}
+
+/// What becomes of rows that the archive lacks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RepairMode {
+    /// They are reported.
+    #[default]
+    Report,
+    /// They are added; but not in hours of which the archive also has rows that Postgres has not. Those are rows that were
+    /// changed, as far as can be told: the archive has them as they were inserted.
+    AddMissing,
+    /// They are added, so that the archive has both what was inserted and what Postgres has today.
+    AddChanged,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Report {
+    /// Whether nothing was missing and nothing too much, and every table was compared. Rows that a repair has added were missing.
+    pub equal: bool,
+    /// The tables, by name.
+    pub tables: Vec<TableReport>,
+}
+
+/// What was found in one table.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct TableReport {
+    /// The drift table with its schema.
+    pub source_table: String,
+    /// The kind of its rows.
+    pub kind: String,
+    /// Why it was not compared.
+    pub not_compared: Option<String>,
+    /// Position up to which both sides were compared.
+    pub lsn: Option<String>,
+    /// Rows in Postgres.
+    pub postgres_rows: u64,
+    /// Rows in the archive, of the same hours.
+    pub archive_rows: u64,
+    /// Hours in which Postgres or the archive has rows.
+    pub hours: u64,
+    /// How many of them were compared row by row: those that are not plainly equal, or have rows that only the quarantine holds.
+    pub hours_by_row: u64,
+    /// Hours that differ, oldest first.
+    pub differences: Vec<Difference>,
+    /// The partitions (or the table itself).
+    pub partitions: Vec<PartitionReport>,
+}
+
+/// An hour of `created_at` in which the archive does not hold what Postgres does.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Difference {
+    /// Its start, RFC 3339; `None` for the rows without a time that the archive can hold, which belong into the quarantine.
+    pub hour: Option<String>,
+    /// Rows in Postgres.
+    pub postgres_rows: u64,
+    /// Rows in the archive, without the quarantine.
+    pub archive_rows: u64,
+    /// Rows that Postgres has, and neither the archive nor its quarantine.
+    pub missing: u64,
+    /// Rows that the archive has, and Postgres does not; not counting hours that Postgres may have forgotten.
+    pub surplus: u64,
+    /// How many of the missing rows were added.
+    pub added: u64,
+}
+
+/// What was found in one partition.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PartitionReport {
+    /// Its name with its schema.
+    pub partition: String,
+    /// Its rows in Postgres.
+    pub row_count: u64,
+    /// The sum of their digests, 16 hexadecimal digits.
+    pub checksum: String,
+    /// Whether every hour of it is equal, and it was compared as a whole; then it is in `highwater.verified_partition`.
+    pub verified: bool,
+}
+
+/// How far a verification is, for whoever shows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// The table.
+    pub table: String,
+    /// What is being done, and to what.
+    pub step: String,
+    /// Rows that are done, and all of the table; the server's estimate.
+    pub rows: (u64, u64),
+}
+
+impl TableReport {
+    pub(super) fn new(row: &Watermark) -> Self {
+        Self {
+            source_table: row.source_table.clone(),
+            kind: row.kind.clone(),
+            not_compared: None,
+            lsn: None,
+            postgres_rows: 0,
+            archive_rows: 0,
+            hours: 0,
+            hours_by_row: 0,
+            differences: Vec::new(),
+            partitions: Vec::new(),
+        }
+    }
+}
