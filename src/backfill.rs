@@ -118,7 +118,7 @@ impl Backfill<'_> {
             tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());
             return Ok(());
         };
-        let partitions = source::leaves(&point.client, table, source.oid).await?;
+        let partitions = source::holders(&point.client, table, source.oid).await?;
         let mut horizons = self.marks(kind, &partitions).await?;
         for (horizon, partition) in horizons.iter_mut().zip(&partitions) {
             let covered = row.archived_before.filter(|_| partition.is_covered);
@@ -148,7 +148,7 @@ impl Backfill<'_> {
                 }
             };
             match fate {
-                Fate::Unchanged => covered.push((partition.oid, partition.name.clone())),
+                Fate::Unchanged => covered.push(partition.clone()),
                 Fate::Changed => return Err(changed(self.config, partition)),
                 Fate::Dropped => tracing::error!(
                     table,

@@ -8,7 +8,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, GenericClient};
 
 use crate::error::{Error, Result};
-use crate::source::leaves;
+use crate::source::{Partition, leaves};
 
 /// A partition that is not covered, with rows in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,23 +19,39 @@ pub(crate) struct Uncovered {
     pub(crate) partition: String,
 }
 
-/// Looks at the partitions that are not covered: an empty one is from now on. Returns those with rows. Partitions that are
-/// no longer attached are forgotten, so that they are looked at again if they come back.
+/// Looks at the partitions that are not covered: an empty one is from now on. Returns those with rows. Of partitions that are
+/// no longer attached it is noted since when: their rows are archived, but they are looked at again if they come back.
 ///
 /// # Errors
 ///
 /// A query failed.
 pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncovered>> {
     let failed = || Error::sql("looking for partitions that never passed the stream");
-    let forget = "
+    let follow = "
         with recursive tree as (
-            select w.source_table, w.table_oid as oid from highwater.watermark w where w.slot_name = $1
+            select w.source_table, w.table_oid as oid, null::bigint as attachment
+            from highwater.watermark w where w.slot_name = $1
             union all
-            select t.source_table, i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid)
-        delete from highwater.covered_partition p using highwater.watermark w
-        where w.source_table = p.source_table and w.slot_name = $1
-          and not exists (select from tree t where t.source_table = p.source_table and t.oid = p.partition_oid)";
-    client.execute(forget, &[&slot]).await.map_err(failed())?;
+            select t.source_table, i.inhrelid, i.xmin::text::bigint
+            from pg_inherits i join tree t on i.inhparent = t.oid),
+        known as (
+            select p.source_table, p.partition_oid, t.oid is not null as is_attached,
+                   p.detached_at is null and p.attachment is not distinct from t.attachment as is_steady,
+                   exists (select from pg_class c where c.oid = p.partition_oid) as is_there
+            from highwater.watermark w join highwater.covered_partition p using (source_table)
+            left join tree t on t.source_table = p.source_table and t.oid = p.partition_oid
+            where w.slot_name = $1),
+        forgotten as (
+            delete from highwater.covered_partition p using known k
+            where (k.source_table, k.partition_oid) = (p.source_table, p.partition_oid)
+              and (not k.is_there or (k.is_attached and not k.is_steady))),
+        unverified as (
+            delete from highwater.verified_partition v using known k
+            where (k.source_table, k.partition_oid) = (v.source_table, v.partition_oid) and not k.is_there)
+        update highwater.covered_partition p set detached_at = clock_timestamp() from known k
+        where (k.source_table, k.partition_oid) = (p.source_table, p.partition_oid)
+          and k.is_there and not k.is_attached and p.detached_at is null";
+    client.execute(follow, &[&slot]).await.map_err(failed())?;
     let roots = "select source_table, table_oid from highwater.watermark where slot_name = $1";
     let mut found = Vec::new();
     for row in client.query(roots, &[&slot]).await.map_err(failed())? {
@@ -43,11 +59,11 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
         let root = row.try_get(1).map_err(failed())?;
         for leaf in leaves(client, &source_table, root).await?.iter().filter(|leaf| !leaf.is_covered) {
             let empty = format!(
-                "insert into highwater.covered_partition (source_table, partition_oid, partition_name)
-                 select $1, $2, $3 where not exists (select from {} where {}) on conflict do nothing",
+                "insert into highwater.covered_partition (source_table, partition_oid, partition_name, attachment)
+                 select $1, $2, $3, $4 where not exists (select from {} where {}) on conflict do nothing",
                 leaf.from, leaf.filter
             );
-            let covered = match client.execute(&empty, &[&source_table, &leaf.oid, &leaf.name]).await {
+            let covered = match client.execute(&empty, &[&source_table, &leaf.oid, &leaf.name, &leaf.attachment]).await {
                 Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => continue,
                 covered => covered.map_err(Error::sql(format!("looking into {}", leaf.name)))?,
             };
@@ -59,7 +75,7 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
     Ok(found)
 }
 
-/// Takes these partitions, oid and name, for covered.
+/// Takes these partitions for covered, as they are attached now.
 ///
 /// # Errors
 ///
@@ -67,15 +83,19 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
 pub(crate) async fn cover(
     client: &impl GenericClient,
     source_table: &str,
-    partitions: &[(u32, String)],
+    partitions: &[Partition],
 ) -> Result<()> {
-    let (oids, names): (Vec<u32>, Vec<&str>) =
-        partitions.iter().map(|(oid, name)| (*oid, name.as_str())).unzip();
+    let oids: Vec<u32> = partitions.iter().map(|partition| partition.oid).collect();
+    let names: Vec<&str> = partitions.iter().map(|partition| partition.name.as_str()).collect();
+    let attachments: Vec<Option<i64>> = partitions.iter().map(|partition| partition.attachment).collect();
     let statement = "
-        insert into highwater.covered_partition (source_table, partition_oid, partition_name)
-        select $1, oid, name from unnest($2::oid[], $3::text[]) as t (oid, name) on conflict do nothing";
+        insert into highwater.covered_partition as p (source_table, partition_oid, partition_name, attachment)
+        select $1, oid, name, attachment
+        from unnest($2::oid[], $3::text[], $4::bigint[]) as t (oid, name, attachment)
+        on conflict (source_table, partition_oid) do update
+        set partition_name = excluded.partition_name, attachment = excluded.attachment, detached_at = null";
     client
-        .execute(statement, &[&source_table, &oids, &names])
+        .execute(statement, &[&source_table, &oids, &names, &attachments])
         .await
         .map_err(Error::sql(format!("writing which partitions of {source_table} are covered")))
         .map(drop)
@@ -90,7 +110,7 @@ pub(crate) async fn cover(
 pub(crate) async fn complete(
     client: &Client,
     source_table: &str,
-    partitions: &[(u32, String)],
+    partitions: &[Partition],
     gap_count: i64,
 ) -> Result<bool> {
     // Should we fail in between, the table is looked at once more.

@@ -67,10 +67,11 @@
 //! | [`postgres`] | the replication connection, SQL sessions |
 //! | [`archive`] | Parquet, the Delta tables, commits, merges, vacuum |
 //! | [`watermark`] | the mirror of the Delta logs in Postgres |
+//! | [`purge`] | deletion of what is archived, which SQL decides |
 //! | [`setup`] | the publication, the slot, the migrations |
 //! | `gap`, `backfill` | rows that the stream did not bring |
+//! | [`verify`], `retention` | the archive compared with Postgres; by itself before rows are purged |
 //! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
-//! | [`verify`] | the archive compared with Postgres |
 //! | [`check`] | the preflight |
 //! | [`cli`] | the command line |
 
@@ -92,8 +93,10 @@ mod lookup;
 pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;
+pub mod purge;
 pub mod record;
 mod recover;
+mod retention;
 pub mod setup;
 mod sidecar;
 mod slot;

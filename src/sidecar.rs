@@ -21,6 +21,7 @@ use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session, quote_identifier};
 use crate::record::Kind;
 use crate::recover;
+use crate::retention;
 use crate::setup;
 use crate::slot::{self, Identity, Slot};
 use crate::stream::Builder;
@@ -95,6 +96,7 @@ impl Drop for Archiver {
 }
 
 async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
+    let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone())));
     let mut pause = RETRY_PAUSE.0;
     loop {
         let started = Instant::now();

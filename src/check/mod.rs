@@ -22,7 +22,7 @@ pub use report::{Finding, Report, Severity};
 use crate::archive::Storage;
 use crate::config::{Config, ObjectStorageSettings};
 use crate::error::{Error, Policy, Result};
-use crate::postgres::sql;
+use crate::postgres::{quote_literal as literal, sql};
 
 /// The oldest server whose publications can have what ours needs.
 const SERVER_VERSION_MIN: i32 = 150_000;
@@ -122,11 +122,6 @@ fn identifier(name: &str) -> String {
 /// A quoted schema and name.
 fn qualified(schema: &str, name: &str) -> String {
     format!("{}.{}", identifier(schema), identifier(name))
-}
-
-/// A text for a remedy, right with `standard_conforming_strings`, the default since 9.1.
-fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
 }
 
 /// Bytes for people, in binary units.

@@ -29,8 +29,8 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true)]
     region: Option<String>,
 
-    /// Days that Postgres keeps a row before it may be purged; nothing purges yet [env:
-    /// DATA_RETENTION_PERIOD] [default: 60]
+    /// Days that Postgres keeps a row; setup writes them to highwater.retention, by which the purge
+    /// goes [env: DATA_RETENTION_PERIOD] [default: 60]
     #[arg(long, global = true, value_name = "DAYS")]
     retention_days: Option<String>,
 
@@ -66,6 +66,11 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "ROWS")]
     backfill_rows_per_second: Option<String>,
 
+    /// Hours of the day, UTC, in which the sidecar reads partitions that near their retention back
+    /// from the archive: 22-6, all, or none [env: HIGHWATER_VERIFY_HOURS] [default: all]
+    #[arg(long, global = true, value_name = "HOURS")]
+    verify_hours: Option<String>,
+
     /// Address of the HTTP server; not used yet [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
     #[arg(long, global = true, value_name = "ADDRESS")]
     http: Option<String>,
@@ -94,6 +99,7 @@ impl SettingFlags {
             Setting::Slot => &self.slot,
             Setting::Publication => &self.publication,
             Setting::BackfillRowsPerSecond => &self.backfill_rows_per_second,
+            Setting::VerifyHours => &self.verify_hours,
             Setting::Http => &self.http,
         }
     }

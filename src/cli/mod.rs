@@ -2,6 +2,7 @@
 
 mod check;
 mod flags;
+mod purge;
 mod resync;
 mod run;
 mod setup;
@@ -20,7 +21,9 @@ use crate::error::{Error, Policy, Result};
 use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
 use flags::SettingFlags;
+use purge::PurgeFlags;
 use resync::ResyncFlags;
+use setup::SetupFlags;
 use verify::VerifyFlags;
 
 /// Archive drift records from PostgreSQL into Delta Lake, exactly once
@@ -44,7 +47,7 @@ struct Cli {
     #[arg(long)]
     watermarks: bool,
 
-    /// How --watermarks, check and verify print
+    /// How --watermarks, check, verify and purge print
     #[arg(long, global = true, value_enum, default_value_t)]
     format: Format,
 
@@ -75,19 +78,23 @@ Examples:
   highwater verify --table psi_drift --from 2026-11-01
 
 Exit code of check: 0 all is well, 1 warnings, 2 errors.
-Exit code of verify: 0 equal, 1 different or not compared, 2 failed.";
+Exit code of verify: 0 equal, 1 different or not compared, 2 failed.
+Exit code of purge: 0 all that is past retention is gone (or can be), 1 something is blocked, 2 failed.";
 
 #[derive(Clone, PartialEq, Eq, Subcommand)]
 enum Command {
     /// Archive until told to stop; what `highwater` does without a subcommand
     Run,
-    /// Make the schema highwater, the publication, the slot and the watermarks, where they are missing
-    Setup,
+    /// Make the schema highwater, the publication, the slot and the watermarks, where they are missing, and turn off
+    /// pg_partman's own retention of the archived tables
+    Setup(SetupFlags),
     /// Look for everything that archiving needs, and name what mends it; all that it writes is one small
     /// object in the storage, which it removes
     Check,
     /// Compare the archive with Postgres, hour by hour, while `highwater run` goes on; names each hour that differs
     Verify(VerifyFlags),
+    /// Delete what is past its retention, as far as the archive provably holds it; what pg_cron does with `setup --schedule-purge`
+    Purge(PurgeFlags),
     /// Have the sidecar compare every row of a table with the archive, and add what is missing
     Resync(ResyncFlags),
 }
@@ -115,8 +122,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     execute(&cli).unwrap_or_else(|error| {
         print_error(&error);
-        // For check, 1 means warnings; for verify, a difference.
-        ExitCode::from(if matches!(cli.command, Some(Command::Check | Command::Verify(_))) { 2 } else { 1 })
+        // For check, 1 means warnings; for verify, a difference; for purge, that something stays.
+        let is_report = matches!(cli.command, Some(Command::Check | Command::Verify(_) | Command::Purge(_)));
+        ExitCode::from(if is_report { 2 } else { 1 })
     })
 }
 
@@ -144,7 +152,8 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
                 watermarks::watermarks(&config, cli.format).await.map(|()| ExitCode::SUCCESS)
             }
             None | Some(Command::Run) => run::run(&config).await.map(|()| ExitCode::SUCCESS),
-            Some(Command::Setup) => setup::setup(&config).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Setup(flags)) => setup::setup(&config, flags).await,
+            Some(Command::Purge(flags)) => purge::purge(&config, flags, cli.format).await,
             Some(Command::Check) => check::check(&config, cli.format).await,
             Some(Command::Resync(flags)) => resync::resync(&config, flags).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Verify(flags)) => verify::verify(&config, flags, cli.format).await,

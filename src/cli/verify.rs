@@ -42,6 +42,11 @@ pub(super) struct VerifyFlags {
     /// As --repair, and also in those hours: the archive then has a changed row in both forms
     #[arg(long)]
     repair_changed: bool,
+
+    /// Let the purge drop partitions of which the archive has rows that Postgres has not, because they were deleted or
+    /// changed there on purpose
+    #[arg(long)]
+    accept_surplus: bool,
 }
 
 /// A time as people type it: RFC 3339, or a day, which means its start in UTC.
@@ -76,6 +81,7 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
             (false, true) => RepairMode::AddMissing,
             (false, false) => RepairMode::Report,
         },
+        accept_surplus: flags.accept_surplus,
     };
     let bar = telemetry::bar();
     let logged = Mutex::new(Instant::now());

@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::Session;
+use crate::purge::{self, Summary};
 use crate::slot::{self, Slot};
 use crate::watermark::{self, EntityWatermark, State, Watermark};
 
@@ -43,6 +44,7 @@ struct TableObject<'a> {
     byte_count: i64,
     lag_bytes: u64,
     updated_at: String,
+    purge: Option<&'a Summary>,
 }
 
 #[derive(Serialize)]
@@ -62,10 +64,11 @@ pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
     let entities = session.run(watermark::read_entities).await?;
     let slot = slot::find(&mut session, &config.slot).await?;
     let end = session.run(slot::wal_end).await?;
+    let purges = session.run(purge::summaries).await?;
     match format {
-        Format::Table => print(table(&watermarks, &entities, slot.as_ref(), config, end).trim_end()),
+        Format::Table => print(table(&watermarks, &purges, &entities, slot.as_ref(), config, end).trim_end()),
         Format::Json => {
-            let document = document(&watermarks, &entities, slot.as_ref(), end);
+            let document = document(&watermarks, &purges, &entities, slot.as_ref(), end);
             let text = serde_json::to_string_pretty(&document);
             print(
                 &text.map_err(|error| {
@@ -78,6 +81,7 @@ pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
 
 fn document<'a>(
     watermarks: &'a [Watermark],
+    purges: &'a [(String, Summary)],
     entities: &'a [EntityWatermark],
     slot: Option<&'a Slot>,
     end: Lsn,
@@ -90,12 +94,12 @@ fn document<'a>(
             wal_status: &slot.wal_status,
             retained_wal_bytes: slot.retained_wal_bytes,
         }),
-        tables: watermarks.iter().map(|row| table_object(row, end)).collect(),
+        tables: watermarks.iter().map(|row| table_object(row, purges, end)).collect(),
         entities: entities.iter().map(entity_object).collect(),
     }
 }
 
-fn table_object(row: &Watermark, end: Lsn) -> TableObject<'_> {
+fn table_object<'a>(row: &'a Watermark, purges: &'a [(String, Summary)], end: Lsn) -> TableObject<'a> {
     TableObject {
         source_table: &row.source_table,
         kind: &row.kind,
@@ -108,6 +112,7 @@ fn table_object(row: &Watermark, end: Lsn) -> TableObject<'_> {
         byte_count: row.byte_count,
         lag_bytes: end.bytes_since(row.flushed_lsn),
         updated_at: rfc3339(row.updated_at),
+        purge: purges.iter().find(|(table, _)| *table == row.source_table).map(|(_, summary)| summary),
     }
 }
 
@@ -129,6 +134,7 @@ fn rfc3339(time: DateTime<Utc>) -> String {
 
 fn table(
     watermarks: &[Watermark],
+    purges: &[(String, Summary)],
     entities: &[EntityWatermark],
     slot: Option<&Slot>,
     config: &Config,
@@ -162,6 +168,11 @@ fn table(
         ["TABLE", "STATE", "ROWS", "FILES", "SIZE", "NEWEST", "BEFORE XID", "FLUSHED", "LAG", "UPDATED"];
     align(&mut text, heads, tables.collect());
     text.push('\n');
+    if !purges.is_empty() {
+        let heads = ["TABLE", "RETENTION", "LAST PURGE", "DELETABLE", "BLOCKED", "WHY"];
+        align(&mut text, heads, purges.iter().map(|(table, summary)| purge_row(table, summary)).collect());
+        text.push('\n');
+    }
     let entities = entities.iter().map(|row| {
         [
             row.source_table.clone(),
@@ -175,6 +186,23 @@ fn table(
     });
     align(&mut text, ["TABLE", "SPACE", "NAME", "VERSION", "OLDEST", "NEWEST", "ROWS"], entities.collect());
     text
+}
+
+fn purge_row(table: &str, summary: &Summary) -> [String; 6] {
+    let parts = |partitions: u64, rows: i64| match (partitions, rows) {
+        (0, 0) => "-".to_owned(),
+        (0, rows) => format!("~{rows} rows"),
+        (partitions, rows) => format!("{partitions} partitions, ~{rows} rows"),
+    };
+    let purged_at = summary.purged_at.as_deref().and_then(|text| text.split_once('.'));
+    [
+        table.to_owned(),
+        summary.retention.clone(),
+        purged_at.map_or_else(|| "never".to_owned(), |(seconds, _)| format!("{seconds}Z")),
+        parts(summary.deletable_partitions, summary.deletable_rows_estimate),
+        parts(summary.blocked_partitions, summary.blocked_rows_estimate),
+        summary.blocked_by.clone().unwrap_or_else(|| "-".to_owned()),
+    ]
 }
 
 /// Appends rows under heads, in columns as wide as their widest cell.
@@ -207,7 +235,7 @@ fn seconds(time: DateTime<Utc>) -> String {
 }
 
 /// A size in the largest unit that leaves at least one digit before the point.
-fn bytes(count: i64) -> String {
+pub(super) fn bytes(count: i64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     #[expect(clippy::cast_precision_loss, reason = "one digit after the point is shown")]
     let mut value = count as f64;

@@ -12,6 +12,7 @@
 //! # Ok::<(), highwater::Error>(())
 //! ```
 
+mod hours;
 mod parse;
 mod passfile;
 mod raw;
@@ -24,6 +25,7 @@ use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+pub use hours::HoursOfDay;
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
 pub use source::{Address, DEFAULT_URI, Endpoint, Password, SourceConfig, SslMode};
@@ -71,6 +73,8 @@ pub struct Config {
     pub publication: String,
     /// Most rows per second that the first copy reads; `None` for as fast as it goes.
     pub backfill_rows_per_second: Option<NonZeroU32>,
+    /// When the sidecar verifies partitions that near their retention.
+    pub verify_hours: HoursOfDay,
     /// Where the HTTP server listens.
     pub http: SocketAddr,
     /// Whether a server of another history (restored, promoted) takes the place of the one that was archived so far: its
@@ -93,6 +97,7 @@ impl Config {
             slot: "highwater".to_owned(),
             publication: "highwater".to_owned(),
             backfill_rows_per_second: None,
+            verify_hours: HoursOfDay::ALL,
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 9808)),
             accept_new_system: false,
         }
@@ -133,6 +138,7 @@ impl Config {
             slot: layers.text(Setting::Slot).to_owned(),
             publication: layers.text(Setting::Publication).to_owned(),
             backfill_rows_per_second: parse::rate(layers)?,
+            verify_hours: parse::whole_number(layers, Setting::VerifyHours, hours::ACCEPTED)?,
             http: parse::address(layers)?,
             accept_new_system: false,
         };

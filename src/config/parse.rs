@@ -10,6 +10,7 @@ use super::setting::Setting;
 use crate::error::{Error, Result};
 use crate::record::WindowWidth;
 
+/// A whole number, or whatever else its type reads from text.
 pub(super) fn whole_number<T: FromStr>(layers: &Layers, setting: Setting, accepted: &str) -> Result<T> {
     layers.text(setting).trim().parse().map_err(|_| refused(layers, setting, accepted))
 }

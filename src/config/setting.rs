@@ -25,13 +25,15 @@ pub enum Setting {
     Publication,
     /// Bound on the speed of the first copy.
     BackfillRowsPerSecond,
+    /// Hours of the day in which the sidecar verifies by itself.
+    VerifyHours,
     /// Address of the HTTP server.
     Http,
 }
 
 impl Setting {
     /// Every setting, in the order of the documentation.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::DatabaseUri,
         Self::StorageUri,
         Self::Region,
@@ -43,6 +45,7 @@ impl Setting {
         Self::Slot,
         Self::Publication,
         Self::BackfillRowsPerSecond,
+        Self::VerifyHours,
         Self::Http,
     ];
 
@@ -61,6 +64,7 @@ impl Setting {
             Self::Slot => "slot",
             Self::Publication => "publication",
             Self::BackfillRowsPerSecond => "backfill_rows_per_second",
+            Self::VerifyHours => "verify_hours",
             Self::Http => "http",
         }
     }
@@ -80,6 +84,7 @@ impl Setting {
             Self::Slot => "HIGHWATER_SLOT",
             Self::Publication => "HIGHWATER_PUBLICATION",
             Self::BackfillRowsPerSecond => "HIGHWATER_BACKFILL_ROWS_PER_SECOND",
+            Self::VerifyHours => "HIGHWATER_VERIFY_HOURS",
             Self::Http => "HIGHWATER_HTTP",
         }
     }
@@ -99,6 +104,7 @@ impl Setting {
             Self::Schema => Some("scouter"),
             Self::Slot | Self::Publication => Some("highwater"),
             Self::BackfillRowsPerSecond => Some("unlimited"),
+            Self::VerifyHours => Some("all"),
             Self::Http => Some("127.0.0.1:9808"),
         }
     }

@@ -139,7 +139,7 @@ impl ReplicationConnection {
         let command = format!(
             "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0
              (proto_version '1', publication_names {}, binary 'true', messages 'true')",
-            literal(&quote_identifier(publication)),
+            quote_literal(&quote_identifier(publication)),
         );
         let deadline = Instant::now() + SLOT_WAIT;
         let mut told = false;
@@ -204,7 +204,7 @@ impl ReplicationConnection {
              from pg_catalog.pg_replication_slots s \
              left join pg_catalog.pg_stat_activity a on a.pid = s.active_pid \
              where s.slot_name = {} and s.active_pid is not null",
-            literal(slot)
+            quote_literal(slot)
         );
         let rows = self.query(&sql).await.unwrap_or_default();
         let detail = match rows.first().map(Vec::as_slice) {
@@ -309,7 +309,8 @@ pub(crate) fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-fn literal(text: &str) -> String {
+/// A text as SQL wants it in quotes, with `standard_conforming_strings`, the default since 9.1.
+pub(crate) fn quote_literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
@@ -371,6 +372,6 @@ mod tests {
 
     #[test]
     fn names_can_not_end_their_quotes() {
-        assert_eq!(literal(&quote_identifier("it's \"x\"")), "'\"it''s \"\"x\"\"\"'");
+        assert_eq!(quote_literal(&quote_identifier("it's \"x\"")), "'\"it''s \"\"x\"\"\"'");
     }
 }

@@ -24,17 +24,23 @@ pub(crate) struct Partition {
     pub(super) quoted: String,
     /// The file that it is in: another one means that it was rewritten.
     file: Option<u32>,
-    /// It is in `highwater.covered_partition`.
+    /// It is in `highwater.covered_partition`, and was attached all the time since.
     pub(crate) is_covered: bool,
+    /// The transaction that attached it (`xmin` of its row in `pg_inherits`); `None` for a plain table, and a detached one.
+    pub(crate) attachment: Option<i64>,
+    /// It was a partition, and still holds what was written to it.
+    pub(crate) is_detached: bool,
     /// Rows that the planner expects.
     pub(crate) rows_expected: f64,
     /// Microseconds since the epoch (first, and first after the last) that `created_at` of its rows is within; `None` for a
     /// plain table, a default partition, one that is open to a side, and a key that is not `created_at` alone.
     pub(crate) bounds: Option<(i64, i64)>,
+    /// What `created_at` of its rows is within: its bounds, or, of a detached one, what somebody has found there.
+    pub(crate) extent: Option<(i64, i64)>,
 }
 
 /// The leaves under the table of oid `$1`, the oldest range first (a default partition before them). `$2` is the drift table's
-/// name.
+/// name. With `$3`, also what was covered and is detached now, if it still has the table's columns.
 const LEAVES: &str = r#"
     with recursive tree as (
         select $1::oid as oid, null::text collate "C" as low, null::text collate "C" as high
@@ -45,14 +51,28 @@ const LEAVES: &str = r#"
             select regexp_match(pg_get_expr(c.relpartbound, c.oid),
                                 '^FOR VALUES FROM \(''(\d[^'']*)''\) TO \(''(\d[^'']*)''\)$') as bound
             from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
-            where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = 'created_at') k on true)
+            where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = 'created_at') k on true),
+    holder as (
+        select oid, low, high, false as is_detached from tree
+        union all
+        select p.partition_oid, null, null, true from highwater.covered_partition p
+        where $3 and p.source_table = $2 and p.partition_oid not in (select oid from tree)
+          and coalesce(has_table_privilege(p.partition_oid, 'select'), false)
+          and not exists (
+            select a.attname from pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+            except select a.attname from pg_attribute a where a.attrelid = p.partition_oid and not a.attisdropped))
     select c.oid, n.nspname::text, c.relname::text, greatest(c.reltuples, 0)::float8,
-           exists (select from highwater.covered_partition p where p.source_table = $2 and p.partition_oid = c.oid),
+           is_detached or exists (
+                select from highwater.covered_partition p
+                where p.source_table = $2 and p.partition_oid = c.oid and p.detached_at is null
+                  and p.attachment is not distinct from i.xmin::text::bigint),
            c.relfilenode, has_table_privilege(c.oid, 'select'), pg_get_partition_constraintdef(c.oid),
            $1::oid::regclass::text,
            (extract(epoch from low::timestamptz) * 1000000)::bigint,
-           (extract(epoch from high::timestamptz) * 1000000)::bigint
-    from tree join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
+           (extract(epoch from high::timestamptz) * 1000000)::bigint,
+           i.xmin::text::bigint, is_detached
+    from holder join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
+    left join pg_inherits i on i.inhrelid = c.oid
     where c.relkind = 'r'
     order by coalesce(pg_get_expr(c.relpartbound, c.oid), ''), c.relname"#;
 
@@ -66,9 +86,31 @@ pub(crate) async fn leaves(
     source_table: &str,
     root: u32,
 ) -> Result<Vec<Partition>> {
+    read(client, source_table, root, false).await
+}
+
+/// The [`leaves`], and the partitions that were detached and kept: their rows are archived, too.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn holders(
+    client: &impl GenericClient,
+    source_table: &str,
+    root: u32,
+) -> Result<Vec<Partition>> {
+    read(client, source_table, root, true).await
+}
+
+async fn read(
+    client: &impl GenericClient,
+    source_table: &str,
+    root: u32,
+    with_detached: bool,
+) -> Result<Vec<Partition>> {
     let failed = || Error::sql(format!("reading the partitions of {source_table}"));
     let mut leaves = Vec::new();
-    for row in client.query(LEAVES, &[&root, &source_table]).await.map_err(failed())? {
+    for row in client.query(LEAVES, &[&root, &source_table, &with_detached]).await.map_err(failed())? {
         let oid = row.try_get(0).map_err(failed())?;
         let (schema, table): (String, String) =
             (row.try_get(1).map_err(failed())?, row.try_get(2).map_err(failed())?);
@@ -84,6 +126,7 @@ pub(crate) async fn leaves(
             (row.try_get(8).map_err(failed())?, format!("(tableoid = {oid}::oid and ({constraint}))"))
         };
         let low: Option<i64> = row.try_get(9).map_err(failed())?;
+        let bounds = low.zip(row.try_get(10).map_err(failed())?);
         leaves.push(Partition {
             oid,
             from,
@@ -94,7 +137,10 @@ pub(crate) async fn leaves(
             name: format!("{schema}.{table}"),
             rows_expected: row.try_get(3).map_err(failed())?,
             is_covered: row.try_get(4).map_err(failed())?,
-            bounds: low.zip(row.try_get(10).map_err(failed())?),
+            bounds,
+            extent: bounds,
+            attachment: row.try_get(11).map_err(failed())?,
+            is_detached: row.try_get(12).map_err(failed())?,
         });
     }
     Ok(leaves)

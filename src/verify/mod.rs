@@ -100,6 +100,7 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
                 kind: *kind,
                 files: &snapshot.files,
                 range: (options.from.map_or(i64::MIN, floor_hour), options.to.map_or(i64::MAX, ceil_hour)),
+                accepts_surplus: options.accept_surplus,
                 tell,
             };
             if let Err(error) = work.compare(&mut table, &tail, &mut repair, &mut sql).await {
@@ -279,6 +280,8 @@ struct Table<'a> {
     files: &'a [TableFile],
     /// Times that are compared, whole hours.
     range: (i64, i64),
+    /// What the archive has too much keeps no partition from being verified.
+    accepts_surplus: bool,
     tell: &'a (dyn Fn(Progress) + Sync),
 }
 
@@ -294,7 +297,7 @@ impl Table<'_> {
             report.not_compared = Some("the table is gone".to_owned());
             return Ok(());
         };
-        let leaves = source::leaves(&self.point.client, &self.row.source_table, source.oid).await?;
+        let leaves = self.holders(&source).await?;
         let sums = self.partition_sums(&source, &leaves, repair).await?;
         let postgres = self.postgres_sums(&sums, tail);
         let archive = self.archive_sums(&leaves, &postgres).await?;
@@ -322,6 +325,21 @@ impl Table<'_> {
         self.record(&leaves, &sums, &different, report, sql).await
     }
 
+    /// What holds the table's rows; of detached partitions also from when to when.
+    async fn holders(&self, source: &Source) -> Result<Vec<Partition>> {
+        let client = &self.point.client;
+        let mut holders = source::holders(client, &self.row.source_table, source.oid).await?;
+        for holder in holders.iter_mut().filter(|holder| holder.is_detached) {
+            self.point.savepoint().await?;
+            let range = holder.range(client, &source.time).await?;
+            holder.extent = range.map(|(low, high)| (floor_hour(low), ceil_hour(high.saturating_add(1))));
+            if self.point.end_part(holder).await? != Fate::Unchanged {
+                return Err(changed(self.config, holder));
+            }
+        }
+        Ok(holders)
+    }
+
     /// Compares these hours, and the rows without a usable time, row by row.
     async fn compare_rows(
         &self,
@@ -344,7 +362,9 @@ impl Table<'_> {
                 found.surplus = 0;
             }
             if found.missing + found.surplus > 0 {
-                different.hours.insert(*hour);
+                if found.missing > 0 || !self.accepts_surplus {
+                    different.hours.insert(*hour);
+                }
                 let (missing, surplus) = (found.missing, found.surplus);
                 let hour = Some(hour_text(*hour));
                 let added = comparison.add(found, repair, sql).await?;
@@ -393,7 +413,7 @@ impl Table<'_> {
             done += leaf.rows_expected;
             repair.keep_up().await?;
             if !is_whole
-                && leaf.bounds.is_some_and(|bounds| bounds.1 <= self.range.0 || bounds.0 >= self.range.1)
+                && leaf.extent.is_some_and(|extent| extent.1 <= self.range.0 || extent.0 >= self.range.1)
             {
                 all.push(PartitionSums::default());
                 continue;
@@ -463,14 +483,14 @@ impl Table<'_> {
         sql: &mut Session,
     ) -> Result<()> {
         for (leaf, sums) in leaves.iter().zip(sums) {
-            let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
+            let (low, high) = leaf.extent.unwrap_or((i64::MIN, i64::MAX));
             let is_whole = self.range == (i64::MIN, i64::MAX)
-                || (leaf.bounds.is_some() && self.range.0 <= low && high <= self.range.1);
+                || (leaf.extent.is_some() && self.range.0 <= low && high <= self.range.1);
             let hours = different.hours.iter().filter(|hour| {
                 let start = **hour * MICROS_PER_HOUR;
                 sums.fit.contains_key(hour)
                     || sums.unfit_hours.contains(hour)
-                    || (leaf.bounds.is_some() && low < start + MICROS_PER_HOUR && start < high)
+                    || (leaf.extent.is_some() && low < start + MICROS_PER_HOUR && start < high)
             });
             let differs = hours.count() > 0 || (different.timeless && sums.timeless > 0);
             let mut total = RowSum::default();

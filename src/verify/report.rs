@@ -13,6 +13,9 @@ pub struct Options {
     pub to: Option<i64>,
     /// What becomes of rows that the archive lacks.
     pub repair: RepairMode,
+    /// A partition counts as verified also where the archive has rows that Postgres has not: they were deleted or changed
+    /// there on purpose.
+    pub accept_surplus: bool,
 }
 
 /// What becomes of rows that the archive lacks.

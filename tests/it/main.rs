@@ -22,6 +22,8 @@ mod gap;
 mod horizon;
 mod idle;
 mod partition;
+mod purge;
+mod purge_load;
 mod reader;
 mod roundtrip;
 mod self_check;

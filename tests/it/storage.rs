@@ -1,13 +1,13 @@
 //! Storage that fails for a while: the stream waits, the connection lives, memory stays bounded.
 
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use crate::support::load::Load;
 use crate::support::schema::Shape;
 use crate::support::stage::Stage;
+use crate::support::tmpfs::{Tmpfs, run};
 use crate::support::wait::{throughout, until};
 
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -16,46 +16,6 @@ const DEADLINE: Duration = Duration::from_secs(120);
 const OUTAGE: Duration = Duration::from_secs(25);
 
 const RESIDENT_MAX: u64 = 400 << 20;
-
-/// A small file system of one's own; unmounted when dropped.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(path: &Path, size: &str) -> Self {
-        std::fs::create_dir_all(path).unwrap();
-        // Whoever runs the tests owns it, as any other folder of a test.
-        let owner = std::fs::metadata(path).unwrap().uid();
-        let options = format!("size={size},uid={owner},mode=0755");
-        run(privileged("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(path));
-        Self(path.to_owned())
-    }
-
-    fn remount(&self, option: &str) {
-        run(privileged("mount").args(["-o", &format!("remount,{option}")]).arg(&self.0));
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        // Lazily: a sidecar may still have files open.
-        privileged("umount").arg("-l").arg(&self.0).status().ok();
-    }
-}
-
-fn run(command: &mut Command) {
-    let status = command.status();
-    assert!(status.as_ref().is_ok_and(|status| status.success()), "{command:?}: {status:?}");
-}
-
-/// A command that only root may run.
-fn privileged(program: &str) -> Command {
-    if std::fs::metadata("/proc/self").unwrap().uid() == 0 {
-        return Command::new(program);
-    }
-    let mut sudo = Command::new("sudo");
-    sudo.args(["-n", program]);
-    sudo
-}
 
 /// Breaks the storage, watches the sidecar through the outage, mends it, compares all rows.
 async fn outage(stage: &Stage, storage: &Path, break_it: impl FnOnce(), mend_it: impl FnOnce()) {

@@ -47,8 +47,13 @@ impl Multiset {
         self.rows
     }
 
+    /// How often a row is there, by its key.
+    pub fn count(&self, key: u128) -> u64 {
+        self.counts.get(&key).copied().unwrap_or_default()
+    }
+
     /// The rows that are here more often than there.
-    fn surplus(&self, other: &Self) -> HashMap<u128, u64> {
+    pub fn surplus(&self, other: &Self) -> HashMap<u128, u64> {
         let more = |(key, count): (&u128, &u64)| {
             let surplus = count.saturating_sub(other.counts.get(key).copied().unwrap_or_default());
             (surplus > 0).then_some((*key, surplus))
@@ -156,7 +161,18 @@ pub async fn assert_same(client: &Client, storage: &Path, shape: Shape) {
 }
 
 /// The rows of a drift table as canonical texts.
-pub async fn each_source_row(client: &Client, shape: Shape, kind: Source, mut row_seen: impl FnMut(&str)) {
+pub async fn each_source_row(client: &Client, shape: Shape, kind: Source, row_seen: impl FnMut(&str)) {
+    each_row_of(client, "scouter", shape, kind, row_seen).await;
+}
+
+/// The rows of a table like a drift table in another schema.
+pub async fn each_row_of(
+    client: &Client,
+    schema: &str,
+    shape: Shape,
+    kind: Source,
+    mut row_seen: impl FnMut(&str),
+) {
     let entity = match shape {
         Shape::Named => "d.space, d.name, d.version",
         Shape::Entity => "e.space, e.name, e.version",
@@ -168,7 +184,7 @@ pub async fn each_source_row(client: &Client, shape: Shape, kind: Source, mut ro
     // `extract` gives a numeric for a timestamp, so nothing is rounded.
     let sql = format!(
         "select (extract(epoch from d.created_at) * 1000000)::bigint, {entity}, d.{columns}
-           from scouter.{table} d {join}
+           from {schema}.{table} d {join}
           where isfinite(d.created_at)
             and d.created_at >= '0001-01-01 00:00:00+00' and d.created_at < '10000-01-01 00:00:00+00'",
         columns = kind.value_columns().join(", d."),

@@ -37,3 +37,8 @@ pub async fn throughout(what: &str, span: Duration, mut condition: impl AsyncFnM
     let broken = within(span, async || (!condition().await).then_some(())).await;
     assert!(broken.is_none(), "no longer true: {what}");
 }
+
+/// Time for others to do something; nothing may depend on how long it is.
+pub async fn pause(milliseconds: u64) {
+    tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+}

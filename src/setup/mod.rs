@@ -8,6 +8,8 @@
 //! will not send. A table that is added to the publication later is asked under a lock that keeps writers out
 //! until the publication has it.
 
+mod retention;
+
 use tokio_postgres::Client;
 
 use crate::config::Config;
@@ -18,8 +20,9 @@ use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::record::Kind;
 use crate::slot::{self, Identity};
-use crate::source;
+use crate::source::{self, Partition};
 use crate::watermark::{self, NewWatermark, State};
+pub use retention::schedule_purge;
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -31,9 +34,6 @@ const SETUP_LOCK: i64 = 0x6869_6768_7761_7472;
 /// How long to wait for writers of a table that is added to a live publication.
 const LOCK_TIMEOUT: &str = "10s";
 
-/// The tables that the rows of a drift table are in: oid, and name with its schema.
-type Leaves = Vec<(u32, String)>;
-
 /// What setup did, or found done: a line each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -41,6 +41,8 @@ pub struct Report {
     pub done: Vec<String>,
     /// What was there already.
     pub left: Vec<String>,
+    /// What somebody else has to do, with the statement.
+    pub todo: Vec<String>,
 }
 
 /// A drift table, or the entity table, as the catalog has it.
@@ -51,7 +53,7 @@ struct SourceTable {
     kind: Option<Kind>,
     published: bool,
     /// The tables that its rows are in.
-    leaves: Leaves,
+    leaves: Vec<Partition>,
 }
 
 /// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
@@ -102,6 +104,8 @@ pub async fn setup(config: &Config) -> Result<Report> {
             make_watermarks(&client, config, &identity, start, states, &mut report).await?;
         }
     }
+    retention::keep(&client, config, &mut report).await?;
+    retention::stop_partman(&client, config, &mut report).await?;
     Ok(report)
 }
 
@@ -223,7 +227,6 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
         needs_entities |= kind.is_some() && by_id;
         if kind.is_some() || name == ENTITY_TABLE {
             let leaves = source::leaves(client, &format!("{}.{name}", config.schema), oid).await?;
-            let leaves = leaves.into_iter().map(|leaf| (leaf.oid, leaf.name)).collect();
             tables.push(SourceTable { name, oid, kind, published, leaves });
         }
     }

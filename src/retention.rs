@@ -1,0 +1,164 @@
+//! The second key of the purge, without anybody asking: partitions that near their retention are read back from the archive
+//! (see [`crate::verify`]) while the sidecar runs, one at a time, with pauses.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use chrono::Timelike as _;
+use rand::RngExt as _;
+use tokio::time::{Instant, sleep};
+use tokio_postgres::Client;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::postgres::Session;
+use crate::record::MICROS_PER_DAY;
+use crate::source::{self, Source};
+use crate::verify::{self, Options, TableReport};
+use crate::watermark::{self, State};
+
+/// How often the catalog is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(15);
+
+/// How long before its retention ends a partition is verified.
+const LEAD_MICROS: i64 = MICROS_PER_DAY;
+
+/// The pause after a verification, as a multiple of the time that it took.
+const REST: u32 = 3;
+
+/// When a partition is looked at again that differed, and one that could not be compared.
+const DIFFERENT_PAUSE: Duration = Duration::from_secs(24 * 3600);
+const FAILED_PAUSE: Duration = Duration::from_secs(300);
+
+/// A partition that is to be verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Due {
+    source_table: String,
+    partition: String,
+    oid: u32,
+    /// Microseconds since the epoch; `None` if all of the table must be looked at.
+    range: Option<(i64, i64)>,
+}
+
+/// Verifies what is due, until it is dropped. Whatever goes wrong is logged, and tried again.
+pub(crate) async fn keep_verified(config: Config) {
+    let mut sql = Session::new(config.source.clone());
+    let mut not_before: HashMap<u32, Instant> = HashMap::new();
+    loop {
+        let jittered = LOOK_INTERVAL.mul_f64(rand::rng().random_range(0.5..1.0));
+        sleep(jittered).await;
+        if !config.verify_hours.contains(chrono::Utc::now().hour()) {
+            continue;
+        }
+        let all = match due(&config, &mut sql).await {
+            Ok(all) => all,
+            Err(error) => {
+                // The session of the stream says the same, louder.
+                tracing::debug!(error = error.chain(), "looking for partitions that near their retention");
+                continue;
+            }
+        };
+        not_before.retain(|oid, _| all.iter().any(|due| due.oid == *oid));
+        let now = Instant::now();
+        let next = all.iter().find(|due| not_before.get(&due.oid).is_none_or(|time| *time <= now));
+        let Some(next) = next else { continue };
+        if let Some(pause) = verify_one(&config, next).await {
+            not_before.insert(next.oid, Instant::now() + pause);
+        }
+        sleep(now.elapsed() * REST).await;
+    }
+}
+
+/// Verifies a partition; how long it is to be left alone if it could not be.
+async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
+    let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
+    let options = Options {
+        tables: vec![due.source_table.clone()],
+        from: due.range.map(|(from, _)| from),
+        to: due.range.map(|(_, to)| to),
+        ..Options::default()
+    };
+    let failed = |why: String| {
+        tracing::warn!(table, partition, "not verified, so it is not purged: {why}");
+        Some(FAILED_PAUSE)
+    };
+    let report = match verify::verify(config, &options, &|_| {}).await {
+        Ok(report) => report,
+        Err(error) => return failed(error.chain()),
+    };
+    let Some(found) = report.tables.first() else { return failed("the table is gone".to_owned()) };
+    if let Some(why) = &found.not_compared {
+        return failed(why.clone());
+    }
+    match found.partitions.iter().find(|one| one.partition == due.partition) {
+        Some(one) if one.verified => {
+            tracing::info!(table, partition, rows = one.row_count, "read back from the archive: equal");
+            None
+        }
+        Some(_) if !found.differences.is_empty() => {
+            tell_difference(found, partition);
+            Some(DIFFERENT_PAUSE)
+        }
+        _ => failed("it was changed meanwhile, or is gone".to_owned()),
+    }
+}
+
+fn tell_difference(found: &TableReport, partition: &str) {
+    let sum = |count: fn(&verify::Difference) -> u64| found.differences.iter().map(count).sum::<u64>();
+    tracing::error!(
+        table = found.source_table,
+        partition,
+        hours = found.differences.len(),
+        missing = sum(|one| one.missing),
+        surplus = sum(|one| one.surplus),
+        "the archive differs from Postgres, so the partition is not purged; `highwater verify --table {}` names the hours, \
+         --repair adds what is missing, --accept-surplus lets it be purged although rows were deleted in Postgres",
+        found.source_table
+    );
+}
+
+/// The partitions whose retention has ended, or soon will, and which are not verified: the oldest first.
+async fn due(config: &Config, sql: &mut Session) -> Result<Vec<Due>> {
+    let watermarks = sql.run(watermark::read).await?;
+    let mut all = Vec::new();
+    for row in watermarks.iter().filter(|row| row.slot_name == config.slot && row.state == State::Streaming) {
+        let found = sql.run(async |client| due_of(client, row).await).await?;
+        all.extend(found);
+    }
+    all.sort_by_key(|due| due.range);
+    Ok(all)
+}
+
+async fn due_of(client: &Client, row: &watermark::Watermark) -> Result<Vec<Due>> {
+    let failed = || Error::sql(format!("reading what of {} is verified", row.source_table));
+    let query = "select (extract(epoch from now() - r.retention) * 1000000)::bigint,
+                        array(select v.partition_oid from highwater.verified_partition v where v.source_table = r.source_table)
+                 from highwater.retention r where r.source_table = $1";
+    let Some(kept) = client.query_opt(query, &[&row.source_table]).await.map_err(failed())? else {
+        return Ok(Vec::new());
+    };
+    let cutoff: i64 = kept.try_get(0).map_err(failed())?;
+    let verified: Vec<u32> = kept.try_get(1).map_err(failed())?;
+    let Some(source) = Source::find(client, row).await? else { return Ok(Vec::new()) };
+    let mut all = Vec::new();
+    for holder in source::holders(client, &row.source_table, source.oid).await? {
+        if verified.contains(&holder.oid) || !holder.is_covered {
+            continue;
+        }
+        let range = match holder.bounds {
+            Some((_, high)) if high.saturating_sub(LEAD_MICROS) > cutoff => continue,
+            None if !holder.is_detached => continue,
+            None => holder.range(client, &source.time).await?,
+            bounds => bounds,
+        };
+        // The last microsecond belongs to it.
+        let range = range.map(|(low, high)| (low, high.saturating_add(i64::from(holder.is_detached))));
+        all.push(Due {
+            source_table: row.source_table.clone(),
+            partition: holder.name,
+            oid: holder.oid,
+            range,
+        });
+    }
+    Ok(all)
+}

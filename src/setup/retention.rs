@@ -1,0 +1,144 @@
+//! Who deletes: the retention of each table, pg_partman's own switched off, and the purge in pg_cron's hands.
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::Report;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::postgres::{quote_identifier, quote_literal, sql};
+
+/// Name of the job in `cron.job`.
+pub(crate) const JOB: &str = "highwater-purge";
+
+/// What the job does.
+pub(crate) const COMMAND: &str = "call highwater.purge_all()";
+
+/// Writes a retention for each table that has none.
+pub(super) async fn keep(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql("writing highwater.retention");
+    let days = i32::try_from(config.retention_days).unwrap_or(i32::MAX);
+    let make = "
+        insert into highwater.retention (source_table, retention)
+        select w.source_table, make_interval(days => $2) from highwater.watermark w where w.slot_name = $1
+        on conflict do nothing returning source_table";
+    for row in client.query(make, &[&config.slot, &days]).await.map_err(failed())? {
+        let table: String = row.try_get(0).map_err(failed())?;
+        report.done.push(format!("set the retention of {table} to {days} days (highwater.retention)"));
+    }
+    let others = "
+        select r.source_table, r.retention::text from highwater.retention r join highwater.watermark w using (source_table)
+        where w.slot_name = $1 and r.retention <> make_interval(days => $2) order by 1";
+    for row in client.query(others, &[&config.slot, &days]).await.map_err(failed())? {
+        let table: String = row.try_get(0).map_err(failed())?;
+        let kept: String = row.try_get(1).map_err(failed())?;
+        report.left.push(format!(
+            "retention of {table}: {kept}, where the setting says {days} days; to change it: update highwater.retention set \
+             retention = '{days} days' where source_table = {};",
+            quote_literal(&table)
+        ));
+    }
+    Ok(())
+}
+
+/// pg_partman drops partitions by itself, archived or not, where its `retention` is set.
+pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql("reading pg_partman's configuration");
+    let schema = "select n.nspname::text from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'pg_partman'";
+    let Some(row) = client.query_opt(schema, &[]).await.map_err(failed())? else { return Ok(()) };
+    let schema: String = row.try_get(0).map_err(failed())?;
+    let part_config = format!("{}.part_config", quote_identifier(&schema));
+    // pg_partman keeps the parent's name unquoted.
+    let found = format!(
+        "select p.parent_table::text, p.retention::text from {part_config} p join highwater.watermark w on w.source_table = p.parent_table
+         where w.slot_name = $1 and p.retention is not null order by 1"
+    );
+    let stop = |condition: &str| format!("update {part_config} set retention = null where {condition}");
+    let rows = match client.query(&found, &[&config.slot]).await {
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            report.todo.push(format!(
+                "pg_partman may drop partitions that are not archived, and this role may not look; as its owner: {};",
+                stop("parent_table in (select source_table from highwater.watermark)")
+            ));
+            return Ok(());
+        }
+        rows => rows.map_err(failed())?,
+    };
+    for row in rows {
+        let table: String = row.try_get(0).map_err(failed())?;
+        let kept: String = row.try_get(1).map_err(failed())?;
+        let statement = stop(&format!("parent_table = {}", quote_literal(&table)));
+        match client.batch_execute(&statement).await {
+            Ok(()) => report.done.push(format!(
+                "turned off pg_partman's retention ({kept}) of {table}, which drops partitions that are not archived; it goes on \
+                 making partitions, and the purge drops them"
+            )),
+            Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => report.todo.push(format!(
+                "pg_partman drops partitions of {table} after {kept}, archived or not, and this role may not change that; as \
+                 its owner: {statement};"
+            )),
+            Err(error) => return Err(Error::sql(format!("turning off pg_partman's retention of {table}"))(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Has pg_cron call the purge, at the times of `schedule`. What is scheduled like that already stays.
+///
+/// # Errors
+///
+/// pg_cron refused the schedule. Where it is missing, or may not be used, the report's `todo` says what to do.
+pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
+    let mut report = Report::default();
+    let client = sql::connect(&config.source).await?;
+    let failed = || Error::sql(format!("scheduling the purge with pg_cron as {schedule:?}"));
+    let here = "select current_database()::text, current_user::text, exists (select from pg_extension where extname = 'pg_cron'),
+                       coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage'), false)";
+    let row = client.query_one(here, &[]).await.map_err(failed())?;
+    let (database, role): (String, String) = (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+    if !row.try_get::<_, bool>(2).map_err(failed())? {
+        report.todo.push(format!(
+            "pg_cron is not in this database. It lives in the one that its setting cron.database_name names (postgres, if it \
+             names none); run this there, as a superuser: select cron.schedule_in_database({}, {}, {}, {}, {}); or call \
+             `highwater purge` from another scheduler",
+            quote_literal(&format!("{JOB}-{database}")),
+            quote_literal(schedule),
+            quote_literal(COMMAND),
+            quote_literal(&database),
+            quote_literal(&role),
+        ));
+        return Ok(report);
+    }
+    if !row.try_get::<_, bool>(3).map_err(failed())? {
+        report.todo.push(format!(
+            "pg_cron is here, but role {role} may not use it; as a superuser: grant usage on schema cron to {};",
+            quote_identifier(&role)
+        ));
+        return Ok(report);
+    }
+    let found = "select schedule, command, active, database = current_database() from cron.job
+                 where jobname = $1 and username = current_user";
+    let same = match client.query_opt(found, &[&JOB]).await.map_err(failed())? {
+        None => false,
+        Some(row) => {
+            let text = |column: usize| row.try_get::<_, String>(column).map_err(failed());
+            let flag = |column: usize| row.try_get::<_, bool>(column).map_err(failed());
+            text(0)? == schedule && text(1)? == COMMAND && flag(2)? && flag(3)?
+        }
+    };
+    if same {
+        report.left.push(format!("pg_cron's job {JOB} at {schedule:?}"));
+        return Ok(report);
+    }
+    // Literals, because the types of its parameters differ between pg_cron's versions. Scheduling again changes a job of that
+    // name, but leaves it inactive if it was.
+    let statement = format!(
+        "select cron.alter_job(cron.schedule({}, {}, {}), active := true)",
+        quote_literal(JOB),
+        quote_literal(schedule),
+        quote_literal(COMMAND)
+    );
+    client.batch_execute(&statement).await.map_err(failed())?;
+    report.done.push(format!("scheduled the purge with pg_cron: job {JOB} at {schedule:?}"));
+    Ok(report)
+}

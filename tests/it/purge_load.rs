@@ -1,0 +1,303 @@
+//! The purge under load: with everything that fails meanwhile, and beside writers and readers who must not notice.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+
+use crate::support::load::Load;
+use crate::support::schema::Shape;
+use crate::support::shadow;
+use crate::support::sidecar::Launch;
+use crate::support::stage::Stage;
+use crate::support::tmpfs::Tmpfs;
+use crate::support::wait::{pause, until};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// How often something is broken. `TEST_PURGE_TURNS` for more.
+const TURNS: u32 = 8;
+
+/// A task that does one thing over and over until it is told to stop.
+struct Worker {
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<u64>,
+}
+
+impl Worker {
+    fn start<F: Future<Output = u64> + Send + 'static>(work: impl FnOnce(Arc<AtomicBool>) -> F) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        Self { task: tokio::spawn(work(Arc::clone(&stop))), stop }
+    }
+
+    /// What it has counted.
+    async fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.expect("a worker panicked")
+    }
+}
+
+fn goes_on(stop: &AtomicBool) -> bool {
+    !stop.load(Ordering::Relaxed)
+}
+
+/// Rows that are committed in two phases, some after seconds, with a savepoint that is taken back.
+async fn prepare(client: Client, stop: Arc<AtomicBool>) -> u64 {
+    let mut turn = 0;
+    while goes_on(&stop) {
+        let row = |text: &str| {
+            format!(
+                "insert into scouter.spc_drift (created_at, space, name, version, feature, value)
+                 select clock_timestamp() - random() * interval '20 days', 's', 'n', '1', '{text} {turn} ' || n, n
+                 from generate_series(1, 20) n;"
+            )
+        };
+        let sql = format!(
+            "begin; {} savepoint a; {} rollback to a; savepoint b; {} release b; prepare transaction 'two {turn}'",
+            row("prepared"),
+            row("taken back"),
+            row("under a savepoint")
+        );
+        client.batch_execute(&sql).await.expect("prepare");
+        pause(if turn % 5 == 0 { 2500 } else { 100 }).await;
+        let end = if turn % 7 == 6 { "rollback" } else { "commit" };
+        client.batch_execute(&format!("{end} prepared 'two {turn}'")).await.expect("second phase");
+        turn += 1;
+    }
+    turn
+}
+
+/// Transactions that stay open for seconds while others come and go.
+async fn linger(client: Client, stop: Arc<AtomicBool>) -> u64 {
+    let mut turn = 0;
+    while goes_on(&stop) {
+        for step in 0..3 {
+            let begin = if step == 0 { "begin;" } else { "" };
+            let sql = format!(
+                "{begin} savepoint s{step};
+                 insert into scouter.custom_drift (created_at, space, name, version, metric, value)
+                 select clock_timestamp() - random() * interval '40 days', 's', 'n', '1', 'long {turn} {step} ' || n, n
+                 from generate_series(1, 10) n"
+            );
+            client.batch_execute(&sql).await.expect("insert");
+            pause(900).await;
+        }
+        client.batch_execute("rollback to s2; commit").await.expect("commit");
+        turn += 1;
+    }
+    turn
+}
+
+/// Makes partitions of past days, and writes a few rows into them; how many.
+async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u64 {
+    let mut made = 0;
+    while goes_on(&stop) {
+        let day = rng.random_range(1..2000);
+        let sql = format!(
+            "do $$ declare low timestamptz := date_trunc('day', now(), 'UTC') - {day} * interval '1 day'; begin
+                 execute format('create table scouter.day_{made} partition of scouter.psi_drift for values from (%L) to (%L)',
+                                low, low + interval '1 day');
+                 insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                 select low + n * interval '1 minute', 's', 'n', '1', 'of a partition', n, n from generate_series(1, 100) n; end $$"
+        );
+        // The default partition may hold rows of that day.
+        if client.batch_execute(&sql).await.is_ok() {
+            made += 1;
+        }
+        pause(300).await;
+    }
+    made
+}
+
+/// Calls the purge again and again.
+async fn purge(client: Client, stop: Arc<AtomicBool>) -> u64 {
+    let mut calls = 0;
+    while goes_on(&stop) {
+        client.batch_execute("call highwater.purge_all()").await.expect("purge");
+        calls += 1;
+    }
+    calls
+}
+
+/// Verifies again and again; how often that came to an end.
+async fn verify(launch: Launch, stop: Arc<AtomicBool>) -> u64 {
+    let mut done = 0;
+    while goes_on(&stop) {
+        let launch = launch.clone();
+        let output = tokio::task::spawn_blocking(move || launch.output(&["verify"])).await.expect("verify");
+        // Where somebody has dropped what is read, or storage fails, it says so; but rows never differ.
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!text.contains("lacks") && !text.contains("that Postgres has not"), "{text}");
+        done += u64::from(output.status.success());
+    }
+    done
+}
+
+/// Late rows, long transactions, savepoints, two-phase commits, partitions that come and go; the purge with no retention at
+/// all, in a loop; and a sidecar that is killed, stopped, cut off and without storage.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_fails_no_row_is_deleted_that_is_not_archived() {
+    let settings = [("fsync", "off"), ("max_prepared_transactions", "20"), ("wal_sender_timeout", "10s")];
+    let stage = Stage::private(Shape::Named, &settings).await;
+    let storage = stage.folder().join("fragile");
+    let tmpfs = Tmpfs::mount(&storage, "1g");
+    let launch = stage
+        .launch()
+        .with("SCOUTER_STORAGE_URI", &storage.display().to_string())
+        .with("HIGHWATER_VERIFY_HOURS", "none");
+    let client = stage.connect().await;
+    shadow::create(&client, stage.shape).await;
+    launch.must(&["setup"]);
+    client.batch_execute("update highwater.retention set retention = '0'").await.unwrap();
+    let seed = std::env::var("LOAD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let load = Load::start_with_seed(&stage.cluster().uri_tcp(&stage.name), stage.shape, seed);
+    let mut sidecar = launch.start();
+    stage.streaming().await;
+    let (first, second, third, fourth) =
+        (stage.connect().await, stage.connect().await, stage.connect().await, stage.connect().await);
+    let days = StdRng::seed_from_u64(seed.wrapping_add(100));
+    let writers = [
+        Worker::start(|stop| prepare(first, stop)),
+        Worker::start(|stop| linger(second, stop)),
+        Worker::start(|stop| partition(third, stop, days)),
+    ];
+    let purger = Worker::start(|stop| purge(fourth, stop));
+    let verifier = Worker::start(|stop| verify(launch.clone(), stop));
+
+    let turns = std::env::var("TEST_PURGE_TURNS").ok().and_then(|turns| turns.parse().ok()).unwrap_or(TURNS);
+    let mut gone = 0;
+    for turn in 0..turns {
+        let calm = rng.random_range(1000..5000);
+        pause(calm).await;
+        match turn % 4 {
+            0 => {
+                sidecar.kill();
+                pause(calm).await;
+                gone = shadow::assert_gone_is_archived(&client, &storage, stage.shape).await;
+                sidecar = launch.start();
+            }
+            1 => {
+                tmpfs.remount("ro");
+                pause(calm).await;
+                gone = shadow::assert_gone_is_archived(&client, &storage, stage.shape).await;
+                tmpfs.remount("rw");
+            }
+            2 => {
+                sidecar.signal("STOP");
+                pause(calm).await;
+                gone = shadow::assert_gone_is_archived(&client, &storage, stage.shape).await;
+                sidecar.signal("CONT");
+            }
+            _ => stage.cut().await,
+        }
+        eprintln!("turn {turn}: {gone} rows are gone");
+    }
+    let committed = load.stop().await;
+    for writer in writers {
+        writer.stop().await;
+    }
+    // In peace, all that is past retention goes.
+    let target = stage.insert_one(&client, "last", None).await;
+    stage.acknowledged(&client, target, DEADLINE).await;
+    until("the partitions are verified and dropped", DEADLINE, async || {
+        client.batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')").await.unwrap();
+        let sql = "select count(*) from pg_inherits where inhrelid::regclass::text like 'scouter.day_%'";
+        (client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    let (calls, verified) = (purger.stop().await, verifier.stop().await);
+    let rows = shadow::assert_archived(&client, &storage, stage.shape).await;
+    let gone = shadow::assert_gone_is_archived(&client, &storage, stage.shape).await;
+    let sql = "select count(*) filter (where action = 'dropped'),
+                      coalesce(sum(row_count) filter (where action = 'deleted'), 0)::bigint from highwater.purge_log";
+    let row = client.query_one(sql, &[]).await.unwrap();
+    let (dropped, deleted) = (row.get::<_, i64>(0), row.get::<_, i64>(1));
+    eprintln!(
+        "{committed} rows of the load, {rows} in all; {calls} purges, {verified} verifications, {dropped} partitions dropped, \
+         {deleted} rows deleted, {gone} gone"
+    );
+    assert!(rows >= committed && dropped > 3 && deleted > 1000, "{rows} {dropped} {deleted}");
+    drop(sidecar);
+}
+
+/// Inserts 50 times a second, now and then late; the longest that one took.
+async fn insert(client: Client, stop: Arc<AtomicBool>) -> u64 {
+    let mut longest = Duration::ZERO;
+    let mut turn = 0_u32;
+    while goes_on(&stop) {
+        let late = if turn % 10 == 0 { "- interval '200 days'" } else { "" };
+        let sql = format!(
+            "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+             values (clock_timestamp() {late}, 's', 'n', '1', 'meanwhile', {turn}, 1)"
+        );
+        let begun = Instant::now();
+        client.batch_execute(&sql).await.expect("insert");
+        longest = longest.max(begun.elapsed());
+        turn += 1;
+        pause(20).await;
+    }
+    longest.as_millis().try_into().unwrap()
+}
+
+/// Reads the newest rows through the partitioned table; the longest that one took.
+async fn read(client: Client, stop: Arc<AtomicBool>) -> u64 {
+    let mut longest = Duration::ZERO;
+    while goes_on(&stop) {
+        let begun = Instant::now();
+        let sql = "select count(*) from scouter.psi_drift where created_at > now() - interval '1 hour'";
+        client.query_one(sql, &[]).await.expect("select");
+        longest = longest.max(begun.elapsed());
+        pause(50).await;
+    }
+    longest.as_millis().try_into().unwrap()
+}
+
+/// Partitions and a default partition with many rows (`TEST_PURGE_ROWS`) go while others write and read.
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_write_and_read_do_not_notice() {
+    let rows = std::env::var("TEST_PURGE_ROWS").ok().and_then(|rows| rows.parse().ok()).unwrap_or(200_000_u64);
+    let stage = Stage::private(Shape::Named, &[("fsync", "off")]).await;
+    let client = stage.connect().await;
+    // Half of them in ten partitions, half in the default partition.
+    let share = rows / 20;
+    for day in 70..90 {
+        let partition = if day < 80 {
+            format!(
+                "execute format('create table scouter.day_{day} partition of scouter.psi_drift for values from (%L) to (%L)',
+                                low, low + interval '1 day');"
+            )
+        } else {
+            String::new()
+        };
+        let sql = format!(
+            "do $$ declare low timestamptz := date_trunc('day', now(), 'UTC') - {day} * interval '1 day'; begin {partition}
+                 insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                 select low + (n / 100) * interval '1 ms', 's', 'n', '1', 'f' || n % 10, n / 10 % 10, n from generate_series(1, {share}) n; end $$"
+        );
+        client.batch_execute(&sql).await.unwrap();
+    }
+    let launch = stage.launch().with("HIGHWATER_VERIFY_HOURS", "none");
+    launch.must(&["setup"]);
+    let _sidecar = launch.start();
+    let streaming = "select bool_and(state = 'streaming' and archived_before is not null) from highwater.watermark";
+    until("the earlier rows are archived", Duration::from_secs(1200), async || {
+        client.query_one(streaming, &[]).await.unwrap().get::<_, bool>(0).then_some(())
+    })
+    .await;
+    launch.must(&["verify"]);
+    let (writer, reader) = (stage.connect().await, stage.connect().await);
+    let (writer, reader) = (Worker::start(|stop| insert(writer, stop)), Worker::start(|stop| read(reader, stop)));
+    let begun = Instant::now();
+    client.batch_execute("call highwater.purge_all()").await.unwrap();
+    let took = begun.elapsed();
+    let (inserted, selected) = (writer.stop().await, reader.stop().await);
+    let sql = "select count(*) from scouter.psi_drift where feature <> 'meanwhile'";
+    assert_eq!(client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0), 0, "all of them are gone");
+    eprintln!("{rows} rows purged in {took:?}; the longest insert took {inserted} ms, the longest select {selected} ms");
+    assert!(inserted < 1000 && selected < 1000, "insert {inserted} ms, select {selected} ms");
+}
