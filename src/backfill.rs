@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use crate::archive::{CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
 use crate::batch::Batches;
-use crate::commit::{self, StorageRetry};
+use crate::commit::{self, COPY_PATIENCE, StorageRetry};
 use crate::config::Config;
 use crate::coverage;
 use crate::decode::Decoder;
@@ -381,7 +381,8 @@ impl<'a> Work<'a> {
             let (storage, namer) = (backfill.storage.clone(), Arc::clone(backfill.namer));
             let present = present.clone();
             writing.spawn(async move {
-                commit::write_files(&storage, &namer, Box::new(batches), lsn, present).await
+                let batches = Box::new(batches);
+                commit::write_files(&storage, &namer, batches, lsn, present, Some(COPY_PATIENCE)).await
             });
         };
         let window = backfill.config.window;

@@ -194,7 +194,7 @@ impl Committer {
     /// Encodes and uploads; step 1 of an advance.
     async fn write_files(&mut self, batches: Box<Batches>, lsn: Lsn) -> Result<()> {
         self.spans.extend(batches.entity_spans());
-        let files = write_files(&self.parts.storage, &self.parts.namer, batches, lsn, None).await?;
+        let files = write_files(&self.parts.storage, &self.parts.namer, batches, lsn, None, None).await?;
         for (kind, file) in files {
             self.uploaded.entry(kind).or_default().push(file);
         }
@@ -449,18 +449,23 @@ impl Committer {
 /// must have it first.
 const COMMIT_ORDER: [Kind; 4] = [Kind::Quarantine, Kind::Custom, Kind::Psi, Kind::Spc];
 
+/// How long a copy out of Postgres tries a storage that fails. It holds locks meanwhile, on which pg_partman may wait, and on
+/// that every writer; better it begins again.
+pub(crate) const COPY_PATIENCE: Duration = Duration::from_secs(15);
+
 /// Encodes the rows and uploads their files; with `present`, only the rows that are not among these. Storage that fails
-/// is tried for ever.
+/// is tried for ever, or with patience for so long.
 ///
 /// # Errors
 ///
-/// The rows can't be encoded.
+/// The rows can't be encoded, or storage failed for too long.
 pub(crate) async fn write_files(
     storage: &Storage,
     namer: &Namer,
     batches: Box<Batches>,
     lsn: Lsn,
     present: Option<Arc<Mutex<Multiset>>>,
+    patience: Option<Duration>,
 ) -> Result<Vec<(Kind, DataFile)>> {
     if batches.is_empty() {
         return Ok(Vec::new());
@@ -471,7 +476,7 @@ pub(crate) async fn write_files(
         let file = encoded.recv().await?;
         Some((file, encoded))
     });
-    let uploads = encoded.map(|(kind, window, file)| upload(storage, namer, kind, window, lsn, file));
+    let uploads = encoded.map(|(kind, window, file)| upload(storage, namer, kind, window, lsn, file, patience));
     let files = uploads.buffer_unordered(UPLOADS_MAX).try_collect().await?;
     encoder.await.map_err(|error| Error::Internal(format!("the encoder failed: {error}")))??;
     Ok(files)
@@ -484,10 +489,11 @@ async fn upload(
     window: Window,
     lsn: Lsn,
     file: EncodedFile,
+    patience: Option<Duration>,
 ) -> Result<(Kind, DataFile)> {
     failpoint::hit("after-encode");
     let what = format!("uploading {} rows of {}", file.stats.row_count, kind.name());
-    let mut retry = StorageRetry::new(&what);
+    let mut retry = StorageRetry::new(&what).patient_for(patience);
     loop {
         // A new name for each attempt: one that failed may still arrive.
         match archive::upload(storage, kind, namer.name(window, lsn), file.clone()).await {
@@ -550,21 +556,32 @@ async fn finished(merge: &mut Option<(Kind, JoinHandle<Result<Merged>>)>) -> (Ki
 pub(crate) struct StorageRetry<'a> {
     what: &'a str,
     pause: Duration,
+    /// When it is given up.
+    end: Option<Instant>,
 }
 
 impl<'a> StorageRetry<'a> {
     /// `what` is tried, for the log.
     pub(crate) const fn new(what: &'a str) -> Self {
-        Self { what, pause: RETRY_PAUSE.0 }
+        Self { what, pause: RETRY_PAUSE.0, end: None }
+    }
+
+    /// The same for whoever holds something that others wait for: it gives up after a while.
+    pub(crate) fn patient_for(mut self, patience: Option<Duration>) -> Self {
+        self.end = patience.map(|patience| Instant::now() + patience);
+        self
     }
 
     /// Logs the error and waits, longer every time, with jitter so that many sidecars don't come back at once.
     ///
     /// # Errors
     ///
-    /// The error, if it is not a failure of storage.
+    /// The error, if it is not a failure of storage, or has lasted for too long.
     pub(crate) async fn wait(&mut self, error: Error) -> Result<()> {
         if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
+            return Err(error);
+        }
+        if self.end.is_some_and(|end| Instant::now() > end) {
             return Err(error);
         }
         tracing::warn!(

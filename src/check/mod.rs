@@ -7,6 +7,7 @@
 mod database;
 mod partman;
 mod publication;
+mod purge;
 mod report;
 mod server;
 mod slot;
@@ -74,8 +75,8 @@ async fn check_database(client: &Client, config: &Config, report: &mut Report) {
     if let Err(error) = within(steps, partman::check(client, config, &server, &found, report)).await {
         report.failure("partman", &config.schema, &error);
     }
-    if let Err(error) = within(steps, partman::check_cron(client, report)).await {
-        report.failure("pg-cron", "pg_cron", &error);
+    if let Err(error) = within(steps, purge::check(client, config, report)).await {
+        report.failure("purge", "highwater", &error);
     }
 }
 

@@ -1,4 +1,4 @@
-//! pg_partman, which may drop partitions that are not archived, and pg_cron, which can run a purge.
+//! pg_partman, which may drop partitions that are not archived.
 
 use tokio_postgres::{Client, Row};
 
@@ -15,8 +15,6 @@ const PART_CONFIG: &str = "
       join pg_namespace n on n.oid = e.extnamespace
       join pg_class c on c.relnamespace = n.oid and c.relname = 'part_config'
      where e.extname = 'pg_partman'";
-
-const CRON: &str = "select extversion from pg_extension where extname = 'pg_cron'";
 
 const CONTEXT: &str = "reading pg_partman's configuration";
 
@@ -74,25 +72,10 @@ fn report_retention(row: &Row, part_config: &str, report: &mut Report) -> Result
     };
     let message =
         format!("pg_partman {does} partitions of {parent} after {retention} by itself, archived or not");
-    let remedy =
-        format!("update {part_config} set retention = null where parent_table = {};", literal(&parent));
+    let remedy = format!(
+        "run `highwater setup`, or: update {part_config} set retention = null where parent_table = {};",
+        literal(&parent)
+    );
     report.error("partman-retention", parent, message, remedy);
-    Ok(())
-}
-
-pub(super) async fn check_cron(client: &Client, report: &mut Report) -> Result<()> {
-    let context = "looking for pg_cron";
-    match client.query_opt(CRON, &[]).await.map_err(Error::sql(context))? {
-        Some(row) => {
-            let version: String = row.try_get(0).map_err(Error::sql(context))?;
-            report.ok("pg-cron", "pg_cron", format!("{version} is installed"));
-        }
-        None => report.warning(
-            "pg-cron",
-            "pg_cron",
-            "is not installed in this database: nothing here can run a purge by itself",
-            "create extension pg_cron; -- in the database that cron.database_name names",
-        ),
-    }
     Ok(())
 }

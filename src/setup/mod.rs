@@ -22,6 +22,7 @@ use crate::record::Kind;
 use crate::slot::{self, Identity};
 use crate::source::{self, Partition};
 use crate::watermark::{self, NewWatermark, State};
+pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
 pub use retention::schedule_purge;
 
 mod migrations {

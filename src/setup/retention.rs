@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal, sql};
 
 /// Name of the job in `cron.job`.
-pub(crate) const JOB: &str = "highwater-purge";
+pub(crate) const PURGE_JOB: &str = "highwater-purge";
 
 /// What the job does.
-pub(crate) const COMMAND: &str = "call highwater.purge_all()";
+pub(crate) const PURGE_COMMAND: &str = "call highwater.purge_all()";
 
 /// Writes a retention for each table that has none.
 pub(super) async fn keep(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
@@ -101,9 +101,9 @@ pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
             "pg_cron is not in this database. It lives in the one that its setting cron.database_name names (postgres, if it \
              names none); run this there, as a superuser: select cron.schedule_in_database({}, {}, {}, {}, {}); or call \
              `highwater purge` from another scheduler",
-            quote_literal(&format!("{JOB}-{database}")),
+            quote_literal(&format!("{PURGE_JOB}-{database}")),
             quote_literal(schedule),
-            quote_literal(COMMAND),
+            quote_literal(PURGE_COMMAND),
             quote_literal(&database),
             quote_literal(&role),
         ));
@@ -118,27 +118,46 @@ pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
     }
     let found = "select schedule, command, active, database = current_database() from cron.job
                  where jobname = $1 and username = current_user";
-    let same = match client.query_opt(found, &[&JOB]).await.map_err(failed())? {
+    let same = match client.query_opt(found, &[&PURGE_JOB]).await.map_err(failed())? {
         None => false,
         Some(row) => {
             let text = |column: usize| row.try_get::<_, String>(column).map_err(failed());
             let flag = |column: usize| row.try_get::<_, bool>(column).map_err(failed());
-            text(0)? == schedule && text(1)? == COMMAND && flag(2)? && flag(3)?
+            text(0)? == schedule && text(1)? == PURGE_COMMAND && flag(2)? && flag(3)?
         }
     };
     if same {
-        report.left.push(format!("pg_cron's job {JOB} at {schedule:?}"));
+        report.left.push(format!("pg_cron's job {PURGE_JOB} at {schedule:?}"));
+        check_owner(&client, config, &role, &mut report).await?;
         return Ok(report);
     }
     // Literals, because the types of its parameters differ between pg_cron's versions. Scheduling again changes a job of that
     // name, but leaves it inactive if it was.
     let statement = format!(
         "select cron.alter_job(cron.schedule({}, {}, {}), active := true)",
-        quote_literal(JOB),
+        quote_literal(PURGE_JOB),
         quote_literal(schedule),
-        quote_literal(COMMAND)
+        quote_literal(PURGE_COMMAND)
     );
     client.batch_execute(&statement).await.map_err(failed())?;
-    report.done.push(format!("scheduled the purge with pg_cron: job {JOB} at {schedule:?}"));
+    report.done.push(format!("scheduled the purge with pg_cron: job {PURGE_JOB} at {schedule:?}"));
+    check_owner(&client, config, &role, &mut report).await?;
     Ok(report)
+}
+
+/// The job runs as the role that schedules it, and only an owner may drop.
+async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql("reading who owns the drift tables");
+    let others = "
+        select distinct pg_get_userbyid(c.relowner)::text from highwater.watermark w join pg_class c on c.oid = w.table_oid
+        where w.slot_name = $1 and not pg_has_role(c.relowner, 'usage') order by 1";
+    for row in client.query(others, &[&config.slot]).await.map_err(failed())? {
+        let owner: String = row.try_get(0).map_err(failed())?;
+        report.todo.push(format!(
+            "the job runs as {role}, which may not drop partitions of {owner}: as {owner} or a superuser: grant {} to {};",
+            quote_identifier(&owner),
+            quote_identifier(role)
+        ));
+    }
+    Ok(())
 }

@@ -66,7 +66,9 @@ const LEAVES: &str = r#"
                 select from highwater.covered_partition p
                 where p.source_table = $2 and p.partition_oid = c.oid and p.detached_at is null
                   and p.attachment is not distinct from i.xmin::text::bigint),
-           c.relfilenode, has_table_privilege(c.oid, 'select'), pg_get_partition_constraintdef(c.oid),
+           c.relfilenode, has_table_privilege(c.oid, 'select'),
+           -- It locks the partitioned table, until the transaction ends.
+           case when not has_table_privilege(c.oid, 'select') then pg_get_partition_constraintdef(c.oid) end,
            $1::oid::regclass::text,
            (extract(epoch from low::timestamptz) * 1000000)::bigint,
            (extract(epoch from high::timestamptz) * 1000000)::bigint,

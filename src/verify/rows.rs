@@ -4,7 +4,7 @@ use super::tail::Tail;
 use super::{RepairMode, Table, changed};
 use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
-use crate::commit::{self, StorageRetry};
+use crate::commit::{self, COPY_PATIENCE, StorageRetry};
 use crate::decode::Decoder;
 use crate::error::Result;
 use crate::lookup::Lookup;
@@ -207,8 +207,9 @@ impl<'a> Comparison<'a> {
             // Named with the point's position, which the watermark has passed: it is not a file that a watermark lacks.
             let lsn = self.table.point.lsn;
             let present = present.cloned();
+            let (storage, batches) = (self.table.storage, Box::new(batches));
             let files =
-                commit::write_files(self.table.storage, namer, Box::new(batches), lsn, present).await?;
+                commit::write_files(storage, namer, batches, lsn, present, Some(COPY_PATIENCE)).await?;
             found.missing += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
             found.repairable.extend(files);
             return Ok(());

@@ -519,7 +519,7 @@ async fn ids_past_a_wrap_around_are_told_apart() {
     let stage = Stage::private(Shape::Named, &[("fsync", "off")]).await;
     let client = stage.connect().await;
     shadow::create(&client, stage.shape).await;
-    for (name, days) in [("before", 70), ("after", 71), ("both", 72)] {
+    for (name, days) in [("before", 70), ("after", 71), ("mixed", 72)] {
         old_day(&client, name, days).await;
     }
     fill(&client, 70, 100).await;
@@ -546,20 +546,20 @@ async fn ids_past_a_wrap_around_are_told_apart() {
     client
         .batch_execute(
             "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
-             select created_at, 's', 'n', '1', 'new', bin_id, 1 from scouter.both limit 1",
+             select created_at, 's', 'n', '1', 'new', bin_id, 1 from scouter.mixed limit 1",
         )
         .await
         .unwrap();
     purge(&client).await;
     assert!(!exists(&client, "scouter.before").await, "{:?}", logged(&client, Some("scouter.before")).await);
     assert!(!exists(&client, "scouter.after").await, "{:?}", logged(&client, Some("scouter.after")).await);
-    assert!(exists(&client, "scouter.both").await);
-    let why = blocked_by(&client, Some("scouter.both")).await;
+    assert!(exists(&client, "scouter.mixed").await);
+    let why = blocked_by(&client, Some("scouter.mixed")).await;
     assert!(why.starts_with("1 row of transaction 12884"), "{why}");
     let _sidecar = quiet(&stage).start();
     archived(&client).await;
     quiet(&stage).must(&["verify"]);
     purge(&client).await;
-    assert!(!exists(&client, "scouter.both").await);
+    assert!(!exists(&client, "scouter.mixed").await);
     shadow::assert_archived(&client, &stage.storage(), stage.shape).await;
 }

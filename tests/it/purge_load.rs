@@ -1,5 +1,6 @@
 //! The purge under load: with everything that fails meanwhile, and beside writers and readers who must not notice.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -92,23 +93,36 @@ async fn linger(client: Client, stop: Arc<AtomicBool>) -> u64 {
     turn
 }
 
-/// Makes partitions of past days, and writes a few rows into them; how many.
+/// Makes partitions of past days, and writes a few rows into each once it is covered; how many were made.
 async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u64 {
     let mut made = 0;
+    let mut filled = BTreeSet::new();
     while goes_on(&stop) {
         let day = rng.random_range(1..2000);
         let sql = format!(
             "do $$ declare low timestamptz := date_trunc('day', now(), 'UTC') - {day} * interval '1 day'; begin
                  execute format('create table scouter.day_{made} partition of scouter.psi_drift for values from (%L) to (%L)',
-                                low, low + interval '1 day');
-                 insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
-                 select low + n * interval '1 minute', 's', 'n', '1', 'of a partition', n, n from generate_series(1, 100) n; end $$"
+                                low, low + interval '1 day'); end $$"
         );
         // The default partition may hold rows of that day.
         if client.batch_execute(&sql).await.is_ok() {
             made += 1;
         }
-        pause(300).await;
+        // One that is first seen with rows in it is a gap, as some are by chance.
+        let covered = "select partition_name from highwater.covered_partition where partition_name like 'scouter.day_%'";
+        for row in client.query(covered, &[]).await.expect("covered partitions") {
+            let name: String = row.get(0);
+            if filled.insert(name.clone()) {
+                let sql = format!(
+                    "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                     select (regexp_match(pg_get_expr(relpartbound, oid), $$'([^']*)'$$))[1]::timestamptz + n * interval '1 minute',
+                            's', 'n', '1', 'of a partition', n, n
+                     from generate_series(1, 100) n, pg_class where oid = to_regclass('{name}')"
+                );
+                client.batch_execute(&sql).await.expect("rows of a partition");
+            }
+        }
+        pause(1000).await;
     }
     made
 }
