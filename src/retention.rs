@@ -44,9 +44,11 @@ struct Due {
 pub(crate) async fn keep_verified(config: Config) {
     let mut sql = Session::new(config.source.clone());
     let mut not_before: HashMap<u32, Instant> = HashMap::new();
+    let mut pause = LOOK_INTERVAL;
     loop {
-        let jittered = LOOK_INTERVAL.mul_f64(rand::rng().random_range(0.5..1.0));
+        let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
         sleep(jittered).await;
+        pause = LOOK_INTERVAL;
         if !config.verify_hours.contains(chrono::Utc::now().hour()) {
             continue;
         }
@@ -65,7 +67,8 @@ pub(crate) async fn keep_verified(config: Config) {
         if let Some(pause) = verify_one(&config, next).await {
             not_before.insert(next.oid, Instant::now() + pause);
         }
-        sleep(now.elapsed() * REST).await;
+        // There may be more.
+        pause = now.elapsed() * REST;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use tokio_postgres::{Client, Row};
 
-use super::{Report, human_bytes, literal};
+use super::{Report, human_bytes, identifier, literal};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::purge;
@@ -22,7 +22,7 @@ const CRON: &str = "
 
 // A role sees its own jobs only, a superuser all.
 const JOB: &str = "
-    select j.jobid, j.schedule, j.active, d.status, d.return_message
+    select j.jobid, j.schedule, j.active, d.status, d.return_message, j.username::text
     from cron.job j left join lateral (
         select r.status, r.return_message from cron.job_run_details r
         where r.jobid = j.jobid and r.status in ('failed', 'succeeded') order by r.runid desc limit 1) d on true
@@ -30,10 +30,14 @@ const JOB: &str = "
     order by j.active desc, j.jobid limit 1";
 
 pub(super) async fn check(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
-    check_cron(client, report).await?;
-    let there = "select to_regclass('highwater.purge_log') is not null
-                    and coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false)";
+    check_cron(client, config, report).await?;
+    let there = "select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false),
+                        to_regclass('highwater.watermark') is null";
     let row = client.query_one(there, &[]).await.map_err(Error::sql(CONTEXT))?;
+    if row.try_get::<_, bool>(1).map_err(Error::sql(CONTEXT))? {
+        // Nothing is set up yet, which is a finding of its own.
+        return Ok(());
+    }
     if !row.try_get::<_, bool>(0).map_err(Error::sql(CONTEXT))? {
         report.warning("purge", "highwater", "the purge is not installed, or can't be read", "run `highwater setup`");
         return Ok(());
@@ -41,7 +45,7 @@ pub(super) async fn check(client: &Client, config: &Config, report: &mut Report)
     check_runs(client, config, report).await
 }
 
-async fn check_cron(client: &Client, report: &mut Report) -> Result<()> {
+async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
     let failed = || Error::sql(CONTEXT);
     let schedule = "run `highwater setup --schedule-purge`";
     let Some(row) = client.query_opt(CRON, &[]).await.map_err(failed())? else {
@@ -61,11 +65,11 @@ async fn check_cron(client: &Client, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     let Some(job) = client.query_opt(JOB, &[]).await.map_err(failed())? else {
-        let message = format!("{version} has no job that calls the purge: nothing is ever deleted");
+        let message = format!("{version} has no job that calls the purge, as far as this role can see: nothing is ever deleted");
         report.warning("pg-cron", "pg_cron", message, schedule);
         return Ok(());
     };
-    let (id, at, active, status, answer) = job_of(&job).map_err(failed())?;
+    let (id, at, active, status, answer, role) = job_of(&job).map_err(failed())?;
     let object = format!("pg_cron's job {id}");
     if !active {
         let remedy = format!("select cron.alter_job({id}, active := true);");
@@ -78,13 +82,30 @@ async fn check_cron(client: &Client, report: &mut Report) -> Result<()> {
     } else {
         report.ok("pg-cron", object, format!("purges at {at:?}"));
     }
+    check_owner(client, config, &role, report).await
+}
+
+/// Only its owner may drop a partition.
+async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql(CONTEXT);
+    let others = "
+        select c.oid::regclass::text, pg_get_userbyid(c.relowner)::text from pg_class c
+        where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relname in ('custom_drift', 'psi_drift', 'spc_drift')
+          and not pg_has_role($2::text::name, c.relowner, 'usage') order by 1";
+    for row in client.query(others, &[&config.schema, &role]).await.map_err(failed())? {
+        let (table, owner): (String, String) =
+            (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+        let message = format!("pg_cron purges as {role}, which may not drop partitions of {owner}");
+        let remedy = format!("grant {} to {};", identifier(&owner), identifier(role));
+        report.warning("purge-owner", table, message, remedy);
+    }
     Ok(())
 }
 
-type Job = (i64, String, bool, Option<String>, Option<String>);
+type Job = (i64, String, bool, Option<String>, Option<String>, String);
 
 fn job_of(row: &Row) -> Result<Job, tokio_postgres::Error> {
-    Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?))
+    Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?, row.try_get(5)?))
 }
 
 /// What the purge says of itself.

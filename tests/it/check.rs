@@ -43,7 +43,15 @@ const HEALTHY: &str = "
     grant usage on schema partman to archiver;
     grant select on partman.part_config to archiver;
     select partman.create_parent('scouter.psi_drift', 'created_at', 'native', '1 day');
-    create extension pg_cron";
+    create extension pg_cron;
+    grant usage on schema cron to archiver;
+    alter table scouter.psi_drift owner to archiver;
+    alter table scouter.spc_drift owner to archiver";
+
+/// What `highwater setup --schedule-purge` does.
+const SCHEDULE: &str = "set role archiver;
+    select cron.schedule('highwater-purge', '17 * * * *', 'call highwater.purge_all()');
+    reset role";
 
 fn seen(report: &Report) -> Vec<(&'static str, Severity)> {
     let bad = report.findings().iter().filter(|finding| finding.severity != Severity::Ok);
@@ -62,10 +70,13 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     let (config, _archive) = config(&cluster, "archiver");
     assert_eq!(
         seen(&check(&config).await),
-        [("state-schema", Error), ("slot", Error)],
+        [("state-schema", Error), ("slot", Error), ("pg-cron", Warning)],
         "the publication alone is not enough"
     );
     highwater::setup::setup(&config).await.unwrap();
+    assert_eq!(seen(&check(&config).await), [("pg-cron", Warning)], "nobody purges yet");
+    let scheduled = highwater::setup::schedule_purge(&config, "17 * * * *").await.unwrap();
+    assert!(scheduled.todo.is_empty() && scheduled.done.len() == 1, "{scheduled:?}");
     let report = check(&config).await;
     assert_eq!(seen(&report), [], "{report:#?}");
 
@@ -150,7 +161,47 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
             vec![("partman", Warning)],
             "grant select on partman.part_config to archiver",
         ),
-        ("drop extension pg_cron", vec![("pg-cron", Warning)], "create extension pg_cron"),
+        (
+            "drop extension pg_cron",
+            vec![("pg-cron", Warning)],
+            &format!("create extension pg_cron; grant usage on schema cron to archiver; {SCHEDULE}"),
+        ),
+        ("delete from cron.job", vec![("pg-cron", Warning)], SCHEDULE),
+        (
+            "update cron.job set active = false",
+            vec![("pg-cron", Warning)],
+            "update cron.job set active = true",
+        ),
+        (
+            "insert into cron.job_run_details (jobid, database, username, command, status, return_message)
+             select jobid, database, username, command, 'failed', 'no space left' from cron.job",
+            vec![("pg-cron", Warning)],
+            "delete from cron.job_run_details",
+        ),
+        (
+            "insert into scouter.psi_drift values ('2020-01-01', 1, 'f', 1, 1, false)",
+            vec![("purge", Warning)],
+            "delete from scouter.psi_drift",
+        ),
+        (
+            "create table scouter.old partition of scouter.psi_drift for values from ('2020-01-01') to ('2020-01-02');
+             insert into scouter.old select '2020-01-01', n, 'f', 1, 1, false from generate_series(1, 20000) n;
+             analyze scouter.old",
+            vec![("purge-share", Warning), ("purge", Warning)],
+            "drop table scouter.old",
+        ),
+        (
+            "insert into highwater.purge_log (at, source_table, partition_name, action, cutoff, reason)
+             values (now() - interval '2 days', 'scouter.psi_drift', 'scouter.old', 'blocked', now(), 'locked');
+             update highwater.retention set purged_at = now()",
+            vec![("purge-blocked", Warning)],
+            "truncate highwater.purge_log; update highwater.retention set purged_at = null",
+        ),
+        (
+            "alter table scouter.psi_drift owner to postgres; grant select on scouter.psi_drift to archiver",
+            vec![("purge-owner", Warning)],
+            "alter table scouter.psi_drift owner to archiver",
+        ),
         (
             "create table scouter.notes (note text); alter publication highwater add table scouter.notes",
             vec![("publication-extra", Warning)],

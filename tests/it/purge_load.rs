@@ -21,7 +21,7 @@ use crate::support::wait::{pause, until};
 const DEADLINE: Duration = Duration::from_secs(120);
 
 /// How often something is broken. `TEST_PURGE_TURNS` for more.
-const TURNS: u32 = 8;
+const TURNS: u32 = 6;
 
 /// A task that does one thing over and over until it is told to stop.
 struct Worker {
@@ -96,9 +96,10 @@ async fn linger(client: Client, stop: Arc<AtomicBool>) -> u64 {
 /// Makes partitions of past days, and writes a few rows into each once it is covered; how many were made.
 async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u64 {
     let mut made = 0;
-    let mut filled = BTreeSet::new();
+    let (mut days, mut filled) = (Vec::new(), BTreeSet::new());
     while goes_on(&stop) {
-        let day = rng.random_range(1..2000);
+        // Older than all that the load writes: a partition that is first seen with rows in it would be a gap.
+        let day = rng.random_range(2001..4000);
         let sql = format!(
             "do $$ declare low timestamptz := date_trunc('day', now(), 'UTC') - {day} * interval '1 day'; begin
                  execute format('create table scouter.day_{made} partition of scouter.psi_drift for values from (%L) to (%L)',
@@ -108,7 +109,6 @@ async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u6
         if client.batch_execute(&sql).await.is_ok() {
             made += 1;
         }
-        // One that is first seen with rows in it is a gap, as some are by chance.
         let covered = "select partition_name from highwater.covered_partition where partition_name like 'scouter.day_%'";
         for row in client.query(covered, &[]).await.expect("covered partitions") {
             let name: String = row.get(0);
@@ -122,7 +122,17 @@ async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u6
                 client.batch_execute(&sql).await.expect("rows of a partition");
             }
         }
-        pause(1000).await;
+        // A late row for a day of which the partition may be verified, being dropped, or gone.
+        days.push(day);
+        let late = days[rng.random_range(0..days.len())];
+        let sql = format!(
+            "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+             select now() - {late} * interval '1 day', 's', 'n', '1', 'late', {}, 1
+             where exists (select from highwater.purge_log where action = 'dropped')",
+            days.len()
+        );
+        client.batch_execute(&sql).await.expect("a late row");
+        pause(500).await;
     }
     made
 }
@@ -137,12 +147,24 @@ async fn purge(client: Client, stop: Arc<AtomicBool>) -> u64 {
     calls
 }
 
-/// Verifies again and again; how often that came to an end.
-async fn verify(launch: Launch, stop: Arc<AtomicBool>) -> u64 {
+/// Verifies the partitions again and again; how often that came to an end.
+async fn verify(client: Client, launch: Launch, stop: Arc<AtomicBool>) -> u64 {
     let mut done = 0;
     while goes_on(&stop) {
+        let due = "select to_char(b.low at time zone 'UTC', 'YYYY-MM-DD'), to_char(b.low at time zone 'UTC' + interval '1 day', 'YYYY-MM-DD')
+                   from highwater.covered_partition p join pg_class c on c.oid = p.partition_oid,
+                        lateral (select (regexp_match(pg_get_expr(c.relpartbound, c.oid), $$'([^']*)'$$))[1]::timestamptz as low) b
+                   where c.relname like 'day_%' and not exists
+                       (select from highwater.verified_partition v where v.partition_oid = c.oid)
+                   order by random() limit 1";
+        let Some(row) = client.query_opt(due, &[]).await.expect("what is due") else {
+            pause(100).await;
+            continue;
+        };
+        let (from, to): (String, String) = (row.get(0), row.get(1));
         let launch = launch.clone();
-        let output = tokio::task::spawn_blocking(move || launch.output(&["verify"])).await.expect("verify");
+        let run = move || launch.output(&["verify", "--table", "psi_drift", "--from", &from, "--to", &to]);
+        let output = tokio::task::spawn_blocking(run).await.expect("verify");
         // Where somebody has dropped what is read, or storage fails, it says so; but rows never differ.
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(!text.contains("lacks") && !text.contains("that Postgres has not"), "{text}");
@@ -169,11 +191,11 @@ async fn whatever_fails_no_row_is_deleted_that_is_not_archived() {
     client.batch_execute("update highwater.retention set retention = '0'").await.unwrap();
     let seed = std::env::var("LOAD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
     let mut rng = StdRng::seed_from_u64(seed);
-    let load = Load::start_with_seed(&stage.cluster().uri_tcp(&stage.name), stage.shape, seed);
+    let load = Load::start_writers(&stage.cluster().uri_tcp(&stage.name), stage.shape, seed, 1);
     let mut sidecar = launch.start();
     stage.streaming().await;
-    let (first, second, third, fourth) =
-        (stage.connect().await, stage.connect().await, stage.connect().await, stage.connect().await);
+    let (first, second, third) = (stage.connect().await, stage.connect().await, stage.connect().await);
+    let (fourth, fifth) = (stage.connect().await, stage.connect().await);
     let days = StdRng::seed_from_u64(seed.wrapping_add(100));
     let writers = [
         Worker::start(|stop| prepare(first, stop)),
@@ -181,7 +203,7 @@ async fn whatever_fails_no_row_is_deleted_that_is_not_archived() {
         Worker::start(|stop| partition(third, stop, days)),
     ];
     let purger = Worker::start(|stop| purge(fourth, stop));
-    let verifier = Worker::start(|stop| verify(launch.clone(), stop));
+    let verifier = Worker::start(|stop| verify(fifth, launch.clone(), stop));
 
     let turns = std::env::var("TEST_PURGE_TURNS").ok().and_then(|turns| turns.parse().ok()).unwrap_or(TURNS);
     let mut gone = 0;

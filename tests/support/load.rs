@@ -54,6 +54,11 @@ impl Load {
 
     /// Starts writing with this seed.
     pub fn start_with_seed(uri: &str, shape: Shape, seed: u64) -> Self {
+        Self::start_writers(uri, shape, seed, WRITERS)
+    }
+
+    /// Starts writing with so many sessions.
+    pub fn start_writers(uri: &str, shape: Shape, seed: u64, writers: u64) -> Self {
         eprintln!("load: LOAD_SEED={seed}");
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock");
         let shared = Shared {
@@ -66,7 +71,7 @@ impl Load {
         let writer = |number: u64| {
             tokio::spawn(write(shared.clone(), StdRng::seed_from_u64(seed.wrapping_add(number))))
         };
-        let writers = (0..WRITERS).map(writer).collect();
+        let writers = (0..writers).map(writer).collect();
         Self { stop: shared.stop, committed: shared.committed, writers }
     }
 
