@@ -32,10 +32,11 @@ const JOB: &str = "
 pub(super) async fn check(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
     check_cron(client, config, report).await?;
     let there = "select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false),
-                        to_regclass('highwater.watermark') is null";
+                        to_regclass('highwater.watermark') is null
+                            or not has_schema_privilege(to_regnamespace('highwater'), 'usage')";
     let row = client.query_one(there, &[]).await.map_err(Error::sql(CONTEXT))?;
     if row.try_get::<_, bool>(1).map_err(Error::sql(CONTEXT))? {
-        // Nothing is set up yet, which is a finding of its own.
+        // Nothing is set up yet, or can't be used, which is a finding of its own.
         return Ok(());
     }
     if !row.try_get::<_, bool>(0).map_err(Error::sql(CONTEXT))? {
@@ -72,7 +73,7 @@ async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Re
     let (id, at, active, status, answer, role) = job_of(&job).map_err(failed())?;
     let object = format!("pg_cron's job {id}");
     if !active {
-        let remedy = format!("select cron.alter_job({id}, active := true);");
+        let remedy = format!("{schedule}, or as a superuser: select cron.alter_job({id}, active := true);");
         report.warning("pg-cron", object, "is inactive: nothing is deleted", remedy);
     } else if status.as_deref() == Some("failed") {
         let answer = answer.unwrap_or_default();

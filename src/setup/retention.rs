@@ -116,25 +116,25 @@ pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
         ));
         return Ok(report);
     }
-    let found = "select schedule, command, active, database = current_database() from cron.job
+    let found = "select jobid, schedule = $2 and command = $3 and active and database = current_database() from cron.job
                  where jobname = $1 and username = current_user";
-    let same = match client.query_opt(found, &[&PURGE_JOB]).await.map_err(failed())? {
-        None => false,
+    let found = client.query_opt(found, &[&PURGE_JOB, &schedule, &PURGE_COMMAND]).await.map_err(failed())?;
+    let job = match found {
+        None => None,
         Some(row) => {
-            let text = |column: usize| row.try_get::<_, String>(column).map_err(failed());
-            let flag = |column: usize| row.try_get::<_, bool>(column).map_err(failed());
-            text(0)? == schedule && text(1)? == PURGE_COMMAND && flag(2)? && flag(3)?
+            Some((row.try_get::<_, i64>(0).map_err(failed())?, row.try_get::<_, bool>(1).map_err(failed())?))
         }
     };
-    if same {
+    if let Some((_, true)) = job {
         report.left.push(format!("pg_cron's job {PURGE_JOB} at {schedule:?}"));
         check_owner(&client, config, &role, &mut report).await?;
         return Ok(report);
     }
-    // Literals, because the types of its parameters differ between pg_cron's versions. Scheduling again changes a job of that
-    // name, but leaves it inactive if it was.
+    // Scheduling again would leave an inactive job inactive, and only a superuser may alter it.
+    let unschedule = job.map(|(id, _)| format!("select cron.unschedule({id}); ")).unwrap_or_default();
+    // Literals, because the types of its parameters differ between pg_cron's versions. Both in one transaction.
     let statement = format!(
-        "select cron.alter_job(cron.schedule({}, {}, {}), active := true)",
+        "{unschedule}select cron.schedule({}, {}, {})",
         quote_literal(PURGE_JOB),
         quote_literal(schedule),
         quote_literal(PURGE_COMMAND)

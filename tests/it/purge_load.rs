@@ -23,6 +23,9 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// How often something is broken. `TEST_PURGE_TURNS` for more.
 const TURNS: u32 = 6;
 
+/// How many partitions come and go.
+const PARTITIONS: usize = 15;
+
 /// A task that does one thing over and over until it is told to stop.
 struct Worker {
     stop: Arc<AtomicBool>,
@@ -106,7 +109,7 @@ async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u6
                                 low, low + interval '1 day'); end $$"
         );
         // The default partition may hold rows of that day.
-        if client.batch_execute(&sql).await.is_ok() {
+        if days.len() < PARTITIONS && client.batch_execute(&sql).await.is_ok() {
             made += 1;
         }
         let covered = "select partition_name from highwater.covered_partition where partition_name like 'scouter.day_%'";
@@ -123,13 +126,15 @@ async fn partition(client: Client, stop: Arc<AtomicBool>, mut rng: StdRng) -> u6
             }
         }
         // A late row for a day of which the partition may be verified, being dropped, or gone.
-        days.push(day);
+        if days.len() < PARTITIONS {
+            days.push(day);
+        }
         let late = days[rng.random_range(0..days.len())];
         let sql = format!(
             "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
              select now() - {late} * interval '1 day', 's', 'n', '1', 'late', {}, 1
              where exists (select from highwater.purge_log where action = 'dropped')",
-            days.len()
+            rng.random_range(0..i32::MAX)
         );
         client.batch_execute(&sql).await.expect("a late row");
         pause(500).await;
