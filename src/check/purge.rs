@@ -31,15 +31,17 @@ const JOB: &str = "
 
 pub(super) async fn check(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
     check_cron(client, config, report).await?;
-    let there = "select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false),
-                        to_regclass('highwater.watermark') is null
-                            or not has_schema_privilege(to_regnamespace('highwater'), 'usage')";
-    let row = client.query_one(there, &[]).await.map_err(Error::sql(CONTEXT))?;
-    if row.try_get::<_, bool>(1).map_err(Error::sql(CONTEXT))? {
-        // Nothing is set up yet, or can't be used, which is a finding of its own.
+    let flag = async |query: &str| {
+        let row = client.query_one(query, &[]).await;
+        row.and_then(|row| row.try_get::<_, bool>(0)).map_err(Error::sql(CONTEXT))
+    };
+    // What is not set up yet, or can't be used, is a finding of its own.
+    if !flag("select coalesce(has_schema_privilege(to_regnamespace('highwater'), 'usage'), false)").await?
+        || flag("select to_regclass('highwater.watermark') is null").await?
+    {
         return Ok(());
     }
-    if !row.try_get::<_, bool>(0).map_err(Error::sql(CONTEXT))? {
+    if !flag("select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false)").await? {
         report.warning("purge", "highwater", "the purge is not installed, or can't be read", "run `highwater setup`");
         return Ok(());
     }
