@@ -40,13 +40,38 @@ comment on column highwater.purge_log.times is
 comment on column highwater.purge_log.cutoff is 'Rows with an earlier created_at are past their retention.';
 comment on column highwater.purge_log.horizon is 'Every row that was deleted is of an earlier transaction.';
 
--- Whether the table was a partition all the time since its rows were looked at.
-alter table highwater.covered_partition add column attachment bigint, add column detached_at timestamptz;
+-- How a table is a part of the drift table now: the file that it is in, and the transactions that attached it and what it
+-- is in (xmin of pg_inherits), up to the root; null if the table is gone. Rows that came while this was another did not
+-- pass the stream.
+create function highwater.attachment(partition oid) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    with recursive up as (
+        select i.inhparent, i.xmin::text as path from pg_inherits i join pg_class c on c.oid = i.inhrelid
+        where i.inhrelid = partition and c.relispartition
+        union all
+        select i.inhparent, up.path || '/' || i.xmin::text
+        from up join pg_inherits i on i.inhrelid = up.inhparent join pg_class c on c.oid = i.inhrelid where c.relispartition)
+    select c.relpersistence::text || c.relfilenode::text || ':' || coalesce((select path from up order by length(path) desc limit 1), '')
+    from pg_class c where c.oid = partition
+$$;
 
-update highwater.covered_partition p set attachment = i.xmin::text::bigint from pg_inherits i where i.inhrelid = p.partition_oid;
+-- Whether a table is the drift table itself, or a partition of it at any depth.
+create function highwater.is_part(partition oid, root oid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    with recursive up as (
+        select partition as oid
+        union all
+        select i.inhparent from up join pg_inherits i on i.inhrelid = up.oid join pg_class c on c.oid = up.oid where c.relispartition)
+    select exists (select from up where up.oid = root)
+$$;
+
+-- Whether the table was a part of it all the time since its rows were looked at.
+alter table highwater.covered_partition add column attachment text, add column detached_at timestamptz;
+
+update highwater.covered_partition p set attachment = highwater.attachment(p.partition_oid);
 
 comment on column highwater.covered_partition.attachment is
-    'The transaction that attached it (xmin of its row in pg_inherits); null for a plain table. Another one means that it was away in between.';
+    'highwater.attachment() when its rows were looked at. Another one means that rows may have come that did not pass the stream.';
 comment on column highwater.covered_partition.detached_at is
     'When it was found to be detached. What is written to it since then is not archived.';
 
@@ -57,6 +82,16 @@ create function highwater.widened(row_xmin xid, newest bigint) returns bigint
 language sql immutable parallel safe as $$
     select case when (newest - row_xmin::text::bigint) & 4294967295 > newest then newest
                 else newest - ((newest - row_xmin::text::bigint) & 4294967295) end
+$$;
+
+-- Rows before this time are past their retention; never in the future, and never out of range.
+create function highwater.cutoff(retention interval) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    return least(now() - retention, now());
+exception when datetime_field_overflow then
+    return '-infinity';
+end
 $$;
 
 -- An id that no row passes that the calling statement can see.
@@ -99,6 +134,10 @@ begin
         return;
     end if;
     source_table := watermark.source_table;
+    if not exists (select from pg_class c where c.oid = root) then
+        blocked_by := 'the table is gone, or another one has its name now: `highwater setup` has that archived';
+        return;
+    end if;
     horizon := watermark.archived_before::text::bigint;
     reported_at := watermark.updated_at;
     cutoff_literal := case time_type when 'timestamptz'::regtype then quote_literal(cutoff) || '::timestamptz'
@@ -137,7 +176,8 @@ language sql set search_path = pg_catalog, pg_temp set timezone = 'UTC' set date
             from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
             where p.partrelid = i.inhparent and p.partstrat = 'r' and a.attname = 'created_at'
               and a.atttypid in ('timestamptz'::regtype, 'timestamp'::regtype))
-        from tree t join pg_inherits i on i.inhparent = t.oid join pg_class c on c.oid = i.inhrelid)
+        from tree t join pg_inherits i on i.inhparent = t.oid join pg_class c on c.oid = i.inhrelid
+        where c.relispartition)
     -- Of a partition that is partitioned itself the rows are deleted: without its parts it would take no late rows.
     select t.oid, t.oid::regclass::text, t.depth = 1 and t.high is not null,
            case when t.depth = 1 then t.high::timestamptz end, true
@@ -145,23 +185,21 @@ language sql set search_path = pg_catalog, pg_temp set timezone = 'UTC' set date
     union all
     select c.oid, c.oid::regclass::text, true, null, false
     from highwater.watermark w join highwater.covered_partition p using (source_table) join pg_class c on c.oid = p.partition_oid
-    where w.table_oid = root and c.relkind = 'r' and not exists (select from tree t where t.oid = c.oid)
+    where w.table_oid = root and c.relkind = 'r' and not c.relispartition and c.oid <> root
 $$;
 
 -- What there is to delete of one of these tables, and what stands in the way. `depth`: 'quick' counts nothing, 'proof' counts if
--- nothing else stands in the way, 'full' always. Under a lock that keeps writers out, `deletable` is the proof.
+-- nothing else stands in the way, 'full' always. Under a lock that keeps writers out, `is_proven` says that all of it may go.
 create function highwater.purge_finding(
     root oid, unit oid, is_whole boolean, cutoff timestamptz, depth text,
-    out row_count bigint, out deletable bigint, out horizon bigint, out is_due_again boolean, out blocked_by text)
-language plpgsql set search_path = pg_catalog, pg_temp set row_security = off set timezone = 'UTC' set datestyle = 'ISO' as $$
+    out row_count bigint, out deletable bigint, out horizon bigint, out is_proven boolean, out is_due_again boolean, out blocked_by text)
+language plpgsql set search_path = pg_catalog, pg_temp set row_security = off set timezone = 'UTC' set datestyle = 'ISO'
+set lock_timeout = '1s' as $$
 declare
     key record;
-    owner oid := (select c.relowner from pg_class c where c.oid = unit);
+    class pg_class;
     covered highwater.covered_partition;
-    attachment bigint := (select i.xmin::text::bigint from pg_inherits i where i.inhrelid = unit);
-    is_attached boolean;
     verified bigint;
-    newest bigint;
     youngest bigint;
     latest timestamptz;
     undated bigint;
@@ -170,47 +208,55 @@ declare
     scan text;
     plan json;
     has_any boolean;
+    detail text;
 begin
     is_due_again := false;
+    is_proven := false;
     deletable := 0;
     key := highwater.purge_key(root, cutoff);
     horizon := key.horizon;
     blocked_by := key.blocked_by;
-    is_attached := exists (select from pg_partition_tree(root) t where t.relid = unit) or unit = root;
+    select * into class from pg_class c where c.oid = unit;
     select * into covered from highwater.covered_partition p where p.source_table = key.source_table and p.partition_oid = unit;
-    if blocked_by is null then
-        blocked_by := case
-            when owner is null then 'it is gone'
-            when is_whole and not pg_has_role(owner, 'usage') then format(
-                'role %s does not own it and so can''t drop it; its owner is %s', current_user, pg_get_userbyid(owner))
-            when not is_whole and not has_table_privilege(unit, 'select, delete') then format(
-                'role %s may not delete from it: grant select, delete on %s to %1$I', current_user, unit::regclass)
-            when row_security_active(unit) then format(
-                'a row-level security policy may hide rows of it from role %s: purge as a role that no policy is for (its owner, or one with bypassrls)',
-                current_user)
-            when covered.partition_oid is null
-                or (is_attached and (covered.detached_at is not null or covered.attachment is distinct from attachment)) then format(
-                'it was attached with rows in it, or away for a while, and the sidecar, which last reported %s, has not copied it yet',
-                highwater.ago(key.reported_at))
-        end;
-    end if;
-    if is_whole and blocked_by is null then
-        select v.horizon::text::bigint into verified from highwater.verified_partition v
-        where v.source_table = key.source_table and v.partition_oid = unit;
-        if verified is null then
-            blocked_by := 'its rows were not read back from the archive yet, or something differed: the sidecar verifies what is past retention by itself, `highwater verify` does it now';
-        end if;
-    end if;
-    if key.cutoff_literal is null or owner is null or not has_table_privilege(unit, 'select') or row_security_active(unit) then
+    if class.oid is null then
+        blocked_by := coalesce(blocked_by, 'it is gone');
         return;
     end if;
-    if depth = 'quick' and not is_whole then
+    blocked_by := coalesce(blocked_by, case
+        when is_whole and not pg_has_role(class.relowner, 'usage') then format(
+            'role %s does not own it and so can''t drop it; its owner is %s', current_user, pg_get_userbyid(class.relowner))
+        when not (has_schema_privilege(class.relnamespace, 'usage') and has_table_privilege(unit, 'select')
+                  and (is_whole or has_table_privilege(unit, 'delete'))) then format(
+            'role %s may not read it, or delete from it: grant usage on schema %s to %1$I; grant select, delete on %3$s to %1$I',
+            current_user, class.relnamespace::regnamespace, unit::regclass)
+        when row_security_active(unit) then format(
+            'a row-level security policy may hide rows of it from role %s: purge as a role that no policy is for (its owner, or one with bypassrls)',
+            current_user)
+        when class.relpersistence <> 'p' then format(
+            'it is unlogged, so its rows are in no log and not archived: alter table %s set logged', unit::regclass)
+        when covered.partition_oid is null
+            or (highwater.is_part(unit, root)
+                and (covered.detached_at is not null or covered.attachment is distinct from highwater.attachment(unit))) then format(
+            'it was attached with rows in it, rewritten, or away for a while, and the sidecar, which last reported %s, has not compared it yet',
+            highwater.ago(key.reported_at))
+        when is_whole and not exists (
+            select from highwater.verified_partition v where v.source_table = key.source_table and v.partition_oid = unit) then
+            'its rows were not read back from the archive yet, or something differed: the sidecar verifies what is past retention by itself, `highwater verify` does it now'
+    end);
+    if is_whole then
+        select v.horizon::text::bigint into verified from highwater.verified_partition v
+        where v.source_table = key.source_table and v.partition_oid = unit;
+    end if;
+    if key.cutoff_literal is null or not has_table_privilege(unit, 'select') or row_security_active(unit) then
+        return;
+    end if;
+    if depth = 'quick' and is_whole then
+        row_count := greatest(class.reltuples, 0)::bigint;
+    elsif depth = 'quick' then
         scan := format('select from only %s where created_at < %s', unit::regclass, key.cutoff_literal);
         execute format('select exists (%s)', scan) into has_any;
         execute 'explain (format json) ' || scan into plan;
         row_count := case when has_any then (plan -> 0 -> 'Plan' ->> 'Plan Rows')::bigint else 0 end;
-    elsif depth = 'quick' then
-        row_count := (select greatest(c.reltuples, 0)::bigint from pg_class c where c.oid = unit);
     end if;
     if depth = 'quick' or (depth = 'proof' and blocked_by is not null) then
         deletable := case when blocked_by is null then row_count else 0 end;
@@ -223,15 +269,13 @@ begin
         scan := scan || format(' where created_at < %s', key.cutoff_literal);
     end if;
     execute 'select count(*), count(*) - count(created_at), max(created_at), max(highwater.widened(xmin, newest))' || scan
-        into row_count, undated, latest, youngest;
+        into strict row_count, undated, latest, youngest;
     -- Below both horizons; either may be the lower one.
     horizon := least(horizon, verified);
     if blocked_by is not null then
         return;
     end if;
-    if is_whole and row_count = 0 and not is_attached then
-        blocked_by := 'it is detached and empty: drop it by hand';
-    elsif is_whole and (undated > 0 or latest >= cutoff) then
+    if is_whole and (undated > 0 or latest >= cutoff) then
         blocked_by := format('it has rows up to %s, which are not past retention', coalesce(latest::text, 'no time'));
     elsif youngest >= horizon then
         execute 'select count(*), min(young) from (select highwater.widened(xmin, newest) as young' || scan || ') as rows where young >= $1'
@@ -245,7 +289,20 @@ begin
                 highwater.rows(young), first_young, key.horizon, highwater.ago(key.reported_at));
         end if;
     end if;
-    deletable := case when blocked_by is null then row_count when is_whole then 0 else row_count - young end;
+    deletable := case when blocked_by is null then row_count when is_whole then 0 else greatest(row_count - young, 0) end;
+    -- Only what was counted to the end, and only a comparison that held: null is no proof.
+    is_proven := (blocked_by is null and row_count is not null and horizon is not null
+                  and (row_count = 0 or youngest < horizon)) is true;
+exception
+    when lock_not_available then
+        deletable := 0;
+        is_proven := false;
+        blocked_by := 'others keep it locked';
+    when others then
+        get stacked diagnostics detail = pg_exception_detail;
+        deletable := 0;
+        is_proven := false;
+        blocked_by := format('it can''t be looked at: %s (SQLSTATE %s)', concat_ws('; ', sqlerrm, nullif(detail, '')), sqlstate);
 end
 $$;
 
@@ -272,10 +329,8 @@ begin
     loop
         table_name := goal.source_table;
         kept := coalesce(explain_purge.retention, goal.retention);
-        key := highwater.purge_key(goal.table_oid, now() - kept);
-        if not exists (select from pg_class c where c.oid = goal.table_oid) then
-            key.blocked_by := 'the table is gone';
-        elsif kept is null then
+        key := highwater.purge_key(goal.table_oid, highwater.cutoff(kept));
+        if kept is null then
             key.blocked_by := coalesce(key.blocked_by, 'no retention is set in highwater.retention');
         end if;
         if key.blocked_by is not null and (kept is null or key.cutoff_literal is null) then
@@ -286,11 +341,11 @@ begin
         end if;
         for unit in
             select * from highwater.purge_units(goal.table_oid) u
-            where not u.is_whole or not u.is_attached or u.range_end <= now() - kept
+            where not u.is_whole or not u.is_attached or u.range_end <= highwater.cutoff(kept)
             order by u.is_whole desc, u.range_end nulls last, u.partition_name
         loop
             finding := highwater.purge_finding(
-                goal.table_oid, unit.partition_oid, unit.is_whole, now() - kept, case when count_rows then 'full' else 'quick' end);
+                goal.table_oid, unit.partition_oid, unit.is_whole, highwater.cutoff(kept), case when count_rows then 'full' else 'quick' end);
             continue when not unit.is_whole and finding.row_count = 0;
             select unit.partition_name, case when unit.is_whole then 'drop' else 'delete' end, finding.row_count,
                    finding.deletable, case when unit.is_whole then pg_total_relation_size(unit.partition_oid) end, finding.blocked_by
@@ -325,8 +380,11 @@ begin
     set last_at = clock_timestamp(), times = l.times + 1, cutoff = log_blocked.cutoff, horizon = log_blocked.horizon::text::xid8,
         row_count = log_blocked.row_count, reason = log_blocked.reason, role_name = current_user
     where l.id = (select max(n.id) from highwater.purge_log n
-                  where n.source_table = table_name and n.partition_name is not distinct from partition)
-      and l.action = 'blocked';
+                  where n.source_table = table_name and n.partition_name is not distinct from partition and n.action = 'blocked')
+      -- Not one that a drop, or a purge without it, has ended.
+      and l.last_at >= coalesce((select max(n.at) from highwater.purge_log n
+                                 where n.source_table = table_name and n.partition_name = partition and n.action = 'dropped'), l.last_at)
+      and l.last_at > clock_timestamp() - interval '1 day';
     if not found then
         insert into highwater.purge_log (source_table, partition_name, action, row_count, cutoff, horizon, reason)
         values (table_name, partition, 'blocked', row_count, cutoff, horizon::text::xid8, reason);
@@ -334,96 +392,151 @@ begin
 end
 $$;
 
--- Drops a partition, if everything in it is past retention, archived, and verified. 'dropped', 'blocked', or 'locked'.
+-- Logs what stands in the way of a partition's drop; a verification that rows have come after is void.
+create function highwater.partition_blocked(
+    table_name text, unit oid, name text, cutoff timestamptz, finding record, reason text) returns text
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+    if finding.is_due_again then
+        delete from highwater.verified_partition v where v.partition_oid = unit;
+    end if;
+    perform highwater.log_blocked(table_name, name, cutoff, finding.horizon, finding.row_count, coalesce(reason, finding.blocked_by));
+    return 'blocked';
+end
+$$;
+
+-- Who keeps others from locking these tables, for people.
+create function highwater.lockers(tables oid[]) returns text
+language sql set search_path = pg_catalog, pg_temp as $$
+    select coalesce(string_agg(distinct coalesce('session ' || l.pid, 'a prepared transaction (see pg_prepared_xacts)'), ', '), 'nobody any more')
+    from pg_locks l
+    where l.locktype = 'relation' and l.relation = any (tables) and l.granted and l.pid is distinct from pg_backend_pid()
+      and l.database = (select d.oid from pg_database d where d.datname = current_database())
+$$;
+
+-- The first step of a drop: detaches a partition, if all of it is past retention, archived and verified as far as can be seen
+-- without a lock. 'detached', 'blocked', or 'locked'. Late rows go to the default partition from then on.
 --
--- Its rows are looked at without a lock first, and then once more under one that keeps writers out, but no readers. Only the
--- drop itself needs the partitioned table's lock. Whoever waits for a lock keeps others waiting: we give up before the
--- server looks for deadlocks, so that it is never one of them that is cancelled.
-create function highwater.purge_partition(root oid, unit oid, cutoff timestamptz) returns text
+-- The partitioned table is locked for this moment, and we hold nothing while we wait for that, so that nobody waits for us in a
+-- circle. Whoever waits for a lock keeps others waiting behind it: we give up soon.
+create function highwater.purge_detach(root oid, unit oid, cutoff timestamptz) returns text
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+    source_table text := (select w.source_table from highwater.watermark w where w.table_oid = root);
+    name text := unit::regclass::text;
+    finding record;
+    detail text;
+begin
+    finding := highwater.purge_finding(root, unit, true, cutoff, 'proof');
+    if not finding.is_proven then
+        return highwater.partition_blocked(source_table, unit, name, cutoff, finding, finding.blocked_by);
+    end if;
+    begin
+        perform set_config('lock_timeout', '200ms', true);
+        execute format('lock table only %s in access exclusive mode', root::regclass);
+        -- Who has these, and is not in our way above, does not use them through the partitioned table.
+        execute format('lock table only %s in access exclusive mode nowait', name);
+        if to_regclass(name) is distinct from unit::regclass
+            or not exists (select from highwater.purge_units(root) u where u.partition_oid = unit and u.is_whole and u.range_end <= cutoff) then
+            raise exception 'it is no longer a partition that is past retention';
+        end if;
+        execute format('alter table %s detach partition %s', root::regclass, name);
+        return 'detached';
+    exception
+        when lock_not_available then
+            return 'locked';
+        when others then
+            get stacked diagnostics detail = pg_exception_detail;
+            return highwater.partition_blocked(source_table, unit, name, cutoff, finding,
+                format('%s (SQLSTATE %s)', concat_ws('; ', sqlerrm, nullif(detail, '')), sqlstate));
+    end;
+end
+$$;
+
+-- Drops a detached partition, if everything in it is past retention, archived, and verified. 'dropped', 'blocked', or 'locked'.
+create function highwater.purge_drop(root oid, unit oid, cutoff timestamptz) returns text
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     source_table text := (select w.source_table from highwater.watermark w where w.table_oid = root);
     name text := unit::regclass::text;
     byte_count bigint;
     finding record;
-    reason text;
+    detail text;
 begin
     -- With an older snapshot, rows that were committed before our lock would not be seen.
     if current_setting('transaction_isolation') <> 'read committed' then
-        raise exception 'highwater.purge_partition needs isolation level read committed, not %', current_setting('transaction_isolation');
+        raise exception 'highwater.purge_drop needs isolation level read committed, not %', current_setting('transaction_isolation');
     end if;
-    finding := highwater.purge_finding(root, unit, true, cutoff, 'proof');
-    if finding.blocked_by is null then
-        begin
-            perform set_config('lock_timeout', least(200, (select s.setting::int / 4 from pg_settings s where s.name = 'deadlock_timeout')) || 'ms', true);
-            execute format('lock table only %s in exclusive mode', name);
-            if to_regclass(name) is distinct from unit::regclass then
-                raise exception 'it was renamed meanwhile';
-            end if;
-            if not exists (select from highwater.purge_units(root) u
-                           where u.partition_oid = unit and u.is_whole and (not u.is_attached or u.range_end <= cutoff)) then
-                raise exception 'it is no longer a partition that is past retention';
-            end if;
-            finding := highwater.purge_finding(root, unit, true, cutoff, 'proof');
-            if finding.blocked_by is not null then
-                raise exception '%', finding.blocked_by;
-            end if;
+    begin
+        perform set_config('lock_timeout', '200ms', true);
+        execute format('lock table only %s in access exclusive mode', name);
+        if to_regclass(name) is distinct from unit::regclass
+            or not exists (select from highwater.purge_units(root) u where u.partition_oid = unit and u.is_whole and not u.is_attached) then
+            raise exception 'it was renamed, or attached, meanwhile';
+        end if;
+        finding := highwater.purge_finding(root, unit, true, cutoff, 'proof');
+        if finding.is_proven then
             byte_count := pg_total_relation_size(unit);
             execute format('drop table %s', name);
+            if exists (select from pg_class c where c.oid = unit) then
+                raise exception 'another table was dropped in its place, which is undone';
+            end if;
             delete from highwater.verified_partition v where v.partition_oid = unit;
             delete from highwater.covered_partition p where p.partition_oid = unit;
             insert into highwater.purge_log (source_table, partition_name, action, row_count, byte_count, cutoff, horizon)
             values (source_table, name, 'dropped', finding.row_count, byte_count, cutoff, finding.horizon::text::xid8);
             return 'dropped';
-        exception
-            when lock_not_available then
-                return 'locked';
-            when raise_exception then
-                reason := sqlerrm;
-            when others then
-                reason := format('%s (SQLSTATE %s)', sqlerrm, sqlstate);
-        end;
-    end if;
-    if finding.is_due_again then
-        delete from highwater.verified_partition v where v.partition_oid = unit;
-    end if;
-    perform highwater.log_blocked(source_table, name, cutoff, finding.horizon, finding.row_count, coalesce(reason, finding.blocked_by));
-    return 'blocked';
+        end if;
+    exception
+        when lock_not_available then
+            return 'locked';
+        when others then
+            get stacked diagnostics detail = pg_exception_detail;
+            finding := highwater.purge_finding(root, unit, true, cutoff, 'quick');
+            return highwater.partition_blocked(source_table, unit, name, cutoff, finding,
+                format('%s (SQLSTATE %s)', concat_ws('; ', sqlerrm, nullif(detail, '')), sqlstate));
+    end;
+    return highwater.partition_blocked(source_table, unit, name, cutoff, finding, finding.blocked_by);
 end
 $$;
 
 -- Deletes those of some rows (of a table that is not dropped as a whole) that are past retention and archived; how many, or
--- null if others have locked some for too long. They are added up in the log's entry `entry`, which is made at first.
-create function highwater.purge_rows(root oid, unit oid, cutoff timestamptz, places tid[], inout entry bigint, out deleted bigint)
+-- null and why not. They are added up in the log's entry `entry`, which is made at first.
+create function highwater.purge_rows(
+    root oid, unit oid, cutoff timestamptz, places tid[], inout entry bigint, out deleted bigint, out reason text)
 language plpgsql set search_path = pg_catalog, pg_temp set row_security = off as $$
 declare
     key record := highwater.purge_key(root, cutoff);
-    attachment bigint := (select i.xmin::text::bigint from pg_inherits i where i.inhrelid = unit);
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'highwater.purge_rows needs isolation level read committed, not %', current_setting('transaction_isolation');
     end if;
-    deleted := 0;
-    if key.blocked_by is not null then
+    reason := key.blocked_by;
+    if reason is not null then
         return;
     end if;
     begin
-        perform set_config('lock_timeout', least(200, (select s.setting::int / 4 from pg_settings s where s.name = 'deadlock_timeout')) || 'ms', true);
+        perform set_config('lock_timeout', '200ms', true);
         -- A row that was changed since the statement began is judged as it is now: allow for the ids given out meanwhile.
         execute format(
             'delete from only %s where ctid = any ($1) and created_at < %s
                and highwater.widened(xmin, (select highwater.newest_xid() + 1048576)) < $2
-               and exists (select from highwater.covered_partition p where p.source_table = $3 and p.partition_oid = $4
-                             and p.detached_at is null and p.attachment is not distinct from $5)',
+               and exists (select from highwater.covered_partition p join pg_class c on c.oid = p.partition_oid
+                           where p.source_table = $3 and p.partition_oid = $4 and p.detached_at is null and c.relpersistence = ''p''
+                             and highwater.is_part($4, $5) and p.attachment = highwater.attachment($4))',
             unit::regclass, key.cutoff_literal)
-            using places, key.horizon, key.source_table, unit, attachment;
+            using places, key.horizon, key.source_table, unit, root;
         get diagnostics deleted = row_count;
     exception
         when lock_not_available then
-            deleted := null;
+            reason := format('others keep some of %s locked', highwater.rows(cardinality(places)));
+            return;
+        when others then
+            reason := format('%s (SQLSTATE %s)', sqlerrm, sqlstate);
             return;
     end;
     if deleted = 0 then
+        reason := 'nothing was deleted: a trigger may keep the rows, or they were changed meanwhile';
         return;
     end if;
     if entry is null then
@@ -437,12 +550,21 @@ begin
 end
 $$;
 
+-- The places of rows that a purge may delete, as a query.
+create function highwater.purge_places(root oid, unit oid, cutoff timestamptz, horizon bigint) returns text
+language sql set search_path = pg_catalog, pg_temp as $$
+    select format('select ctid from only %s, (select highwater.newest_xid() as newest offset 0) as ids
+                   where created_at < %s and highwater.widened(xmin, newest) < %s', unit::regclass, k.cutoff_literal, horizon)
+    from highwater.purge_key(root, cutoff) k
+$$;
+
 -- Drops and deletes what is past `retention` of a table, and archived. Commits between partitions and batches, so it can't be
--- called inside of a transaction.
+-- called inside of a transaction, nor have a search_path of its own: it calls nothing without its schema.
 create procedure highwater.purge(source_table regclass, retention interval)
 language plpgsql as $$
 declare
     root constant oid := source_table;
+    lock_key constant bigint := 7523094288207667311 # root::bigint;
     cutoff timestamptz;
     key record;
     unit record;
@@ -453,7 +575,8 @@ declare
     place tid;
     entry bigint;
     deleted bigint;
-    locked bigint;
+    reason text;
+    kept_by text;
 begin
     if source_table is null or retention is null or retention < interval '0' then
         raise exception 'highwater.purge needs a table and a retention that is not negative, not % and %', source_table, retention
@@ -461,68 +584,79 @@ begin
     end if;
     commit;
     set transaction isolation level read committed;
-    cutoff := now() - retention;
+    if not pg_catalog.pg_try_advisory_lock(lock_key) then
+        raise notice 'another purge of % is running', source_table;
+        return;
+    end if;
+    cutoff := highwater.cutoff(retention);
     key := highwater.purge_key(root, cutoff);
     if key.blocked_by is not null then
         perform highwater.log_blocked(key.source_table, null, cutoff, key.horizon, null, key.blocked_by);
-        update highwater.retention r set purged_at = clock_timestamp() where r.source_table = key.source_table;
-        return;
-    end if;
-    for unit in
-        select * from highwater.purge_units(root) u
-        where not u.is_whole or not u.is_attached or u.range_end <= cutoff
-        order by u.is_whole desc, u.range_end nulls last, u.partition_name
-    loop
-        if unit.is_whole then
-            for try in 1..tries_max loop
-                outcome := highwater.purge_partition(root, unit.partition_oid, cutoff);
-                commit and chain;
-                exit when outcome <> 'locked';
-                if try < tries_max then
-                    perform pg_sleep(0.5);
-                end if;
-            end loop;
-            if outcome = 'locked' then
-                -- What keeps this one locked keeps the others, too: a session that has read the partitioned table.
-                perform highwater.log_blocked(key.source_table, unit.partition_name, cutoff, key.horizon, null,
-                    format('other sessions kept it or %s locked at each of %s tries; a transaction that has read the table holds that lock to its end', source_table, tries_max));
-                tries_max := 1;
-                commit and chain;
-            end if;
-            continue;
-        end if;
-
-        finding := highwater.purge_finding(root, unit.partition_oid, false, cutoff, 'proof');
-        entry := null;
-        places := '{}';
-        locked := 0;
-        if finding.deletable > 0 then
-            for place in execute format(
-                'select ctid from only %s, (select highwater.newest_xid() as newest offset 0) as ids
-                 where created_at < %s and highwater.widened(xmin, newest) < $1', unit.partition_name, key.cutoff_literal)
-                using finding.horizon
-            loop
-                places := places || place;
-                if cardinality(places) >= 5000 then
-                    select * into entry, deleted from highwater.purge_rows(root, unit.partition_oid, cutoff, places, entry);
-                    locked := locked + case when deleted is null then cardinality(places) else 0 end;
-                    places := '{}';
+    else
+        for unit in
+            select u.partition_oid, u.partition_name, u.is_whole, u.is_attached from highwater.purge_units(root) u
+            where not u.is_whole or not u.is_attached or u.range_end <= cutoff
+            order by u.is_whole desc, u.range_end nulls last, u.partition_name
+        loop
+            if unit.is_whole then
+                outcome := 'locked';
+                for try in 1..tries_max loop
+                    if unit.is_attached then
+                        outcome := highwater.purge_detach(root, unit.partition_oid, cutoff);
+                        unit.is_attached := outcome <> 'detached';
+                        commit and chain;
+                    end if;
+                    if not unit.is_attached then
+                        outcome := highwater.purge_drop(root, unit.partition_oid, cutoff);
+                        commit and chain;
+                    end if;
+                    exit when outcome <> 'locked';
+                    if try < tries_max then
+                        perform pg_catalog.pg_sleep(0.5);
+                    end if;
+                end loop;
+                if outcome = 'locked' then
+                    perform highwater.log_blocked(key.source_table, unit.partition_name, cutoff, key.horizon, null,
+                        'kept locked by ' operator(pg_catalog.||) highwater.lockers(array[root, unit.partition_oid])
+                        operator(pg_catalog.||) '; a transaction that has used the table holds its lock to its end');
+                    -- Who keeps this one locked keeps the others, too.
+                    tries_max := 1;
                     commit and chain;
                 end if;
-            end loop;
-            if cardinality(places) > 0 then
-                select * into entry, deleted from highwater.purge_rows(root, unit.partition_oid, cutoff, places, entry);
-                locked := locked + case when deleted is null then cardinality(places) else 0 end;
+                continue;
+            end if;
+
+            finding := highwater.purge_finding(root, unit.partition_oid, false, cutoff, 'proof');
+            kept_by := finding.blocked_by;
+            entry := null;
+            places := '{}';
+            if finding.deletable > 0 then
+                for place in execute highwater.purge_places(root, unit.partition_oid, cutoff, finding.horizon) loop
+                    places := pg_catalog.array_append(places, place);
+                    if pg_catalog.cardinality(places) >= 5000 then
+                        select r.entry, r.deleted, r.reason into entry, deleted, reason
+                        from highwater.purge_rows(root, unit.partition_oid, cutoff, places, entry) r;
+                        kept_by := coalesce(kept_by, reason);
+                        places := '{}';
+                        commit and chain;
+                    end if;
+                end loop;
+                if pg_catalog.cardinality(places) > 0 then
+                    select r.entry, r.deleted, r.reason into entry, deleted, reason
+                    from highwater.purge_rows(root, unit.partition_oid, cutoff, places, entry) r;
+                    kept_by := coalesce(kept_by, reason);
+                    commit and chain;
+                end if;
+            end if;
+            if kept_by is not null then
+                perform highwater.log_blocked(key.source_table, unit.partition_name, cutoff, finding.horizon,
+                    finding.row_count - finding.deletable, kept_by);
                 commit and chain;
             end if;
-        end if;
-        if finding.blocked_by is not null or locked > 0 then
-            perform highwater.log_blocked(key.source_table, unit.partition_name, cutoff, finding.horizon, finding.row_count - finding.deletable + locked,
-                coalesce(finding.blocked_by, format('others keep some of %s locked', highwater.rows(locked))));
-            commit and chain;
-        end if;
-    end loop;
-    update highwater.retention r set purged_at = clock_timestamp() where r.source_table = key.source_table;
+        end loop;
+    end if;
+    update highwater.retention r set purged_at = pg_catalog.clock_timestamp() where r.source_table = key.source_table;
+    perform pg_catalog.pg_advisory_unlock(lock_key);
 end
 $$;
 
@@ -536,11 +670,11 @@ begin
     set transaction isolation level read committed;
     for goal in
         select r.source_table, c.oid::regclass as relation, r.retention
-        from highwater.retention r join highwater.watermark w using (source_table) left join pg_class c on c.oid = w.table_oid
+        from highwater.retention r join highwater.watermark w using (source_table) left join pg_catalog.pg_class c on c.oid = w.table_oid
         order by r.source_table
     loop
         if goal.relation is null then
-            perform highwater.log_blocked(goal.source_table, null, now() - goal.retention, null, null,
+            perform highwater.log_blocked(goal.source_table, null, highwater.cutoff(goal.retention), null, null,
                 'the table is gone, or another one has its name now: `highwater setup` has that archived');
             commit and chain;
         else

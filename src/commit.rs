@@ -476,7 +476,8 @@ pub(crate) async fn write_files(
         let file = encoded.recv().await?;
         Some((file, encoded))
     });
-    let uploads = encoded.map(|(kind, window, file)| upload(storage, namer, kind, window, lsn, file, patience));
+    let uploads =
+        encoded.map(|(kind, window, file)| upload(storage, namer, kind, window, lsn, file, patience));
     let files = uploads.buffer_unordered(UPLOADS_MAX).try_collect().await?;
     encoder.await.map_err(|error| Error::Internal(format!("the encoder failed: {error}")))??;
     Ok(files)

@@ -29,14 +29,12 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
     let failed = || Error::sql("looking for partitions that never passed the stream");
     let follow = "
         with recursive tree as (
-            select w.source_table, w.table_oid as oid, null::bigint as attachment
-            from highwater.watermark w where w.slot_name = $1
+            select w.source_table, w.table_oid as oid from highwater.watermark w where w.slot_name = $1
             union all
-            select t.source_table, i.inhrelid, i.xmin::text::bigint
-            from pg_inherits i join tree t on i.inhparent = t.oid),
+            select t.source_table, i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid),
         known as (
             select p.source_table, p.partition_oid, t.oid is not null as is_attached,
-                   p.detached_at is null and p.attachment is not distinct from t.attachment as is_steady,
+                   p.detached_at is null and p.attachment = highwater.attachment(p.partition_oid) as is_steady,
                    exists (select from pg_class c where c.oid = p.partition_oid) as is_there
             from highwater.watermark w join highwater.covered_partition p using (source_table)
             left join tree t on t.source_table = p.source_table and t.oid = p.partition_oid
@@ -63,10 +61,12 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
                  select $1, $2, $3, $4 where not exists (select from {} where {}) on conflict do nothing",
                 leaf.from, leaf.filter
             );
-            let covered = match client.execute(&empty, &[&source_table, &leaf.oid, &leaf.name, &leaf.attachment]).await {
-                Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => continue,
-                covered => covered.map_err(Error::sql(format!("looking into {}", leaf.name)))?,
-            };
+            let covered =
+                match client.execute(&empty, &[&source_table, &leaf.oid, &leaf.name, &leaf.attachment]).await
+                {
+                    Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => continue,
+                    covered => covered.map_err(Error::sql(format!("looking into {}", leaf.name)))?,
+                };
             if covered == 0 {
                 found.push(Uncovered { source_table: source_table.clone(), partition: leaf.name.clone() });
             }
@@ -87,11 +87,11 @@ pub(crate) async fn cover(
 ) -> Result<()> {
     let oids: Vec<u32> = partitions.iter().map(|partition| partition.oid).collect();
     let names: Vec<&str> = partitions.iter().map(|partition| partition.name.as_str()).collect();
-    let attachments: Vec<Option<i64>> = partitions.iter().map(|partition| partition.attachment).collect();
+    let attachments: Vec<&str> = partitions.iter().map(|partition| partition.attachment.as_str()).collect();
     let statement = "
         insert into highwater.covered_partition as p (source_table, partition_oid, partition_name, attachment)
         select $1, oid, name, attachment
-        from unnest($2::oid[], $3::text[], $4::bigint[]) as t (oid, name, attachment)
+        from unnest($2::oid[], $3::text[], $4::text[]) as t (oid, name, attachment)
         on conflict (source_table, partition_oid) do update
         set partition_name = excluded.partition_name, attachment = excluded.attachment, detached_at = null";
     client

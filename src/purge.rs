@@ -101,6 +101,18 @@ pub async fn explain(client: &Client, table: Option<u32>, counts_rows: bool) -> 
     read(client, query, &[&table, &counts_rows], of).await
 }
 
+/// The latest cutoff by which rows of a table were deleted one by one, in microseconds since the epoch.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn cutoff(client: &Client, source_table: &str) -> Result<Option<i64>> {
+    let query = "select (extract(epoch from max(cutoff)) * 1000000)::bigint from highwater.purge_log
+                 where source_table = $1 and action = 'deleted'";
+    let row = client.query_one(query, &[&source_table]).await;
+    row.and_then(|row| row.try_get(0)).map_err(Error::sql("reading what was purged"))
+}
+
 /// Purges a table: drops partitions and deletes rows, committing in between. What stands in the way is in the log.
 ///
 /// # Errors
@@ -108,7 +120,8 @@ pub async fn explain(client: &Client, table: Option<u32>, counts_rows: bool) -> 
 /// The server refused a step; what was done before it stays done.
 pub async fn purge(client: &Client, goal: &Goal) -> Result<()> {
     // One statement by itself: a procedure that commits can't be part of a transaction.
-    let call = format!("call highwater.purge({}::oid::regclass, {})", goal.oid, quote_literal(&goal.retention));
+    let call =
+        format!("call highwater.purge({}::oid::regclass, {})", goal.oid, quote_literal(&goal.retention));
     client.batch_execute(&call).await.map_err(Error::sql(format!("purging {}", goal.source_table)))
 }
 
@@ -197,7 +210,8 @@ pub async fn log_since(
     source_table: &str,
     start: chrono::DateTime<chrono::Utc>,
 ) -> Result<Vec<Entry>> {
-    let query = "select id, source_table, partition_name, action, row_count, byte_count, horizon::text, reason
+    let query =
+        "select id, source_table, partition_name, action, row_count, byte_count, horizon::text, reason
                  from highwater.purge_log where source_table = $1 and last_at >= $2 order by last_at, id";
     let of = |row: &Row| {
         Ok(Entry {

@@ -26,7 +26,11 @@ pub(crate) async fn watermarks(
     for table in tables {
         let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
         let Some(row) = watermarks.iter().find(|row| row.source_table == name) else { continue };
-        check_archive_is_whole(table, row, config)?;
+        if let Err(error) = check_archive_is_whole(table, row, config) {
+            // What the watermark says is not to be relied on: nothing more may be purged.
+            sql.run(async |client| watermark::mark_one_gap(client, &name).await).await?;
+            return Err(error);
+        }
         if row.flushed_lsn < table.lsn() {
             catch_up(storage, table, row, sql).await?;
         }

@@ -12,7 +12,6 @@ use tokio_postgres::Client;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::Session;
-use crate::record::MICROS_PER_DAY;
 use crate::source::{self, Source};
 use crate::verify::{self, Options, TableReport};
 use crate::watermark::{self, State};
@@ -21,7 +20,7 @@ use crate::watermark::{self, State};
 const LOOK_INTERVAL: Duration = Duration::from_secs(15);
 
 /// How long before its retention ends a partition is verified.
-const LEAD_MICROS: i64 = MICROS_PER_DAY;
+const LEAD: &str = "interval '1 day'";
 
 /// The pause after a verification, as a multiple of the time that it took.
 const REST: u32 = 3;
@@ -134,24 +133,31 @@ async fn due(config: &Config, sql: &mut Session) -> Result<Vec<Due>> {
 
 async fn due_of(client: &Client, row: &watermark::Watermark) -> Result<Vec<Due>> {
     let failed = || Error::sql(format!("reading what of {} is verified", row.source_table));
-    let query = "select (extract(epoch from now() - r.retention) * 1000000)::bigint,
-                        array(select v.partition_oid from highwater.verified_partition v where v.source_table = r.source_table)
-                 from highwater.retention r where r.source_table = $1";
-    let Some(kept) = client.query_opt(query, &[&row.source_table]).await.map_err(failed())? else {
+    // As the purge itself decides what is dropped as a whole.
+    let query = format!(
+        "select u.partition_oid from highwater.retention r join highwater.watermark w using (source_table),
+                lateral highwater.purge_units(w.table_oid) u
+         where r.source_table = $1 and u.is_whole
+           and (not u.is_attached or u.range_end <= highwater.cutoff(r.retention) + {LEAD})
+           and not exists (select from highwater.verified_partition v
+                           where v.source_table = r.source_table and v.partition_oid = u.partition_oid)"
+    );
+    let mut wanted: Vec<u32> = Vec::new();
+    for found in client.query(&query, &[&row.source_table]).await.map_err(failed())? {
+        wanted.push(found.try_get(0).map_err(failed())?);
+    }
+    if wanted.is_empty() {
         return Ok(Vec::new());
-    };
-    let cutoff: i64 = kept.try_get(0).map_err(failed())?;
-    let verified: Vec<u32> = kept.try_get(1).map_err(failed())?;
+    }
     let Some(source) = Source::find(client, row).await? else { return Ok(Vec::new()) };
     let mut all = Vec::new();
     for holder in source::holders(client, &row.source_table, source.oid).await? {
-        if verified.contains(&holder.oid) || !holder.is_covered {
+        if !wanted.contains(&holder.oid) || !holder.is_covered {
             continue;
         }
         let range = match holder.bounds {
-            Some((_, high)) if high.saturating_sub(LEAD_MICROS) > cutoff => continue,
-            None if !holder.is_detached => continue,
-            None => holder.range(client, &source.time).await?,
+            None if holder.is_detached => holder.range(client, &source.time).await?,
+            // Without bounds that we understand, only a comparison of all of the table is one of all of it.
             bounds => bounds,
         };
         // The last microsecond belongs to it.

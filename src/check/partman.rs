@@ -46,10 +46,16 @@ pub(super) async fn check(
         .filter(|table| table.name != ENTITY_TABLE)
         .map(|table| format!("{}.{}", config.schema, table.name))
         .collect();
-    // pg_partman keeps the parent's name unquoted. Casts, because its column types change.
+    // pg_partman keeps the parent's name unquoted. Casts, because its column types change. Sub-partitioned sets have a
+    // retention each.
     let query = format!(
-        "select parent_table::text, retention::text, retention_keep_table::text
-           from {part_config} where retention is not null and parent_table = any ($1::text[])
+        "with recursive tree as (
+             select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+             where n.nspname || '.' || c.relname = any ($1::text[])
+             union all select i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid)
+         select parent_table::text, retention::text, retention_keep_table::text
+           from {part_config} where retention is not null and parent_table::text in (
+                select n.nspname || '.' || c.relname from tree join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace)
           order by parent_table"
     );
     let rows = client.query(&query, &[&names]).await.map_err(Error::sql(CONTEXT))?;

@@ -41,8 +41,15 @@ pub(super) async fn check(client: &Client, config: &Config, report: &mut Report)
     {
         return Ok(());
     }
-    if !flag("select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false)").await? {
-        report.warning("purge", "highwater", "the purge is not installed, or can't be read", "run `highwater setup`");
+    if !flag("select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false)")
+        .await?
+    {
+        report.warning(
+            "purge",
+            "highwater",
+            "the purge is not installed, or can't be read",
+            "run `highwater setup`",
+        );
         return Ok(());
     }
     check_runs(client, config, report).await
@@ -68,7 +75,9 @@ async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Re
         return Ok(());
     }
     let Some(job) = client.query_opt(JOB, &[]).await.map_err(failed())? else {
-        let message = format!("{version} has no job that calls the purge, as far as this role can see: nothing is ever deleted");
+        let message = format!(
+            "{version} has no job that calls the purge, as far as this role can see: nothing is ever deleted"
+        );
         report.warning("pg-cron", "pg_cron", message, schedule);
         return Ok(());
     };
@@ -80,7 +89,9 @@ async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Re
     } else if status.as_deref() == Some("failed") {
         let answer = answer.unwrap_or_default();
         let message = format!("has failed when it last ran: {}", answer.trim());
-        let remedy = format!("see the reason; `{PURGE_COMMAND}` shows it again (a job named {PURGE_JOB} is made by {schedule})");
+        let remedy = format!(
+            "see the reason; `{PURGE_COMMAND}` shows it again (a job named {PURGE_JOB} is made by {schedule})"
+        );
         report.warning("pg-cron", object, message, remedy);
     } else {
         report.ok("pg-cron", object, format!("purges at {at:?}"));
@@ -123,8 +134,8 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
              select l.partition_name, l.reason, l.at from highwater.purge_log l
              where l.source_table = r.source_table and l.action = 'blocked' and l.at < now() - {LATE}
                and l.last_at >= r.purged_at - interval '1 hour'
-               and not exists (select from highwater.purge_log n where n.source_table = l.source_table and n.id > l.id
-                                 and n.partition_name is not distinct from l.partition_name)
+               and not exists (select from highwater.purge_log n where n.source_table = l.source_table and n.at > l.last_at
+                                 and n.partition_name = l.partition_name and n.action = 'dropped')
              order by l.at limit 1) b on true
          where w.slot_name = $1 order by 1"
     );
@@ -138,13 +149,31 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
         let size: i64 = row.try_get(7).map_err(failed())?;
         let own = || findings.iter().filter(|finding| finding.source_table == table);
         let rows: i64 = own().filter_map(|finding| finding.row_count).sum();
+        if let Some(unseen) =
+            own().find(|finding| finding.row_count.is_none() && finding.blocked_by.is_some())
+        {
+            let what = unseen.partition.as_ref().unwrap_or(&table);
+            let message = unseen.blocked_by.clone().unwrap_or_default();
+            let remedy = "have the owner of the table run the purge, and this check";
+            report.warning(
+                "purge-rights",
+                what,
+                format!("what is past retention can't be seen: {message}"),
+                remedy,
+            );
+        }
         let bytes: i64 = own().filter_map(|finding| finding.byte_count).sum();
         if let Some(reason) = blocked {
             let partition: Option<String> = row.try_get(4).map_err(failed())?;
             let since: Option<String> = row.try_get(6).map_err(failed())?;
             let what = partition.unwrap_or_else(|| "all of it".to_owned());
             let message = format!("{what} can't be purged since {}: {reason}", since.unwrap_or_default());
-            report.warning("purge-blocked", &table, message, "`highwater purge --dry-run` tells all that is blocked");
+            report.warning(
+                "purge-blocked",
+                &table,
+                message,
+                "`highwater purge --dry-run` tells all that is blocked",
+            );
         }
         if bytes * 100 > size * SHARE_MAX {
             let message = format!(
@@ -152,7 +181,12 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
                 human_bytes(bytes),
                 human_bytes(size)
             );
-            report.warning("purge-share", &table, message, "`highwater purge --dry-run` tells what is blocked, `highwater purge` deletes the rest");
+            report.warning(
+                "purge-share",
+                &table,
+                message,
+                "`highwater purge --dry-run` tells what is blocked, `highwater purge` deletes the rest",
+            );
         }
         match (is_recent, rows) {
             (Some(true), _) => {
@@ -161,8 +195,13 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
             (_, 0) => report.ok("purge", &table, format!("nothing is past its retention of {retention}")),
             (_, rows) => {
                 let last = ago.map_or_else(|| "has never run".to_owned(), |ago| format!("last ran {ago}"));
-                let message = format!("{last}, and about {rows} rows are past their retention of {retention}");
-                let remedy = format!("run `highwater setup --schedule-purge`, or: call highwater.purge({}, {});", literal(&table), literal(&retention));
+                let message =
+                    format!("{last}, and about {rows} rows are past their retention of {retention}");
+                let remedy = format!(
+                    "run `highwater setup --schedule-purge`, or: call highwater.purge({}, {});",
+                    literal(&table),
+                    literal(&retention)
+                );
                 report.warning("purge", &table, message, remedy);
             }
         }

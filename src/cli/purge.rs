@@ -34,8 +34,10 @@ pub(super) async fn purge(config: &Config, flags: &PurgeFlags, format: Format) -
     let client = sql::connect(&config.source).await?;
     let chosen = watermark::choose(watermark::read(&client).await?, &config.slot, &flags.table)?;
     let goals = purge::goals(&client).await?;
-    let goals: Vec<&Goal> =
-        chosen.iter().filter_map(|row| goals.iter().find(|goal| goal.source_table == row.source_table)).collect();
+    let goals: Vec<&Goal> = chosen
+        .iter()
+        .filter_map(|row| goals.iter().find(|goal| goal.source_table == row.source_table))
+        .collect();
     if goals.is_empty() {
         return Err(Error::Setting {
             setting: "highwater.retention".to_owned(),
@@ -43,7 +45,11 @@ pub(super) async fn purge(config: &Config, flags: &PurgeFlags, format: Format) -
             accepted: "a retention for each table, which `highwater setup` writes".to_owned(),
         });
     }
-    if flags.dry_run { explain(&client, &goals, format).await } else { run(config, &client, &goals, format).await }
+    if flags.dry_run {
+        explain(&client, &goals, format).await
+    } else {
+        run(config, &client, &goals, format).await
+    }
 }
 
 async fn explain(client: &tokio_postgres::Client, goals: &[&Goal], format: Format) -> Result<ExitCode> {
@@ -78,7 +84,12 @@ fn described(finding: &Finding) -> String {
     text
 }
 
-async fn run(config: &Config, client: &tokio_postgres::Client, goals: &[&Goal], format: Format) -> Result<ExitCode> {
+async fn run(
+    config: &Config,
+    client: &tokio_postgres::Client,
+    goals: &[&Goal],
+    format: Format,
+) -> Result<ExitCode> {
     // Counting a large partition takes longer than a role may be allowed by default.
     client.batch_execute("set statement_timeout = 0").await.map_err(Error::sql("starting a purge"))?;
     let watcher = sql::connect(&config.source).await?;

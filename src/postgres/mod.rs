@@ -18,7 +18,7 @@ mod wire;
 
 pub use frame::{Chunk, Frame, Frames};
 pub use receiver::Receiver;
-pub(crate) use replication::{quote_identifier, quote_literal};
 pub use replication::{ReplicationConnection, ReplicationStream};
+pub(crate) use replication::{quote_identifier, quote_literal};
 pub(crate) use session::Session;
 pub use socket::Socket;

@@ -22,8 +22,8 @@ use crate::record::Kind;
 use crate::slot::{self, Identity};
 use crate::source::{self, Partition};
 use crate::watermark::{self, NewWatermark, State};
-pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
 pub use retention::schedule_purge;
+pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
 
 mod migrations {
     refinery::embed_migrations!("migrations");

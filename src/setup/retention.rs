@@ -48,17 +48,26 @@ pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut 
     let Some(row) = client.query_opt(schema, &[]).await.map_err(failed())? else { return Ok(()) };
     let schema: String = row.try_get(0).map_err(failed())?;
     let part_config = format!("{}.part_config", quote_identifier(&schema));
-    // pg_partman keeps the parent's name unquoted.
+    // pg_partman keeps the parent's name unquoted. Sets of sub-partitions have retentions of their own, and templates of them.
+    let part_config_sub = format!("{}.part_config_sub", quote_identifier(&schema));
     let found = format!(
-        "select p.parent_table::text, p.retention::text from {part_config} p join highwater.watermark w on w.source_table = p.parent_table
-         where w.slot_name = $1 and p.retention is not null order by 1"
+        "with recursive tree as (
+             select w.table_oid as oid from highwater.watermark w where w.slot_name = $1
+             union all select i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid),
+         named as (select n.nspname || '.' || c.relname as name from tree join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace)
+         select p.parent_table::text, p.retention::text, '{part_config}', 'retention', 'parent_table' from {part_config} p
+         where p.retention is not null and p.parent_table::text in (select name from named)
+         union all
+         select s.sub_parent::text, s.sub_retention::text, '{part_config_sub}', 'sub_retention', 'sub_parent' from {part_config_sub} s
+         where s.sub_retention is not null and s.sub_parent::text in (select name from named)
+         order by 1"
     );
-    let stop = |condition: &str| format!("update {part_config} set retention = null where {condition}");
     let rows = match client.query(&found, &[&config.slot]).await {
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
             report.todo.push(format!(
-                "pg_partman may drop partitions that are not archived, and this role may not look; as its owner: {};",
-                stop("parent_table in (select source_table from highwater.watermark)")
+                "pg_partman may drop partitions that are not archived, and this role may not look; as its owner: update \
+                 {part_config} set retention = null where parent_table in (select source_table from highwater.watermark); (and \
+                 sub_retention in {part_config_sub}, if there are sub-partitions)"
             ));
             return Ok(());
         }
@@ -67,7 +76,9 @@ pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut 
     for row in rows {
         let table: String = row.try_get(0).map_err(failed())?;
         let kept: String = row.try_get(1).map_err(failed())?;
-        let statement = stop(&format!("parent_table = {}", quote_literal(&table)));
+        let text = |column: usize| row.try_get::<_, String>(column).map_err(failed());
+        let (place, column, key) = (text(2)?, text(3)?, text(4)?);
+        let statement = format!("update {place} set {column} = null where {key} = {}", quote_literal(&table));
         match client.batch_execute(&statement).await {
             Ok(()) => report.done.push(format!(
                 "turned off pg_partman's retention ({kept}) of {table}, which drops partitions that are not archived; it goes on \
@@ -95,7 +106,8 @@ pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
     let here = "select current_database()::text, current_user::text, exists (select from pg_extension where extname = 'pg_cron'),
                        coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage'), false)";
     let row = client.query_one(here, &[]).await.map_err(failed())?;
-    let (database, role): (String, String) = (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+    let (database, role): (String, String) =
+        (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
     if !row.try_get::<_, bool>(2).map_err(failed())? {
         report.todo.push(format!(
             "pg_cron is not in this database. It lives in the one that its setting cron.database_name names (postgres, if it \

@@ -26,8 +26,8 @@ pub(crate) struct Partition {
     file: Option<u32>,
     /// It is in `highwater.covered_partition`, and was attached all the time since.
     pub(crate) is_covered: bool,
-    /// The transaction that attached it (`xmin` of its row in `pg_inherits`); `None` for a plain table, and a detached one.
-    pub(crate) attachment: Option<i64>,
+    /// `highwater.attachment()`: another one means that rows may have come that did not pass the stream.
+    pub(crate) attachment: String,
     /// It was a partition, and still holds what was written to it.
     pub(crate) is_detached: bool,
     /// Rows that the planner expects.
@@ -65,16 +65,15 @@ const LEAVES: &str = r#"
            is_detached or exists (
                 select from highwater.covered_partition p
                 where p.source_table = $2 and p.partition_oid = c.oid and p.detached_at is null
-                  and p.attachment is not distinct from i.xmin::text::bigint),
+                  and p.attachment = highwater.attachment(c.oid)),
            c.relfilenode, has_table_privilege(c.oid, 'select'),
            -- It locks the partitioned table, until the transaction ends.
            case when not has_table_privilege(c.oid, 'select') then pg_get_partition_constraintdef(c.oid) end,
            $1::oid::regclass::text,
            (extract(epoch from low::timestamptz) * 1000000)::bigint,
            (extract(epoch from high::timestamptz) * 1000000)::bigint,
-           i.xmin::text::bigint, is_detached
+           coalesce(highwater.attachment(c.oid), ''), is_detached
     from holder join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
-    left join pg_inherits i on i.inhrelid = c.oid
     where c.relkind = 'r'
     order by coalesce(pg_get_expr(c.relpartbound, c.oid), ''), c.relname"#;
 

@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::Session;
+use crate::purge;
 use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
 use crate::slot;
 use crate::source::{self, Fate, Partition, PartitionSums, Point, Source};
@@ -350,6 +351,7 @@ impl Table<'_> {
         (repair, sql): (&mut Repair, &mut Session),
     ) -> Result<Different> {
         let mut different = Different::default();
+        let purged = sql.run(async |client| purge::cutoff(client, &self.row.source_table).await).await?;
         let bounds = merged(leaves.iter().filter_map(|leaf| leaf.bounds).collect());
         for (index, hour) in counted.suspect.iter().enumerate() {
             repair.keep_up().await?;
@@ -358,7 +360,7 @@ impl Table<'_> {
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
             let (postgres_rows, archive_rows) = (rows(counted.postgres), rows(counted.archive));
             let mut found = comparison.hour(*hour, postgres_rows + archive_rows).await?;
-            if !self.is_held(&bounds, *hour) {
+            if !self.is_held(&bounds, purged, *hour) {
                 found.surplus = 0;
             }
             if found.missing + found.surplus > 0 {
@@ -463,12 +465,13 @@ impl Table<'_> {
     }
 
     /// Whether Postgres still has every row of an hour: its partitions reach over all of it, or, where there are none by time,
-    /// retention has not reached it. `bounds` are those of the partitions, merged.
-    fn is_held(&self, bounds: &[(i64, i64)], hour: i64) -> bool {
+    /// retention has not reached it, nor a purge (`purged`). `bounds` are those of the partitions, merged.
+    fn is_held(&self, bounds: &[(i64, i64)], purged: Option<i64>, hour: i64) -> bool {
         let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
         if bounds.is_empty() {
             let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
-            return start >= chrono::Utc::now().timestamp_micros() - retention;
+            let cutoff = chrono::Utc::now().timestamp_micros() - retention;
+            return start >= purged.map_or(cutoff, |purged| purged.max(cutoff));
         }
         bounds.iter().any(|(low, high)| *low <= start && end <= *high)
     }

@@ -42,11 +42,16 @@ const HEALTHY: &str = "
     create extension pg_partman schema partman;
     grant usage on schema partman to archiver;
     grant select on partman.part_config to archiver;
-    select partman.create_parent('scouter.psi_drift', 'created_at', 'native', '1 day');
-    create extension pg_cron;
-    grant usage on schema cron to archiver;
     alter table scouter.psi_drift owner to archiver;
-    alter table scouter.spc_drift owner to archiver";
+    alter table scouter.spc_drift owner to archiver;
+    grant create on schema partman to archiver;
+    grant create on schema scouter to archiver;
+    grant all on all tables in schema partman to archiver;
+    set role archiver;
+    select partman.create_parent('scouter.psi_drift', 'created_at', 'native', '1 day');
+    reset role;
+    create extension pg_cron;
+    grant usage on schema cron to archiver";
 
 /// What `highwater setup --schedule-purge` does.
 const SCHEDULE: &str = "set role archiver;
@@ -84,7 +89,7 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
         ("alter role archiver noreplication", vec![("role", Error)], "alter role archiver replication"),
         (
             "revoke select on scouter.spc_drift from archiver",
-            vec![("select", Error)],
+            vec![("select", Error), ("purge-rights", Warning)],
             "grant select on scouter.spc_drift to archiver",
         ),
         (
@@ -108,9 +113,9 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
             "alter table scouter.spc_drift rename spaces to space",
         ),
         (
-            "alter table scouter.spc_drift enable row level security",
+            "alter table scouter.spc_drift enable row level security, force row level security",
             vec![("row-security", Error)],
-            "alter table scouter.spc_drift disable row level security",
+            "alter table scouter.spc_drift disable row level security, no force row level security",
         ),
         (
             "alter publication highwater rename to other",

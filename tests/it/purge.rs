@@ -37,10 +37,14 @@ async fn fill(client: &Client, days: i32, minutes: i32) {
 
 /// Waits until everything that was committed so far is below the horizon of all tables.
 async fn archived(client: &Client) {
-    let id = client.query_one("select pg_current_xact_id()::text::bigint", &[]).await.unwrap().get::<_, i64>(0);
+    let id =
+        client.query_one("select pg_current_xact_id()::text::bigint", &[]).await.unwrap().get::<_, i64>(0);
     until("the horizon has passed what was committed", DEADLINE, async || {
         // Writes, too, so that there is a position to record.
-        client.batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')").await.unwrap();
+        client
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .await
+            .unwrap();
         let sql = "select coalesce(min(archived_before::text::bigint), 0) from highwater.watermark";
         (client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > id).then_some(())
     })
@@ -108,13 +112,22 @@ async fn what_is_archived_and_verified_is_dropped_and_nothing_else() {
     purge(&client).await;
     assert!(exists(&client, "scouter.old").await, "nobody has verified it");
     assert!(blocked_by(&client, Some("scouter.old")).await.contains("read back"));
-    assert_eq!(logged(&client, Some("scouter.psi_drift_default")).await, ("deleted".into(), Some(3), String::new()));
+    assert_eq!(
+        logged(&client, Some("scouter.psi_drift_default")).await,
+        ("deleted".into(), Some(3), String::new())
+    );
 
     quiet(&stage).must(&["verify"]);
     let dry_run = quiet(&stage).must(&["purge", "--dry-run"]);
-    assert!(dry_run.contains("scouter.old: 500 rows past retention") && dry_run.contains("can be dropped"), "{dry_run}");
+    assert!(
+        dry_run.contains("scouter.old: 500 rows past retention") && dry_run.contains("can be dropped"),
+        "{dry_run}"
+    );
     let done = quiet(&stage).must(&["purge"]);
-    assert!(done.contains("scouter.old: dropped, 500 rows") && done.contains("scouter.older: dropped"), "{done}");
+    assert!(
+        done.contains("scouter.old: dropped, 500 rows") && done.contains("scouter.older: dropped"),
+        "{done}"
+    );
     assert!(!exists(&client, "scouter.old").await && !exists(&client, "scouter.older").await);
     assert_eq!(count(&client, "scouter.psi_drift").await, 5, "rows that are not past retention stay");
     let kept = count(&client, "highwater.verified_partition where partition_name like '%old%'").await;
@@ -134,7 +147,10 @@ async fn a_row_that_came_after_the_verification_makes_it_due_again() {
     let (stage, client, sidecar) = started(Shape::Named).await;
     quiet(&stage).must(&["verify"]);
     fill_late(&client, 70).await;
-    assert!(blocked_by(&client, Some("scouter.old")).await.contains("1 row of transaction"), "not archived yet, or later");
+    assert!(
+        blocked_by(&client, Some("scouter.old")).await.contains("1 row of transaction"),
+        "not archived yet, or later"
+    );
     archived(&client).await;
     let why = blocked_by(&client, Some("scouter.old")).await;
     assert!(why.contains("1 row came after its rows were read back"), "{why}");
@@ -170,7 +186,11 @@ async fn a_partition_with_rows_deleted_by_hand_is_purged_when_that_is_accepted()
     assert_eq!(quiet(&stage).output(&["verify"]).status.code(), Some(1));
     purge(&client).await;
     assert!(exists(&client, "scouter.old").await && !exists(&client, "scouter.older").await);
-    assert_eq!(quiet(&stage).output(&["verify", "--accept-surplus"]).status.code(), Some(1), "it still differs");
+    assert_eq!(
+        quiet(&stage).output(&["verify", "--accept-surplus"]).status.code(),
+        Some(1),
+        "it still differs"
+    );
     purge(&client).await;
     assert!(!exists(&client, "scouter.old").await);
     shadow::assert_archived(&client, &stage.storage(), stage.shape).await;
@@ -187,8 +207,18 @@ async fn nothing_is_deleted_while_anything_is_in_doubt() {
     let before = count(&client, "scouter.psi_drift").await;
     let (old, default) = (Some("scouter.old"), Some("scouter.psi_drift_default"));
     for (doubt, partition, reason, end) in [
-        ("update highwater.watermark set state = 'gap'", None, "state is gap", "update highwater.watermark set state = 'streaming'"),
-        ("update highwater.watermark set state = 'snapshot'", None, "state is snapshot", "update highwater.watermark set state = 'streaming'"),
+        (
+            "update highwater.watermark set state = 'gap'",
+            None,
+            "state is gap",
+            "update highwater.watermark set state = 'streaming'",
+        ),
+        (
+            "update highwater.watermark set state = 'snapshot'",
+            None,
+            "state is snapshot",
+            "update highwater.watermark set state = 'streaming'",
+        ),
         (
             "update highwater.watermark set system_identifier = '1' || system_identifier",
             None,
@@ -223,18 +253,23 @@ async fn nothing_is_deleted_while_anything_is_in_doubt() {
         // Away for a moment, and back: what was written to it meanwhile has not passed the stream.
         (
             "begin; alter table scouter.psi_drift detach partition scouter.psi_drift_default;
-             alter table scouter.psi_drift attach partition scouter.psi_drift_default default; commit;
-             create table lapsed as table highwater.verified_partition",
+             alter table scouter.psi_drift attach partition scouter.psi_drift_default default; commit",
             default,
             "away for a while",
-            "update highwater.covered_partition p set attachment = i.xmin::text::bigint from pg_inherits i
-             where i.inhrelid = p.partition_oid; drop table lapsed",
+            "update highwater.covered_partition set attachment = highwater.attachment(partition_oid)",
         ),
         (
             "create table lapsed as table highwater.verified_partition; delete from highwater.verified_partition",
             old,
             "not read back",
             "insert into highwater.verified_partition table lapsed; drop table lapsed",
+        ),
+        (
+            // By hand, because the statement rewrites the table, and then its rows are new.
+            "update pg_class set relpersistence = 'u' where relname = 'psi_drift_default'",
+            default,
+            "it is unlogged",
+            "update pg_class set relpersistence = 'p' where relname = 'psi_drift_default'",
         ),
         // Nobody archives: what comes now must stay.
         (
@@ -303,8 +338,21 @@ async fn the_wrong_role_deletes_nothing() {
     let why = blocked_by(&other, Some("scouter.old")).await;
     assert!(why.contains("policy"), "{why}");
     assert!(exists(&client, "scouter.old").await);
+    // The owner, who may not look.
     client
-        .batch_execute(&format!("reassign owned by {role} to postgres; drop owned by {role}; drop role {role}"))
+        .batch_execute(&format!(
+            "alter table scouter.older owner to {role}; revoke select on scouter.older from {role}"
+        ))
+        .await
+        .unwrap();
+    let why = blocked_by(&other, Some("scouter.older")).await;
+    assert!(why.contains("may not read it"), "{why}");
+    purge(&other).await;
+    assert!(exists(&client, "scouter.older").await);
+    client
+        .batch_execute(&format!(
+            "reassign owned by {role} to postgres; drop owned by {role}; drop role {role}"
+        ))
         .await
         .unwrap();
 }
@@ -319,7 +367,10 @@ async fn sessions_of_any_isolation_may_purge() {
         client
     };
     let error = client
-        .query("select highwater.purge_partition('scouter.psi_drift'::regclass, 'scouter.old'::regclass, now())", &[])
+        .query(
+            "select highwater.purge_drop('scouter.psi_drift'::regclass, 'scouter.old'::regclass, now())",
+            &[],
+        )
         .await
         .unwrap_err();
     assert!(format!("{error:?}").contains("read committed"), "{error:?}");
@@ -352,7 +403,10 @@ async fn rows_of_plain_tables_are_deleted_in_batches() {
     archived(&client).await;
     purge(&client).await;
     let (action, rows, _) = logged(&client, Some("scouter.psi_drift")).await;
-    assert!(action == "deleted" && rows.is_some_and(|rows| (20_000..20_010).contains(&rows)), "{action} {rows:?}");
+    assert!(
+        action == "deleted" && rows.is_some_and(|rows| (20_000..20_010).contains(&rows)),
+        "{action} {rows:?}"
+    );
     let left = count(&client, "scouter.psi_drift").await;
     assert_eq!(left, 23_000 - rows.unwrap());
     shadow::assert_archived(&client, &stage.storage(), stage.shape).await;
@@ -408,7 +462,8 @@ async fn pg_cron_purges() {
     let output = quiet(&stage).output(&["setup", "--schedule-purge", "* * * * *"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.code() == Some(1) && text.contains("TODO"), "{text}");
-    let statement = text.split("superuser: ").nth(1).and_then(|rest| rest.split_once(';')).unwrap().0.to_owned();
+    let statement =
+        text.split("superuser: ").nth(1).and_then(|rest| rest.split_once(';')).unwrap().0.to_owned();
     let postgres = stage.cluster().connect("postgres").await;
     postgres.batch_execute("create extension pg_cron").await.unwrap();
     postgres.batch_execute(&statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -455,10 +510,16 @@ async fn pg_partman_drops_nothing_after_setup() {
     assert!(count(&client, "pg_inherits").await >= partitions);
     let text = quiet(&stage).must(&["setup"]);
     assert!(!text.contains("pg_partman"), "once is enough: {text}");
-    let retention = client.query_one("select min(retention::text), count(*) from highwater.retention", &[]).await.unwrap();
+    let retention = client
+        .query_one("select min(retention::text), count(*) from highwater.retention", &[])
+        .await
+        .unwrap();
     assert_eq!((retention.get(0), retention.get(1)), ("60 days", 3_i64));
     // A retention of one's own stays.
-    client.batch_execute("update highwater.retention set retention = '90 days' where source_table like '%psi%'").await.unwrap();
+    client
+        .batch_execute("update highwater.retention set retention = '90 days' where source_table like '%psi%'")
+        .await
+        .unwrap();
     let text = quiet(&stage).must(&["setup"]);
     assert!(text.contains("left  retention of scouter.psi_drift: 90 days"), "{text}");
 }
@@ -472,12 +533,20 @@ async fn watermarks_show_what_is_purgeable() {
         tables.iter().find(|table| table["kind"] == "psi").unwrap()["purge"].clone()
     };
     let before = psi(&quiet(&stage).watermarks());
-    assert_eq!((&before["deletable_partitions"], &before["blocked_partitions"]), (&0.into(), &2.into()), "{before}");
+    assert_eq!(
+        (&before["deletable_partitions"], &before["blocked_partitions"]),
+        (&0.into(), &2.into()),
+        "{before}"
+    );
     assert!(before["blocked_by"].as_str().unwrap().contains("not read back"), "{before}");
     assert_eq!(before["retention"], "60 days");
     quiet(&stage).must(&["verify"]);
     let after = psi(&quiet(&stage).watermarks());
-    assert_eq!((&after["deletable_partitions"], &after["blocked_partitions"]), (&2.into(), &0.into()), "{after}");
+    assert_eq!(
+        (&after["deletable_partitions"], &after["blocked_partitions"]),
+        (&2.into(), &0.into()),
+        "{after}"
+    );
     assert!(after["deletable_bytes"].as_i64().unwrap() > 0 && after["blocked_by"].is_null());
     let text = quiet(&stage).must(&["--watermarks"]);
     assert!(text.contains("RETENTION") && text.contains("60 days"), "{text}");
@@ -562,4 +631,74 @@ async fn ids_past_a_wrap_around_are_told_apart() {
     purge(&client).await;
     assert!(!exists(&client, "scouter.mixed").await);
     shadow::assert_archived(&client, &stage.storage(), stage.shape).await;
+}
+
+/// Sub-partitions: what came while the partition above them was away did not pass the stream. Nor did rows of tables that
+/// only inherit.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_did_not_pass_the_stream_stay_until_they_are_archived() {
+    let stage = Stage::shared(Shape::Named).await;
+    let client = stage.connect().await;
+    client
+        .batch_execute(
+            "create table scouter.year partition of scouter.psi_drift for values from ('2020-01-01') to ('2021-01-01')
+                 partition by list (space);
+             create table scouter.year_s partition of scouter.year for values in ('s');
+             create table plain (like scouter.custom_drift including defaults); drop table scouter.custom_drift;
+             alter table plain set schema scouter; alter table scouter.plain rename to custom_drift;",
+        )
+        .await
+        .unwrap();
+    let rows = |into: &str, feature: &str| {
+        format!(
+            "insert into {into} (created_at, space, name, version, feature, bin_id, bin_count, updated_at)
+             select '2020-05-05'::timestamptz + n * interval '1 minute', 's', 'n', '1', '{feature}', n, n, now()
+             from generate_series(1, 10) n;"
+        )
+    };
+    quiet(&stage).must(&["setup"]);
+    let mut sidecar = quiet(&stage).start();
+    stage.streaming().await;
+    client.batch_execute(&rows("scouter.psi_drift", "streamed")).await.unwrap();
+    client
+        .batch_execute(
+            "create table scouter.heir () inherits (scouter.custom_drift);
+             insert into scouter.heir (created_at, space, name, version, metric, value) values ('2020-01-01', 's', 'n', '1', 'm', 1)",
+        )
+        .await
+        .unwrap();
+    archived(&client).await;
+    // Before the sidecar looks again.
+    sidecar.signal("STOP");
+    client
+        .batch_execute(&format!(
+            "begin; alter table scouter.psi_drift detach partition scouter.year; {}
+             alter table scouter.psi_drift attach partition scouter.year for values from ('2020-01-01') to ('2021-01-01'); commit;
+             update highwater.watermark set archived_before = pg_snapshot_xmin(pg_current_snapshot())",
+            rows("scouter.year", "away")
+        ))
+        .await
+        .unwrap();
+    purge(&client).await;
+    assert_eq!(
+        count(&client, "scouter.psi_drift").await,
+        20,
+        "{:?}",
+        logged(&client, Some("scouter.year_s")).await
+    );
+    assert_eq!(count(&client, "scouter.heir").await, 1);
+    sidecar.signal("CONT");
+    until("they are archived, and purged", DEADLINE, async || {
+        client
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .await
+            .unwrap();
+        purge(&client).await;
+        (count(&client, "scouter.psi_drift").await == 0).then_some(())
+    })
+    .await;
+    let archived = crate::support::archive::archived_rows(&stage.storage().join("psi"));
+    assert_eq!(archived.len(), 20, "{archived:?}");
+    assert_eq!(count(&client, "scouter.heir").await, 1, "it is not a partition");
+    sidecar.kill();
 }

@@ -292,9 +292,15 @@ impl Cluster {
         );
         // Whether transactions near there are committed is looked up in files that exist only where ids were given out. All
         // zeroes say that none was; whoever looks for older ones finds them frozen.
-        let segment = self.data().join("pg_xact").join(format!("{:04X}", next.parse::<u32>().unwrap_or_default() / (32 * 32768)));
+        let segment = self
+            .data()
+            .join("pg_xact")
+            .join(format!("{:04X}", next.parse::<u32>().unwrap_or_default() / (32 * 32768)));
         if !segment.exists() {
-            self.install(&format!("pg_xact/{}", segment.file_name().expect("name").to_string_lossy()), &[0; 32 * 8192]);
+            self.install(
+                &format!("pg_xact/{}", segment.file_name().expect("name").to_string_lossy()),
+                &[0; 32 * 8192],
+            );
         }
         self.start();
     }

@@ -35,7 +35,8 @@ async fn rows_of(client: &Client, schema: &str, shape: Shape, kind: Source) -> M
 
 fn archived(storage: &Path, kind: Source) -> Multiset {
     let mut rows = Multiset::default();
-    each_archived_row(&storage.join(kind.folder()), |row| rows.add(row)).unwrap_or_else(|error| panic!("{error}"));
+    each_archived_row(&storage.join(kind.folder()), |row| rows.add(row))
+        .unwrap_or_else(|error| panic!("{error}"));
     rows
 }
 
