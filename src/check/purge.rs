@@ -5,7 +5,7 @@ use tokio_postgres::{Client, Row};
 use super::{Report, human_bytes, identifier, literal};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::purge;
+use crate::purge::{self, Finding};
 use crate::setup::{PURGE_COMMAND, PURGE_JOB};
 
 const CONTEXT: &str = "looking at the purge";
@@ -30,7 +30,6 @@ const JOB: &str = "
     order by j.active desc, j.jobid limit 1";
 
 pub(super) async fn check(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
-    check_cron(client, config, report).await?;
     let flag = async |query: &str| {
         let row = client.query_one(query, &[]).await;
         row.and_then(|row| row.try_get::<_, bool>(0)).map_err(Error::sql(CONTEXT))
@@ -39,7 +38,7 @@ pub(super) async fn check(client: &Client, config: &Config, report: &mut Report)
     if !flag("select coalesce(has_schema_privilege(to_regnamespace('highwater'), 'usage'), false)").await?
         || flag("select to_regclass('highwater.watermark') is null").await?
     {
-        return Ok(());
+        return check_cron(client, config, report).await;
     }
     if !flag("select coalesce(has_table_privilege(to_regclass('highwater.purge_log'), 'select'), false)")
         .await?
@@ -52,7 +51,35 @@ pub(super) async fn check(client: &Client, config: &Config, report: &mut Report)
         );
         return Ok(());
     }
+    let query = format!(
+        "select coalesce(bool_and(purged_at > now() - {LATE}), false) from highwater.retention where purged_at is not null"
+    );
+    if flag(&query).await? {
+        // By whatever scheduler, in whatever database.
+        report.ok("pg-cron", "highwater.retention", "somebody purges");
+    } else {
+        check_cron(client, config, report).await?;
+    }
+    check_default_partitions(client, config, report).await?;
     check_runs(client, config, report).await
+}
+
+/// A late row for a day whose partition is gone needs a place.
+async fn check_default_partitions(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql(CONTEXT);
+    let query = "
+        select c.oid::regclass::text, quote_ident(c.relname || '_default') from highwater.watermark w
+        join pg_class c on c.oid = w.table_oid join pg_partitioned_table p on p.partrelid = c.oid
+        where w.slot_name = $1 and p.partstrat = 'r' and p.partdefid = 0 order by 1";
+    for row in client.query(query, &[&config.slot]).await.map_err(failed())? {
+        let (table, name): (String, String) =
+            (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+        let remedy =
+            format!("create table {}.{name} partition of {table} default;", identifier(&config.schema));
+        let message = "has no default partition: a late row for a day that was purged can't be inserted";
+        report.warning("purge-default", &table, message, remedy);
+    }
+    Ok(())
 }
 
 async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
@@ -141,70 +168,91 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
     );
     let findings = purge::explain(client, None, false).await?;
     for row in client.query(&query, &[&config.slot]).await.map_err(failed())? {
-        let table: String = row.try_get(0).map_err(failed())?;
-        let is_recent: Option<bool> = row.try_get(1).map_err(failed())?;
-        let ago: Option<String> = row.try_get(2).map_err(failed())?;
-        let retention: String = row.try_get(3).map_err(failed())?;
-        let blocked: Option<String> = row.try_get(5).map_err(failed())?;
-        let size: i64 = row.try_get(7).map_err(failed())?;
-        let own = || findings.iter().filter(|finding| finding.source_table == table);
-        let rows: i64 = own().filter_map(|finding| finding.row_count).sum();
-        if let Some(unseen) =
-            own().find(|finding| finding.row_count.is_none() && finding.blocked_by.is_some())
-        {
-            let what = unseen.partition.as_ref().unwrap_or(&table);
-            let message = unseen.blocked_by.clone().unwrap_or_default();
+        let run = Run::of(&row).map_err(failed())?;
+        let own: Vec<&Finding> =
+            findings.iter().filter(|finding| finding.source_table == run.table).collect();
+        run.report_blocked(&own, report);
+        run.report_share(&own, report);
+        run.report_last(&own, report);
+    }
+    Ok(())
+}
+
+/// What the purge says of a table.
+struct Run {
+    table: String,
+    is_recent: bool,
+    ago: Option<String>,
+    retention: String,
+    /// The partition (`None` for all of the table) that has been blocked for long, why, and since when.
+    blocked: Option<(Option<String>, String, String)>,
+    byte_count: i64,
+}
+
+impl Run {
+    fn of(row: &Row) -> Result<Self, tokio_postgres::Error> {
+        let reason: Option<String> = row.try_get(5)?;
+        let since = row.try_get::<_, Option<String>>(6)?.unwrap_or_default();
+        let partition = row.try_get(4)?;
+        Ok(Self {
+            table: row.try_get(0)?,
+            is_recent: row.try_get::<_, Option<bool>>(1)?.unwrap_or_default(),
+            ago: row.try_get(2)?,
+            retention: row.try_get(3)?,
+            blocked: reason.map(|reason| (partition, reason, since)),
+            byte_count: row.try_get(7)?,
+        })
+    }
+
+    fn report_blocked(&self, own: &[&Finding], report: &mut Report) {
+        let unseen = own.iter().find(|finding| finding.row_count.is_none() && finding.blocked_by.is_some());
+        if let Some(unseen) = unseen {
+            let what = unseen.partition.as_ref().unwrap_or(&self.table);
+            let why = unseen.blocked_by.as_deref().unwrap_or_default();
             let remedy = "have the owner of the table run the purge, and this check";
             report.warning(
                 "purge-rights",
                 what,
-                format!("what is past retention can't be seen: {message}"),
+                format!("what is past retention can't be seen: {why}"),
                 remedy,
             );
         }
-        let bytes: i64 = own().filter_map(|finding| finding.byte_count).sum();
-        if let Some(reason) = blocked {
-            let partition: Option<String> = row.try_get(4).map_err(failed())?;
-            let since: Option<String> = row.try_get(6).map_err(failed())?;
-            let what = partition.unwrap_or_else(|| "all of it".to_owned());
-            let message = format!("{what} can't be purged since {}: {reason}", since.unwrap_or_default());
-            report.warning(
-                "purge-blocked",
-                &table,
-                message,
-                "`highwater purge --dry-run` tells all that is blocked",
-            );
-        }
-        if bytes * 100 > size * SHARE_MAX {
-            let message = format!(
-                "{} of {} are partitions past their retention of {retention}",
-                human_bytes(bytes),
-                human_bytes(size)
-            );
-            report.warning(
-                "purge-share",
-                &table,
-                message,
-                "`highwater purge --dry-run` tells what is blocked, `highwater purge` deletes the rest",
-            );
-        }
-        match (is_recent, rows) {
-            (Some(true), _) => {
-                report.ok("purge", &table, format!("last ran {}", ago.unwrap_or_default()));
-            }
-            (_, 0) => report.ok("purge", &table, format!("nothing is past its retention of {retention}")),
-            (_, rows) => {
-                let last = ago.map_or_else(|| "has never run".to_owned(), |ago| format!("last ran {ago}"));
-                let message =
-                    format!("{last}, and about {rows} rows are past their retention of {retention}");
-                let remedy = format!(
-                    "run `highwater setup --schedule-purge`, or: call highwater.purge({}, {});",
-                    literal(&table),
-                    literal(&retention)
-                );
-                report.warning("purge", &table, message, remedy);
-            }
+        if let Some((partition, reason, since)) = &self.blocked {
+            let what = partition.as_deref().unwrap_or("all of it");
+            let message = format!("{what} can't be purged since {since}: {reason}");
+            let remedy = "`highwater purge --dry-run` tells all that is blocked";
+            report.warning("purge-blocked", &self.table, message, remedy);
         }
     }
-    Ok(())
+
+    fn report_share(&self, own: &[&Finding], report: &mut Report) {
+        let bytes: i64 = own.iter().filter_map(|finding| finding.byte_count).sum();
+        if bytes.saturating_mul(100) <= self.byte_count.saturating_mul(SHARE_MAX) {
+            return;
+        }
+        let (part, all) = (human_bytes(bytes), human_bytes(self.byte_count));
+        let message = format!("{part} of {all} are partitions past their retention of {}", self.retention);
+        let remedy = "`highwater purge --dry-run` tells what is blocked, `highwater purge` deletes the rest";
+        report.warning("purge-share", &self.table, message, remedy);
+    }
+
+    fn report_last(&self, own: &[&Finding], report: &mut Report) {
+        let Self { table, retention, ago, .. } = self;
+        let rows: i64 = own.iter().filter_map(|finding| finding.row_count).sum();
+        if self.is_recent {
+            report.ok("purge", table, format!("last ran {}", ago.as_deref().unwrap_or_default()));
+        } else if rows == 0 {
+            report.ok("purge", table, format!("nothing is past its retention of {retention}"));
+        } else {
+            let last =
+                ago.as_ref().map_or_else(|| "has never run".to_owned(), |ago| format!("last ran {ago}"));
+            let message = format!("{last}, and about {rows} rows are past their retention of {retention}");
+            let remedy = format!(
+                "run `highwater setup --schedule-purge`, or: call highwater.purge({}, {});",
+                literal(table),
+                literal(retention)
+            );
+            report.warning("purge", table, message, remedy);
+        }
+    }
 }

@@ -139,7 +139,7 @@ pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
     };
     if let Some((_, true)) = job {
         report.left.push(format!("pg_cron's job {PURGE_JOB} at {schedule:?}"));
-        check_owner(&client, config, &role, &mut report).await?;
+        check_role(&client, config, &role, &mut report).await?;
         return Ok(report);
     }
     // Scheduling again would leave an inactive job inactive, and only a superuser may alter it.
@@ -153,12 +153,12 @@ pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
     );
     client.batch_execute(&statement).await.map_err(failed())?;
     report.done.push(format!("scheduled the purge with pg_cron: job {PURGE_JOB} at {schedule:?}"));
-    check_owner(&client, config, &role, &mut report).await?;
+    check_role(&client, config, &role, &mut report).await?;
     Ok(report)
 }
 
-/// The job runs as the role that schedules it, and only an owner may drop.
-async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut Report) -> Result<()> {
+/// The job runs as the role that schedules it: only an owner may drop, and it must have the time.
+async fn check_role(client: &Client, config: &Config, role: &str, report: &mut Report) -> Result<()> {
     let failed = || Error::sql("reading who owns the drift tables");
     let others = "
         select distinct pg_get_userbyid(c.relowner)::text from highwater.watermark w join pg_class c on c.oid = w.table_oid
@@ -168,6 +168,15 @@ async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut 
         report.todo.push(format!(
             "the job runs as {role}, which may not drop partitions of {owner}: as {owner} or a superuser: grant {} to {};",
             quote_identifier(&owner),
+            quote_identifier(role)
+        ));
+    }
+    let timeout = "select setting <> '0' from pg_settings where name = 'statement_timeout'";
+    let is_limited = client.query_one(timeout, &[]).await.and_then(|row| row.try_get::<_, bool>(0));
+    if is_limited.map_err(failed())? {
+        report.todo.push(format!(
+            "the job runs as {role}, whose statement_timeout would cancel a purge that has much to read: alter role {} set \
+             statement_timeout = 0;",
             quote_identifier(role)
         ));
     }

@@ -77,12 +77,8 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
         let (snapshot, lsn) = archive_of(config, &storage, row, &app_id, point.lsn).await?;
         archives.push((row, kind, snapshot, lsn));
     }
-    let mut upto = [Lsn::ZERO; Kind::ALL.len()];
-    for (_, kind, _, lsn) in &archives {
-        if let Some(place) = upto.get_mut(kind.index()) {
-            *place = *lsn;
-        }
-    }
+    let reach = |kind: Kind| archives.iter().find(|(_, other, ..)| *other == kind).map(|(.., lsn)| *lsn);
+    let upto = Kind::ALL.map(|kind| reach(kind).unwrap_or_default());
     let tail = Tail::read(config, slot, point.lsn, upto).await?;
     let now = sql.run(watermark::read).await?;
     let mut report = Report { equal: true, tables: Vec::new() };
@@ -100,7 +96,7 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
                 row,
                 kind: *kind,
                 files: &snapshot.files,
-                range: (options.from.map_or(i64::MIN, floor_hour), options.to.map_or(i64::MAX, ceil_hour)),
+                range: options.hours(),
                 accepts_surplus: options.accept_surplus,
                 tell,
             };
@@ -251,6 +247,13 @@ const fn ceil_hour(micros: i64) -> i64 {
 fn hour_text(hour: i64) -> String {
     let time = chrono::DateTime::from_timestamp_micros(hour.saturating_mul(MICROS_PER_HOUR));
     time.unwrap_or_default().to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
+}
+
+impl Options {
+    /// The times that are compared, whole hours.
+    fn hours(&self) -> (i64, i64) {
+        (self.from.map_or(i64::MIN, floor_hour), self.to.map_or(i64::MAX, ceil_hour))
+    }
 }
 
 /// What both sides have been added up to.

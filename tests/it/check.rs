@@ -114,7 +114,7 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
         ),
         (
             "alter table scouter.spc_drift enable row level security, force row level security",
-            vec![("row-security", Error)],
+            vec![("row-security", Error), ("purge-rights", Warning)],
             "alter table scouter.spc_drift disable row level security, no force row level security",
         ),
         (
@@ -194,6 +194,16 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
              analyze scouter.old",
             vec![("purge-share", Warning), ("purge", Warning)],
             "drop table scouter.old",
+        ),
+        (
+            "alter table scouter.psi_drift detach partition scouter.psi_drift_default",
+            vec![("purge-default", Warning)],
+            "alter table scouter.psi_drift attach partition scouter.psi_drift_default default",
+        ),
+        (
+            "delete from cron.job; update highwater.retention set purged_at = now()",
+            vec![],
+            &format!("{SCHEDULE}; update highwater.retention set purged_at = null"),
         ),
         (
             "insert into highwater.purge_log (at, source_table, partition_name, action, cutoff, reason)

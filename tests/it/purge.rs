@@ -196,6 +196,84 @@ async fn a_partition_with_rows_deleted_by_hand_is_purged_when_that_is_accepted()
     shadow::assert_archived(&client, &stage.storage(), stage.shape).await;
 }
 
+/// What is put in doubt, of which partition (`None`: of all of the table), what is said of it, and what ends the doubt.
+type Doubt = (&'static str, Option<&'static str>, &'static str, &'static str);
+
+const DOUBTS: [Doubt; 11] = [
+    (
+        "update highwater.watermark set state = 'gap'",
+        None,
+        "state is gap",
+        "update highwater.watermark set state = 'streaming'",
+    ),
+    (
+        "update highwater.watermark set state = 'snapshot'",
+        None,
+        "state is snapshot",
+        "update highwater.watermark set state = 'streaming'",
+    ),
+    (
+        "update highwater.watermark set system_identifier = '1' || system_identifier",
+        None,
+        "this server is system",
+        "update highwater.watermark set system_identifier = substr(system_identifier, 2)",
+    ),
+    (
+        "create table keep as select source_table, archived_before from highwater.watermark;
+         update highwater.watermark set archived_before = null",
+        None,
+        "not known yet",
+        "update highwater.watermark w set archived_before = k.archived_before from keep k where k.source_table = w.source_table",
+    ),
+    (
+        "update highwater.watermark set archived_before = (archived_before::text::bigint + 1000000)::text::xid8",
+        None,
+        "its ids were reset",
+        "update highwater.watermark w set archived_before = k.archived_before from keep k where k.source_table = w.source_table",
+    ),
+    (
+        "update highwater.watermark set table_oid = 1 where kind = 'psi'",
+        None,
+        "no row in highwater.watermark",
+        "update highwater.watermark set table_oid = 'scouter.psi_drift'::regclass where kind = 'psi'",
+    ),
+    (
+        "create table lapsed as table highwater.covered_partition; delete from highwater.covered_partition",
+        Some("scouter.old"),
+        "attached with rows in it",
+        "insert into highwater.covered_partition table lapsed; drop table lapsed",
+    ),
+    // Away for a moment, and back: what was written to it meanwhile has not passed the stream.
+    (
+        "begin; alter table scouter.psi_drift detach partition scouter.psi_drift_default;
+         alter table scouter.psi_drift attach partition scouter.psi_drift_default default; commit",
+        Some("scouter.psi_drift_default"),
+        "away for a while",
+        "update highwater.covered_partition set attachment = highwater.attachment(partition_oid)",
+    ),
+    (
+        "create table lapsed as table highwater.verified_partition; delete from highwater.verified_partition",
+        Some("scouter.old"),
+        "not read back",
+        "insert into highwater.verified_partition table lapsed; drop table lapsed",
+    ),
+    (
+        // By hand, because the statement rewrites the table, and then its rows are new.
+        "update pg_class set relpersistence = 'u' where relname = 'psi_drift_default'",
+        Some("scouter.psi_drift_default"),
+        "it is unlogged",
+        "update pg_class set relpersistence = 'p' where relname = 'psi_drift_default'",
+    ),
+    // Nobody archives: what comes now must stay.
+    (
+        "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+         select created_at, 's', 'n', '1', 'new', bin_id, 1 from scouter.old where bin_id < 12",
+        Some("scouter.old"),
+        "12 rows of transaction",
+        "delete from scouter.old where feature = 'new'",
+    ),
+];
+
 /// Everything that must keep the purge from deleting, and what is said of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_deleted_while_anything_is_in_doubt() {
@@ -205,81 +283,7 @@ async fn nothing_is_deleted_while_anything_is_in_doubt() {
     quiet(&stage).must(&["verify"]);
     sidecar.kill();
     let before = count(&client, "scouter.psi_drift").await;
-    let (old, default) = (Some("scouter.old"), Some("scouter.psi_drift_default"));
-    for (doubt, partition, reason, end) in [
-        (
-            "update highwater.watermark set state = 'gap'",
-            None,
-            "state is gap",
-            "update highwater.watermark set state = 'streaming'",
-        ),
-        (
-            "update highwater.watermark set state = 'snapshot'",
-            None,
-            "state is snapshot",
-            "update highwater.watermark set state = 'streaming'",
-        ),
-        (
-            "update highwater.watermark set system_identifier = '1' || system_identifier",
-            None,
-            "this server is system",
-            "update highwater.watermark set system_identifier = substr(system_identifier, 2)",
-        ),
-        (
-            "create table keep as select source_table, archived_before from highwater.watermark;
-             update highwater.watermark set archived_before = null",
-            None,
-            "not known yet",
-            "update highwater.watermark w set archived_before = k.archived_before from keep k where k.source_table = w.source_table",
-        ),
-        (
-            "update highwater.watermark set archived_before = (archived_before::text::bigint + 1000000)::text::xid8",
-            None,
-            "its ids were reset",
-            "update highwater.watermark w set archived_before = k.archived_before from keep k where k.source_table = w.source_table",
-        ),
-        (
-            "update highwater.watermark set table_oid = 1 where kind = 'psi'",
-            None,
-            "no row in highwater.watermark",
-            "update highwater.watermark set table_oid = 'scouter.psi_drift'::regclass where kind = 'psi'",
-        ),
-        (
-            "create table lapsed as table highwater.covered_partition; delete from highwater.covered_partition",
-            old,
-            "attached with rows in it",
-            "insert into highwater.covered_partition table lapsed; drop table lapsed",
-        ),
-        // Away for a moment, and back: what was written to it meanwhile has not passed the stream.
-        (
-            "begin; alter table scouter.psi_drift detach partition scouter.psi_drift_default;
-             alter table scouter.psi_drift attach partition scouter.psi_drift_default default; commit",
-            default,
-            "away for a while",
-            "update highwater.covered_partition set attachment = highwater.attachment(partition_oid)",
-        ),
-        (
-            "create table lapsed as table highwater.verified_partition; delete from highwater.verified_partition",
-            old,
-            "not read back",
-            "insert into highwater.verified_partition table lapsed; drop table lapsed",
-        ),
-        (
-            // By hand, because the statement rewrites the table, and then its rows are new.
-            "update pg_class set relpersistence = 'u' where relname = 'psi_drift_default'",
-            default,
-            "it is unlogged",
-            "update pg_class set relpersistence = 'p' where relname = 'psi_drift_default'",
-        ),
-        // Nobody archives: what comes now must stay.
-        (
-            "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
-             select created_at, 's', 'n', '1', 'new', bin_id, 1 from scouter.old where bin_id < 12",
-            old,
-            "12 rows of transaction",
-            "delete from scouter.old where feature = 'new'",
-        ),
-    ] {
+    for (doubt, partition, reason, end) in DOUBTS {
         client.batch_execute(doubt).await.unwrap();
         let why = blocked_by(&client, partition).await;
         assert!(why.contains(reason), "{doubt}: {why}");

@@ -180,6 +180,7 @@ async fn verify(client: Client, launch: Launch, stop: Arc<AtomicBool>) -> u64 {
 
 /// Late rows, long transactions, savepoints, two-phase commits, partitions that come and go; the purge with no retention at
 /// all, in a loop; and a sidecar that is killed, stopped, cut off and without storage.
+#[expect(clippy::too_many_lines, reason = "one story")]
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_fails_no_row_is_deleted_that_is_not_archived() {
     let settings = [("fsync", "off"), ("max_prepared_transactions", "20"), ("wal_sender_timeout", "10s")];
@@ -275,7 +276,7 @@ async fn insert(client: Client, stop: Arc<AtomicBool>) -> u64 {
     let mut longest = Duration::ZERO;
     let mut turn = 0_u32;
     while goes_on(&stop) {
-        let late = if turn % 10 == 0 { "- interval '200 days'" } else { "" };
+        let late = if turn.is_multiple_of(10) { "- interval '200 days'" } else { "" };
         let sql = format!(
             "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
              values (clock_timestamp() {late}, 's', 'n', '1', 'meanwhile', {turn}, 1)"
