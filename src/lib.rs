@@ -71,6 +71,7 @@
 //! | `gap`, `backfill` | rows that the stream did not bring |
 //! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
 //! | [`verify`] | the archive compared with Postgres |
+//! | [`reader`] | the history: binned queries, SQL |
 //! | [`check`] | the preflight |
 //! | [`cli`] | the command line |
 
@@ -92,6 +93,7 @@ mod lookup;
 pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;
+pub mod reader;
 pub mod record;
 mod recover;
 pub mod setup;
@@ -106,6 +108,7 @@ pub mod watermark;
 pub use config::Config;
 pub use error::{Error, Policy, Result};
 pub use lsn::Lsn;
+pub use reader::Archive;
 pub use sidecar::Archiver;
 
 /// The README's examples compile.

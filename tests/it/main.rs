@@ -22,6 +22,7 @@ mod gap;
 mod horizon;
 mod idle;
 mod partition;
+mod query;
 mod reader;
 mod roundtrip;
 mod self_check;
