@@ -7,7 +7,9 @@ use chrono::{DateTime, Utc};
 use datafusion::dataframe::DataFrame;
 use datafusion::error::Result as QueryResult;
 use datafusion::functions_aggregate::expr_fn::sum;
-use datafusion::logical_expr::{ExprFunctionExt, cast, col, lit};
+use datafusion::functions_aggregate::sum::sum_udaf;
+use datafusion::logical_expr::expr::WindowFunction;
+use datafusion::logical_expr::{Expr, ExprFunctionExt, cast, col, lit};
 use serde::{Deserialize, Serialize};
 
 use super::columns::{Columns, each_batch};
@@ -42,7 +44,8 @@ pub(super) fn counts(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFr
 /// Columns `created_at`, `feature`, `bin_id`, `bin_count`, `proportion`, sorted by feature, time and `bin_id`.
 pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
     let of_bin = vec![col("feature"), col("created_at")];
-    let total = sum(col("bin_count")).partition_by(of_bin).build()?.alias("total");
+    let total = WindowFunction::new(sum_udaf(), vec![col("bin_count")]);
+    let total = Expr::from(total).partition_by(of_bin).build()?.alias("total");
     let double = |name: &str| cast(col(name), DataType::Float64);
     counts(rows, query)?
         .window(vec![total])?

@@ -23,6 +23,7 @@ mod horizon;
 mod idle;
 mod partition;
 mod query;
+mod query_cli;
 mod reader;
 mod roundtrip;
 mod self_check;
