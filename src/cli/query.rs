@@ -50,6 +50,10 @@ pub(super) struct QueryFlags {
     #[arg(long, default_value_t = 500)]
     points: u32,
 
+    /// Also read the rows from Postgres that are not archived yet: the answer is complete up to now
+    #[arg(long)]
+    fresh: bool,
+
     /// Only this metric (or feature); may be repeated
     #[arg(long, visible_alias = "feature", value_name = "NAME")]
     metric: Vec<String>,
@@ -92,7 +96,10 @@ impl QueryFlags {
 /// Prints a binned query's answer.
 pub(super) async fn query(config: &Config, flags: &QueryFlags, format: OutputFormat) -> Result<()> {
     let query = flags.query()?;
-    let archive = Archive::open(&config.storage).await?;
+    let mut archive = Archive::open(&config.storage).await?;
+    if flags.fresh {
+        archive = archive.with_database(config.clone());
+    }
     if format == OutputFormat::Json {
         return match flags.kind {
             QueryKind::Custom => {

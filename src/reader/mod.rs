@@ -7,12 +7,13 @@
 //! ```
 //!
 //! A version never changes, and files that were merged away stay for a day. So every row is in the answer once, whatever is
-//! written or merged meanwhile. Must not know Postgres.
+//! written or merged meanwhile. Only `fresh` knows Postgres, from which it takes the rows that are not archived yet.
 
 mod bin;
 mod columns;
 mod custom;
 mod entities;
+mod fresh;
 mod psi;
 mod query;
 mod spc;
@@ -26,6 +27,7 @@ use datafusion::dataframe::DataFrame;
 use datafusion::error::DataFusionError;
 use datafusion::execution::context::SQLOptions;
 use datafusion::execution::runtime_env::RuntimeEnv;
+use datafusion::logical_expr::Expr;
 use datafusion::prelude::SessionContext;
 use futures::future::try_join_all;
 
@@ -37,7 +39,7 @@ pub use query::BinnedQuery;
 pub use spc::{SpcFeature, SpcFeatures};
 
 use crate::archive::{self, Scan, Storage, View};
-use crate::config::{ObjectStorageSettings, StorageType};
+use crate::config::{Config, ObjectStorageSettings, StorageType};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
 
@@ -67,10 +69,13 @@ const AGE_MAX: Duration = Duration::from_hours(12);
 #[derive(Clone)]
 pub struct Archive {
     shared: Arc<Shared>,
+    /// Where rows that are not archived yet are read from.
+    database: Option<Arc<Config>>,
 }
 
 struct Shared {
     uri: String,
+    storage: Storage,
     runtime: Arc<RuntimeEnv>,
     tables: RwLock<Arc<Tables>>,
     /// One refresh at a time.
@@ -80,6 +85,7 @@ struct Shared {
 /// One version of each table.
 struct Tables {
     views: Vec<View>,
+    scans: Vec<Arc<Scan>>,
     session: SessionContext,
     read_at: Instant,
 }
@@ -116,9 +122,21 @@ impl Archive {
         let runtime = archive::runtime(&storage).map_err(Error::query("preparing to read"))?;
         let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
         let uri = settings.storage_uri.clone();
-        Ok(Self {
-            shared: Arc::new(Shared { uri, runtime, tables, refreshing: tokio::sync::Mutex::new(()) }),
-        })
+        let refreshing = tokio::sync::Mutex::new(());
+        Ok(Self { shared: Arc::new(Shared { uri, storage, runtime, tables, refreshing }), database: None })
+    }
+
+    /// The same archive, whose binned queries also have the rows that are committed in the database and not archived yet:
+    /// every row that was committed before a query began is in its answer, once, whether `highwater run` is running or not.
+    /// The configuration's database, schema, slot and memory count.
+    ///
+    /// Each query then refreshes the archive, and reads the newest rows from Postgres, which looks through the model's rows of
+    /// the range. The role needs `select` on the drift tables and on the tables of the schema `highwater`. A row that was
+    /// changed in Postgres after it was archived may be in the answer in both forms.
+    #[must_use]
+    pub fn with_database(mut self, config: Config) -> Self {
+        self.database = Some(Arc::new(config));
+        self
     }
 
     /// Moves to the newest version; `false` if that is the one it was at. Queries that have begun keep theirs. A server calls
@@ -133,7 +151,8 @@ impl Archive {
         let views = try_join_all(before.views.iter().map(View::newer)).await?;
         let is_same = views.iter().zip(&before.views).all(|(new, old)| new.version() == old.version());
         let tables = if is_same {
-            Tables { views, session: before.session.clone(), read_at: Instant::now() }
+            let (scans, session) = (before.scans.clone(), before.session.clone());
+            Tables { views, scans, session, read_at: Instant::now() }
         } else {
             Tables::new(views, &self.shared.runtime)?
         };
@@ -252,11 +271,30 @@ impl Archive {
 
     /// The rows of a kind that a query asks for.
     async fn rows(&self, kind: Kind, query: &BinnedQuery) -> Result<DataFrame> {
-        self.table(kind).await?.filter(query.condition(kind)).map_err(planning(kind))
+        let wanted = query.condition(kind);
+        let Some(config) = &self.database else { return self.tables().await?.rows(kind, wanted) };
+        // In this order: see `fresh`.
+        let before = fresh::Before::read(config, kind).await?;
+        self.refresh().await?;
+        let tables = self.current();
+        let archived = tables.rows(kind, wanted.clone())?;
+        let Some(before) = before else { return Ok(archived) };
+        before.check_storage(&self.shared.storage).await?;
+        let of_entity = |ranges: &[(i64, i64)]| {
+            let within = ranges.iter().copied().map(query::is_within).reduce(Expr::or);
+            let wanted = query::is_of(query.entity());
+            tables.rows(kind, within.map_or(wanted.clone(), |within| wanted.and(within)))
+        };
+        let fresh = before.fresh(query, of_entity).await?;
+        if fresh.is_empty() {
+            return Ok(archived);
+        }
+        let fresh = tables.session.read_batches(fresh).and_then(|rows| rows.filter(wanted));
+        fresh.and_then(|fresh| archived.union(fresh)).map_err(planning(kind))
     }
 
     async fn table(&self, kind: Kind) -> Result<DataFrame> {
-        self.tables().await?.session.table(kind.name()).await.map_err(planning(kind))
+        self.tables().await?.table(kind)
     }
 
     async fn tables(&self) -> Result<Arc<Tables>> {
@@ -274,12 +312,24 @@ impl Archive {
 impl Tables {
     fn new(views: Vec<View>, runtime: &Arc<RuntimeEnv>) -> Result<Self> {
         let session = archive::session(Arc::clone(runtime));
+        let mut scans = Vec::new();
         for view in &views {
-            let scan = Scan::new(view.kind(), view.files());
-            let scan = scan.and_then(|scan| session.register_table(view.kind().name(), Arc::new(scan)));
-            scan.map_err(planning(view.kind()))?;
+            let kind = view.kind();
+            let scan = Arc::new(Scan::new(kind, view.files()).map_err(planning(kind))?);
+            session.register_table(kind.name(), Arc::clone(&scan) as _).map_err(planning(kind))?;
+            scans.push(scan);
         }
-        Ok(Self { views, session, read_at: Instant::now() })
+        Ok(Self { views, scans, session, read_at: Instant::now() })
+    }
+
+    fn table(&self, kind: Kind) -> Result<DataFrame> {
+        let scan = self.views.iter().position(|view| view.kind() == kind).and_then(|at| self.scans.get(at));
+        let scan = scan.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
+        self.session.read_table(Arc::clone(scan) as _).map_err(planning(kind))
+    }
+
+    fn rows(&self, kind: Kind, condition: Expr) -> Result<DataFrame> {
+        self.table(kind)?.filter(condition).map_err(planning(kind))
     }
 }
 

@@ -71,10 +71,7 @@ impl BinnedQuery {
 
     /// The condition for a row of the kind.
     pub(super) fn condition(&self, kind: Kind) -> Expr {
-        let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
-        let is_wanted = is_of(&self.entity)
-            .and(col("created_at").gt_eq(time(self.range.0)))
-            .and(col("created_at").lt(time(self.range.1)));
+        let is_wanted = is_of(&self.entity).and(is_within(self.range));
         if self.series.is_empty() {
             return is_wanted;
         }
@@ -94,6 +91,12 @@ pub(super) fn series(kind: Kind) -> Expr {
         Kind::Spc => coalesce(vec![column, lit("")]),
         _ => column,
     }
+}
+
+/// The condition for a time, in microseconds since the epoch: the first one, and the one after the last.
+pub(super) fn is_within((start, end): (i64, i64)) -> Expr {
+    let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
+    col("created_at").gt_eq(time(start)).and(col("created_at").lt(time(end)))
 }
 
 /// The condition for a row of the entity.

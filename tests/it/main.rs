@@ -24,6 +24,7 @@ mod idle;
 mod partition;
 mod query;
 mod query_cli;
+mod query_live;
 mod reader;
 mod roundtrip;
 mod self_check;
