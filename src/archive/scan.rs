@@ -238,3 +238,73 @@ impl crate::Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use datafusion::logical_expr::{col, lit};
+    use datafusion::physical_plan::displayable;
+
+    use super::*;
+    use crate::config::ObjectStorageSettings;
+
+    /// A file of the archive, or of another writer, by its bounds.
+    fn file(path: &str, times: [&str; 2], names: [&str; 2]) -> TableFile {
+        let bounds = |time, name| serde_json::json!({"created_at": time, "space": "s", "name": name, "version": "1"});
+        let [first, last] = times;
+        let [low, high] = names;
+        let stats = serde_json::json!({"numRecords": 1, "minValues": bounds(first, low), "maxValues": bounds(last, high)});
+        TableFile::new(Kind::Psi, path.to_owned(), 1, 0, Some(stats.to_string()))
+    }
+
+    const OURS: &str = "2026/11/22/13-0000000000000001-00000000-0000.parquet";
+
+    /// The files that a query opens.
+    async fn opened(condition: Expr) -> Vec<&'static str> {
+        let morning = ["2026-11-22T06:00:00.000Z", "2026-11-22T07:00:00.000Z"];
+        let noon = ["2026-11-22T12:00:00.000Z", "2026-11-22T13:00:00.000Z"];
+        let files = [
+            file("a-morning.parquet", morning, ["a", "a"]),
+            file("b-morning.parquet", morning, ["b", "b"]),
+            file("all-noon.parquet", noon, ["a", "z"]),
+            file(OURS, noon, ["y", "y"]),
+            TableFile::new(Kind::Psi, "unknown.parquet".to_owned(), 1, 0, None),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let settings = ObjectStorageSettings::new(folder.path().to_str().unwrap(), "").unwrap();
+        let session = session(runtime(&Storage::open(&settings).unwrap()).unwrap());
+        let rows = session.read_table(Arc::new(Scan::new(Kind::Psi, &files).unwrap())).unwrap();
+        let plan = rows.filter(condition).unwrap().create_physical_plan().await.unwrap();
+        let plan = displayable(plan.as_ref()).indent(true).to_string();
+        let names = ["a-morning", "b-morning", "all-noon", OURS, "unknown"];
+        names.into_iter().filter(|name| plan.contains(name)).collect()
+    }
+
+    fn time(text: &str) -> Expr {
+        let micros = text.parse::<DateTime<chrono::Utc>>().unwrap().timestamp_micros();
+        lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())))
+    }
+
+    #[tokio::test]
+    async fn files_of_other_entities_and_times_are_not_opened() {
+        let is = |name: &str| col("name").eq(lit(name));
+        assert_eq!(opened(is("a")).await, ["a-morning", "all-noon", "unknown"]);
+        assert_eq!(opened(is("y")).await, ["all-noon", OURS, "unknown"]);
+        assert_eq!(opened(col("space").eq(lit("other"))).await, ["unknown"]);
+        let after = |text| col("created_at").gt_eq(time(text));
+        assert_eq!(opened(after("2026-11-22T07:30:00Z")).await, ["all-noon", OURS, "unknown"]);
+        assert_eq!(opened(is("a").and(after("2026-11-22T07:30:00Z"))).await, ["all-noon", "unknown"]);
+        let before = |text| col("created_at").lt(time(text));
+        assert_eq!(opened(before("2026-11-22T06:00:00Z")).await, ["unknown"]);
+        assert_eq!(opened(before("2026-11-22T06:00:00.000001Z")).await, ["a-morning", "b-morning", "unknown"]);
+        assert_eq!(opened(col("bin_id").eq(lit(1))).await.len(), 5, "of which the log says nothing");
+    }
+
+    /// Ours are rounded up; the times of others may be cut to milliseconds.
+    #[tokio::test]
+    async fn the_last_millisecond_of_another_writer_counts() {
+        let after = |text| col("created_at").gt_eq(time(text));
+        assert_eq!(opened(after("2026-11-22T13:00:00.000999Z")).await, ["all-noon", "unknown"]);
+        assert_eq!(opened(after("2026-11-22T13:00:00.001Z")).await, ["unknown"]);
+        assert_eq!(opened(after("2026-11-22T13:00:00Z")).await, ["all-noon", OURS, "unknown"]);
+    }
+}

@@ -14,8 +14,10 @@ mod columns;
 mod custom;
 mod entities;
 mod fresh;
+mod load;
 mod psi;
 mod query;
+pub mod scouter;
 mod spc;
 
 use std::fmt;
@@ -23,6 +25,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use arrow::array::RecordBatch;
 use datafusion::dataframe::DataFrame;
 use datafusion::error::DataFusionError;
 use datafusion::execution::context::SQLOptions;
@@ -233,6 +236,11 @@ impl Archive {
             SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
         let refuse = |error: DataFusionError| Error::Query { detail: error.strip_backtrace() };
         tables.session.sql_with_options(query, only_read).await.map_err(refuse)
+    }
+
+    /// Rows in memory as a frame of the archive's session.
+    fn read_batches(&self, batches: Vec<RecordBatch>) -> Result<DataFrame> {
+        self.current().session.read_batches(batches).map_err(Error::query("building a frame"))
     }
 
     /// What a table holds, by entity. Reads the entity and time columns of all its files.

@@ -27,6 +27,7 @@ mod query_cli;
 mod query_live;
 mod reader;
 mod roundtrip;
+mod scouter;
 mod self_check;
 mod shutdown;
 mod storage;

@@ -108,7 +108,7 @@ async fn a_thousand_queries_see_every_row_once() {
                 let count = 1 + first % 23;
                 insert(&client, base, first, count).await;
                 committed.store(first + count, Ordering::Relaxed);
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(Duration::from_millis(150)).await;
             }
         })
     };
@@ -176,7 +176,7 @@ async fn fresh_rows_are_joined_without_overlap_or_hole() {
     let archive = Archive::open(&settings(&stage)).await.unwrap();
     let live = archive.clone().with_database(config(&stage));
     let (mut committed, mut ahead) = (5, 0);
-    for round in 0..60 {
+    for round in 0..25 {
         let count = 1 + round % 17;
         insert(&client, base, committed, count).await;
         committed += count;
@@ -194,8 +194,8 @@ async fn fresh_rows_are_joined_without_overlap_or_hole() {
         ahead += i64::from(rows_of_bins(&archive, base).await < committed);
         open.rollback().await.unwrap();
     }
-    eprintln!("in {ahead} of 60 rounds the archive was behind");
-    assert!(ahead > 10, "the archive was never behind");
+    eprintln!("in {ahead} of 25 rounds the archive was behind");
+    assert!(ahead > 5, "the archive was never behind");
 
     // Nobody archives: all the same. A late row, and rows that are equal in every column.
     sidecar.kill();
