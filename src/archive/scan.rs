@@ -43,6 +43,10 @@ const PARTS: usize = 16;
 /// Memory for what the queries of a reader sort and group; what doesn't fit goes to disk, or ends the query.
 const MEMORY_BYTES_MAX: usize = 1 << 30;
 
+/// Memory that each part of a sort sets aside, whether it needs it or not, to merge what it sends to disk. DataFusion's 10 MB
+/// would let no more than six queries sort at a time.
+const SORT_RESERVATION_BYTES: usize = 64 << 10;
+
 /// Memory for the footers of files that were read.
 const METADATA_BYTES_MAX: usize = 256 << 20;
 
@@ -68,6 +72,7 @@ pub(crate) fn session(runtime: Arc<RuntimeEnv>) -> SessionContext {
     // A file that is split is opened once for each part.
     options.optimizer.repartition_file_scans = false;
     options.execution.parquet.schema_force_view_types = false;
+    options.execution.sort_spill_reservation_bytes = SORT_RESERVATION_BYTES;
     options.execution.time_zone = Some("UTC".to_owned());
     SessionContext::new_with_config_rt(config, runtime)
 }
@@ -249,7 +254,8 @@ mod tests {
 
     /// A file of the archive, or of another writer, by its bounds.
     fn file(path: &str, times: [&str; 2], names: [&str; 2]) -> TableFile {
-        let bounds = |time, name| serde_json::json!({"created_at": time, "space": "s", "name": name, "version": "1"});
+        let bounds =
+            |time, name| serde_json::json!({"created_at": time, "space": "s", "name": name, "version": "1"});
         let [first, last] = times;
         let [low, high] = names;
         let stats = serde_json::json!({"numRecords": 1, "minValues": bounds(first, low), "maxValues": bounds(last, high)});
@@ -295,7 +301,10 @@ mod tests {
         assert_eq!(opened(is("a").and(after("2026-11-22T07:30:00Z"))).await, ["all-noon", "unknown"]);
         let before = |text| col("created_at").lt(time(text));
         assert_eq!(opened(before("2026-11-22T06:00:00Z")).await, ["unknown"]);
-        assert_eq!(opened(before("2026-11-22T06:00:00.000001Z")).await, ["a-morning", "b-morning", "unknown"]);
+        assert_eq!(
+            opened(before("2026-11-22T06:00:00.000001Z")).await,
+            ["a-morning", "b-morning", "unknown"]
+        );
         assert_eq!(opened(col("bin_id").eq(lit(1))).await.len(), 5, "of which the log says nothing");
     }
 

@@ -3,6 +3,7 @@
 mod check;
 mod flags;
 mod output;
+mod plot;
 mod query;
 mod resync;
 mod run;

@@ -1,5 +1,6 @@
 //! `highwater query`, `entities` and `sql`: the history, for people, spreadsheets and programs.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use arrow::array::RecordBatch;
@@ -10,6 +11,7 @@ use futures::stream;
 use serde::Serialize;
 
 use super::output::print_rows;
+use super::plot::Picture;
 use super::time::time;
 use super::{OutputFormat, print};
 use crate::config::Config;
@@ -53,6 +55,11 @@ pub(super) struct QueryFlags {
     /// Also read the rows from Postgres that are not archived yet: the answer is complete up to now
     #[arg(long)]
     fresh: bool,
+
+    /// Draw the answer: in the terminal, or into a file that ends in .svg
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    #[expect(clippy::option_option, reason = "not given, given alone, given with a file")]
+    plot: Option<Option<PathBuf>>,
 
     /// Only this metric (or feature); may be repeated
     #[arg(long, visible_alias = "feature", value_name = "NAME")]
@@ -100,24 +107,8 @@ pub(super) async fn query(config: &Config, flags: &QueryFlags, format: OutputFor
     if flags.fresh {
         archive = archive.with_database(config.clone());
     }
-    if format == OutputFormat::Json {
-        return match flags.kind {
-            QueryKind::Custom => {
-                let found = archive.binned_custom(&query).await?;
-                known(&archive, flags, &query, found.metrics.is_empty()).await?;
-                print_json(&found)
-            }
-            QueryKind::Psi => {
-                let found = archive.binned_psi(&query).await?;
-                known(&archive, flags, &query, found.is_empty()).await?;
-                print_json(&found)
-            }
-            QueryKind::Spc => {
-                let found = archive.binned_spc(&query).await?;
-                known(&archive, flags, &query, found.features.is_empty()).await?;
-                print_json(&found)
-            }
-        };
+    if format == OutputFormat::Json || flags.plot.is_some() {
+        return collect(&archive, &query, flags).await;
     }
     let frame = match flags.kind {
         QueryKind::Custom => archive.custom_frame(&query).await?,
@@ -130,6 +121,37 @@ pub(super) async fn query(config: &Config, flags: &QueryFlags, format: OutputFor
     let is_empty = batches.iter().all(|batch: &RecordBatch| batch.num_rows() == 0);
     known(&archive, flags, &query, is_empty).await?;
     print_rows(&schema, stream::iter(batches.into_iter().map(Ok)), format).await
+}
+
+/// Prints the answer as a document, or draws it.
+async fn collect(archive: &Archive, query: &BinnedQuery, flags: &QueryFlags) -> Result<()> {
+    let file = flags.plot.as_ref().map(Option::as_deref);
+    match flags.kind {
+        QueryKind::Custom => {
+            let found = archive.binned_custom(query).await?;
+            known(archive, flags, query, found.metrics.is_empty()).await?;
+            match file {
+                Some(file) => Picture::custom(query, found)?.draw(file),
+                None => print_json(&found),
+            }
+        }
+        QueryKind::Psi => {
+            let found = archive.binned_psi(query).await?;
+            known(archive, flags, query, found.is_empty()).await?;
+            match file {
+                Some(file) => Picture::psi(query, found)?.draw(file),
+                None => print_json(&found),
+            }
+        }
+        QueryKind::Spc => {
+            let found = archive.binned_spc(query).await?;
+            known(archive, flags, query, found.features.is_empty()).await?;
+            match file {
+                Some(file) => Picture::spc(query, found)?.draw(file),
+                None => print_json(&found),
+            }
+        }
+    }
 }
 
 /// An empty answer must not hide a mistyped name.

@@ -44,8 +44,8 @@ pub struct BinnedMetricStats {
     pub upper_bound: f64,
 }
 
-/// Columns `created_at`, `metric`, `avg`, `lower_bound`, `upper_bound`, sorted by metric and time.
-pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
+/// The rows of [`frame`], in any order.
+pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
     let keys = vec![query.bin().alias("bin"), series(Kind::Custom).alias("metric")];
     let spread = coalesce(vec![col("spread"), lit(0.0)]);
     rows.filter(col("value").is_not_null())?
@@ -56,13 +56,17 @@ pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFra
             col("avg"),
             (col("avg") - spread.clone()).alias("lower_bound"),
             (col("avg") + spread).alias("upper_bound"),
-        ])?
-        .sort(vec![col("metric").sort(true, false), col("created_at").sort(true, false)])
+        ])
 }
 
-/// Collects what [`frame`] describes.
+/// Columns `created_at`, `metric`, `avg`, `lower_bound`, `upper_bound`, sorted by metric and time.
+pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
+    bins(rows, query)?.sort(["metric", "created_at"].map(|name| col(name).sort(true, false)).to_vec())
+}
+
+/// Collects what [`bins`] describes.
 pub(super) async fn collect(frame: DataFrame) -> Result<BinnedMetrics> {
-    let mut found = BinnedMetrics::default();
+    let mut found: BTreeMap<String, Vec<(DateTime<Utc>, BinnedMetricStats)>> = BTreeMap::new();
     each_batch(frame, "reading custom metrics", |batch| {
         let columns = Columns::of(batch);
         let (times, names) = (columns.times("created_at")?, columns.texts("metric")?);
@@ -70,15 +74,16 @@ pub(super) async fn collect(frame: DataFrame) -> Result<BinnedMetrics> {
             (columns.doubles("avg")?, columns.doubles("lower_bound")?, columns.doubles("upper_bound")?);
         let stats = avg.iter().zip(lower).zip(upper);
         for ((time, name), ((avg, lower_bound), upper_bound)) in times.zip(names).zip(stats) {
-            let name = name.unwrap_or_default();
-            let metric = found.metrics.entry(name.to_owned()).or_default();
-            name.clone_into(&mut metric.metric);
-            metric.created_at.push(time);
-            let (avg, lower_bound, upper_bound) = (*avg, *lower_bound, *upper_bound);
-            metric.stats.push(BinnedMetricStats { avg, lower_bound, upper_bound });
+            let stats = BinnedMetricStats { avg: *avg, lower_bound: *lower_bound, upper_bound: *upper_bound };
+            found.entry(name.unwrap_or_default().to_owned()).or_default().push((time, stats));
         }
         Ok(())
     })
     .await?;
-    Ok(found)
+    let metrics = found.into_iter().map(|(name, mut bins)| {
+        bins.sort_unstable_by_key(|(time, _)| *time);
+        let (created_at, stats) = bins.into_iter().unzip();
+        (name.clone(), BinnedMetric { metric: name, created_at, stats })
+    });
+    Ok(BinnedMetrics { metrics: metrics.collect() })
 }

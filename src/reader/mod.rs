@@ -169,7 +169,8 @@ impl Archive {
     ///
     /// [`Error::Storage`], [`Error::Delta`] or [`Error::Encode`] if the archive can't be read.
     pub async fn binned_custom(&self, query: &BinnedQuery) -> Result<BinnedMetrics> {
-        custom::collect(self.custom_frame(query).await?).await
+        let rows = self.rows(Kind::Custom, query).await?;
+        custom::collect(custom::bins(rows, query).map_err(planning(Kind::Custom))?).await
     }
 
     /// The distribution of each feature over its bins, in each bin of time and over the whole range. A bin whose counts add
@@ -189,7 +190,8 @@ impl Archive {
     ///
     /// As [`Archive::binned_custom`].
     pub async fn binned_spc(&self, query: &BinnedQuery) -> Result<SpcFeatures> {
-        spc::collect(self.spc_frame(query).await?).await
+        let rows = self.rows(Kind::Spc, query).await?;
+        spc::collect(spc::bins(rows, query).map_err(planning(Kind::Spc))?).await
     }
 
     /// What [`Archive::binned_custom`] collects, to go on with: columns `created_at`, `metric`, `avg`, `lower_bound`,

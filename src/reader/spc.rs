@@ -30,8 +30,8 @@ pub struct SpcFeature {
     pub values: Vec<f64>,
 }
 
-/// Columns `created_at`, `feature`, `value`, sorted by feature and time.
-pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
+/// The rows of [`frame`], in any order.
+pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
     rows.filter(col("value").is_not_null())?
         .aggregate(
             vec![query.bin().alias("bin"), series(Kind::Spc).alias("name_of_feature")],
@@ -41,23 +41,30 @@ pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFra
             col("bin").alias("created_at"),
             col("name_of_feature").alias("feature"),
             col("mean").alias("value"),
-        ])?
-        .sort(vec![col("feature").sort(true, false), col("created_at").sort(true, false)])
+        ])
 }
 
-/// Collects what [`frame`] describes.
+/// Columns `created_at`, `feature`, `value`, sorted by feature and time.
+pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
+    bins(rows, query)?.sort(["feature", "created_at"].map(|name| col(name).sort(true, false)).to_vec())
+}
+
+/// Collects what [`bins`] describes.
 pub(super) async fn collect(frame: DataFrame) -> Result<SpcFeatures> {
-    let mut found = SpcFeatures::default();
+    let mut found: BTreeMap<String, Vec<(DateTime<Utc>, f64)>> = BTreeMap::new();
     each_batch(frame, "reading process control values", |batch| {
         let columns = Columns::of(batch);
         let (times, names) = (columns.times("created_at")?, columns.texts("feature")?);
         for ((time, name), value) in times.zip(names).zip(columns.doubles("value")?) {
-            let feature = found.features.entry(name.unwrap_or_default().to_owned()).or_default();
-            feature.created_at.push(time);
-            feature.values.push(*value);
+            found.entry(name.unwrap_or_default().to_owned()).or_default().push((time, *value));
         }
         Ok(())
     })
     .await?;
-    Ok(found)
+    let features = found.into_iter().map(|(name, mut bins)| {
+        bins.sort_unstable_by_key(|(time, _)| *time);
+        let (created_at, values) = bins.into_iter().unzip();
+        (name, SpcFeature { created_at, values })
+    });
+    Ok(SpcFeatures { features: features.collect() })
 }

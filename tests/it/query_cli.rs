@@ -40,6 +40,7 @@ async fn the_history_is_printed_in_every_format() {
     stage.assert_archived(DEADLINE).await;
     json_is_what_scouter_s_clients_read(&stage);
     tables_csv_and_arrow_have_the_same_rows(&stage);
+    plots_are_drawn(&stage);
     entities_and_sql(&stage);
     mistakes_are_named(&stage);
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
@@ -81,6 +82,19 @@ fn tables_csv_and_arrow_have_the_same_rows(stage: &Stage) {
     let arrow = stage.launch().output(&query("custom", &["--bin", "30m", "--format", "arrow"]));
     let read = arrow::ipc::reader::StreamReader::try_new(&arrow.stdout[..], None).unwrap();
     assert_eq!(read.map(|batch| batch.unwrap().num_rows()).sum::<usize>(), 4);
+}
+
+fn plots_are_drawn(stage: &Stage) {
+    let (code, drawn, errors) = said(stage, &query("custom", &["--bin", "1h", "--plot"]));
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(drawn.contains("shop ranking 2.1.0, bins of 1h") && drawn.contains("accuracy"), "{drawn}");
+    let file = stage.folder().join("psi.svg");
+    let (code, out, errors) = said(stage, &query("psi", &["--bin", "1h", "--plot", file.to_str().unwrap()]));
+    assert_eq!((code, out.as_str()), (Some(0), ""), "{errors}");
+    let svg = std::fs::read_to_string(file).unwrap();
+    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && svg.contains("bin 1"), "{svg}");
+    let (code, _, errors) = said(stage, &query("spc", &["--plot", "spc.bmp"]));
+    assert!(code == Some(1) && errors.contains("a file that ends in .svg"), "{errors}");
 }
 
 fn entities_and_sql(stage: &Stage) {
