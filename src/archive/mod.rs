@@ -24,7 +24,7 @@ mod upload;
 mod view;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::error::Error as StdError;
 

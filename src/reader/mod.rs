@@ -19,6 +19,8 @@ mod psi;
 mod query;
 pub mod scouter;
 mod spc;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::path::Path;
@@ -117,16 +119,23 @@ impl Archive {
         if settings.storage_type == StorageType::Local && !Path::new(settings.storage_root()).is_dir() {
             return Err(none());
         }
-        let storage = Storage::open(settings)?;
+        match Self::over(Storage::open(settings)?, &settings.storage_uri).await? {
+            Some(archive) => Ok(archive),
+            None => Err(none()),
+        }
+    }
+
+    /// The archive in a storage; `None` if there is none.
+    async fn over(storage: Storage, uri: &str) -> Result<Option<Self>> {
         let views = try_join_all(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
         if views.iter().all(|view| view.version().is_none()) {
-            return Err(none());
+            return Ok(None);
         }
         let runtime = archive::runtime(&storage).map_err(Error::query("preparing to read"))?;
         let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
-        let uri = settings.storage_uri.clone();
         let refreshing = tokio::sync::Mutex::new(());
-        Ok(Self { shared: Arc::new(Shared { uri, storage, runtime, tables, refreshing }), database: None })
+        let shared = Shared { uri: uri.to_owned(), storage, runtime, tables, refreshing };
+        Ok(Some(Self { shared: Arc::new(shared), database: None }))
     }
 
     /// The same archive, whose binned queries also have the rows that are committed in the database and not archived yet:
