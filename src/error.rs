@@ -113,6 +113,12 @@ pub enum Error {
         /// The cause.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// A question to the archive can't be answered as it was put.
+    #[error("{detail}")]
+    Query {
+        /// What is wrong with it, and what is accepted.
+        detail: String,
+    },
     /// Something that must hold did not; always a defect of Highwater, never of its input.
     #[error("internal error: {0}")]
     Internal(String),
@@ -137,6 +143,7 @@ impl Error {
         let stop = |advice| Policy::Stop { advice };
         match self {
             Self::Setting { .. } => stop("correct the setting"),
+            Self::Query { .. } => stop("correct the query"),
             Self::Io { source, .. } => io_policy(source),
             Self::Server { code, .. } => server_policy(code),
             Self::Sql { source, .. } => match source.code() {

@@ -72,6 +72,7 @@
 //! | `gap`, `backfill` | rows that the stream did not bring |
 //! | [`verify`], `retention` | the archive compared with Postgres; by itself before rows are purged |
 //! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
+//! | [`reader`] | the history: binned queries, SQL |
 //! | [`check`] | the preflight |
 //! | [`cli`] | the command line |
 
@@ -94,6 +95,7 @@ pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;
 pub mod purge;
+pub mod reader;
 pub mod record;
 mod recover;
 mod retention;
@@ -109,6 +111,7 @@ pub mod watermark;
 pub use config::Config;
 pub use error::{Error, Policy, Result};
 pub use lsn::Lsn;
+pub use reader::Archive;
 pub use sidecar::Archiver;
 
 /// The README's examples compile.

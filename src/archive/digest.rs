@@ -54,13 +54,18 @@ impl Multiset {
                 }
                 digests(kind, batch, |row, digest| {
                     if is_within.get(row).copied().unwrap_or_default() {
-                        *self.counts.entry(digest).or_default() += 1;
+                        self.add(digest);
                     }
                 })
             })
             .await?;
         }
         Ok(())
+    }
+
+    /// Takes in a row.
+    pub fn add(&mut self, digest: u128) {
+        *self.counts.entry(digest).or_default() += 1;
     }
 
     /// Whether a row of this digest is in it; then it is used up, once.

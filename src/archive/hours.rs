@@ -15,7 +15,7 @@ use datafusion::logical_expr::{
 use futures::TryStreamExt;
 
 use super::digest::digests;
-use super::scan::{Scan, session};
+use super::scan::{Scan, runtime, session};
 use super::stats::{time_column, times};
 use super::{Storage, TableFile};
 use crate::record::{Kind, MICROS_PER_HOUR};
@@ -58,8 +58,8 @@ pub async fn hour_sums(
         return Ok(HourSums::new());
     }
     let failed = || Error::query(format!("adding up the rows of {}", storage.table_url(kind)));
-    let session = session();
-    let scan = Scan::new(&session, storage, kind, files.iter().copied()).map_err(failed())?;
+    let session = session(runtime(storage).map_err(failed())?);
+    let scan = Scan::new(kind, files.iter().copied()).map_err(failed())?;
     let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
     let columns: Vec<Expr> = kind.columns().iter().map(|column| col(column.name)).collect();
     let created_at = || col(time_column(kind));

@@ -21,9 +21,10 @@ mod storage;
 mod synced;
 mod table;
 mod upload;
+mod view;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::error::Error as StdError;
 
@@ -37,11 +38,13 @@ pub use hours::{HourSums, RowSum, hour_sums, sums_of};
 pub use log::TableFile;
 pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};
+pub(crate) use scan::{Scan, runtime, session};
 pub use snapshot::Snapshot;
 pub use stats::FileStats;
 pub use storage::Storage;
 pub use table::{CommitNote, Table, Totals};
 pub use upload::{DataFile, upload};
+pub use view::View;
 
 use crate::Error;
 use crate::record::Kind;

@@ -52,6 +52,10 @@ pub(super) async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()
     // table around it.
     let mut objects = store.list(None);
     while let Some(object) = objects.try_next().await.map_err(failed())? {
+        if object.location.prefix_matches(&Path::from("_delta_log")) {
+            // Somebody else has made the table meanwhile.
+            return Ok(());
+        }
         if ObjectName::parse(object.location.as_ref()).is_none() {
             return Err(Error::Setting {
                 setting: "storage".to_owned(),

@@ -1,86 +1,189 @@
 use std::sync::Arc;
 
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+use arrow::array::{ArrayRef, BooleanArray, StringArray, TimestampMicrosecondArray};
+use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use chrono::DateTime;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::DFSchema;
+use datafusion::common::pruning::PruningStatistics;
+use datafusion::common::{Column, DFSchema, ScalarValue};
 use datafusion::datasource::file_format::FileFormat;
 use datafusion::datasource::file_format::parquet::ParquetFormat;
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::object_store::ObjectStoreUrl;
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::logical_expr::utils::conjunction;
 use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableType};
+use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_optimizer::pruning::PruningPredicateBuilder;
 use datafusion::physical_plan::ExecutionPlan;
+use datafusion::physical_plan::empty::EmptyExec;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use object_store::ObjectMeta;
+use object_store::limit::LimitStore;
 use object_store::path::Path;
+use serde_json::Value;
+use url::Url;
 
+use super::stats::{ENTITY_COLUMNS, time_column};
 use super::{Storage, TableFile};
-use crate::record::{ColumnType, Kind};
+use crate::record::Kind;
 
-/// Bytes of a file's end that are fetched first; they hold the footer of most files.
+/// Bytes of a file's end that are fetched first; they hold the footer and the page index of most files.
 const FOOTER_BYTES: usize = 64 * 1024;
 
-/// Some files of a table, as one version of its log has them, to be queried by DataFusion.
-#[derive(Debug)]
-pub(super) struct Scan {
-    schema: SchemaRef,
-    url: ObjectStoreUrl,
-    files: Vec<PartitionedFile>,
+/// Requests to storage at the same time, of all queries together: enough to hide its latency, few enough for its limits.
+const REQUESTS_MAX: usize = 64;
+
+/// Parts that a query is run in. More than there are cores, because a part waits for storage most of its time.
+const PARTS: usize = 16;
+
+/// Memory for what the queries of a reader sort and group; what doesn't fit goes to disk, or ends the query.
+const MEMORY_BYTES_MAX: usize = 1 << 30;
+
+/// Memory that each part of a sort sets aside, whether it needs it or not, to merge what it sends to disk. DataFusion's 10 MB
+/// would let no more than six queries sort at a time.
+const SORT_RESERVATION_BYTES: usize = 64 << 10;
+
+/// Memory for the footers of files that were read.
+const METADATA_BYTES_MAX: usize = 256 << 20;
+
+/// The store of the archive, as sessions know it.
+const STORE_URL: &str = "highwater://archive";
+
+/// What the sessions of a reader share: the store, with a limit to requests, and the footers that were read.
+pub(crate) fn runtime(storage: &Storage) -> Result<Arc<RuntimeEnv>> {
+    let runtime = RuntimeEnvBuilder::new()
+        .with_metadata_cache_limit(METADATA_BYTES_MAX)
+        .with_memory_limit(MEMORY_BYTES_MAX, 1.0)
+        .build_arc()?;
+    let url = Url::parse(STORE_URL).map_err(|error| DataFusionError::External(Box::new(error)))?;
+    // One store for all tables: footers are cached by path.
+    runtime.register_object_store(&url, Arc::new(LimitStore::new(storage.store(), REQUESTS_MAX)));
+    Ok(runtime)
 }
 
 /// A session that reads the tables of an archive.
-pub(super) fn session() -> SessionContext {
-    let mut config = SessionConfig::new();
+pub(crate) fn session(runtime: Arc<RuntimeEnv>) -> SessionContext {
+    let mut config = SessionConfig::new().with_target_partitions(PARTS);
     let options = config.options_mut();
     // A file that is split is opened once for each part.
     options.optimizer.repartition_file_scans = false;
     options.execution.parquet.schema_force_view_types = false;
-    SessionContext::new_with_config(config)
+    options.execution.sort_spill_reservation_bytes = SORT_RESERVATION_BYTES;
+    options.execution.time_zone = Some("UTC".to_owned());
+    SessionContext::new_with_config_rt(config, runtime)
+}
+
+/// Some files of a table, as one version of its log has them, to be queried by DataFusion.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    schema: SchemaRef,
+    url: ObjectStoreUrl,
+    files: Vec<PartitionedFile>,
+    bounds: Bounds,
 }
 
 impl Scan {
-    /// These files of a kind's table. Registers the table's store with the session.
-    pub(super) fn new<'a>(
-        session: &SessionContext,
-        storage: &Storage,
-        kind: Kind,
-        files: impl IntoIterator<Item = &'a TableFile>,
-    ) -> Result<Self> {
-        let url = ObjectStoreUrl::parse(format!("highwater://{}", kind.name()))?;
-        session.register_object_store(url.as_ref(), storage.table_store(kind));
-        Ok(Self { schema: schema(kind), url, files: files.into_iter().map(partitioned).collect() })
+    /// These files of a kind's table, of the archive that the session's runtime was made for.
+    pub(crate) fn new<'a>(kind: Kind, files: impl IntoIterator<Item = &'a TableFile>) -> Result<Self> {
+        let files: Vec<&TableFile> = files.into_iter().collect();
+        Ok(Self {
+            schema: kind.schema(),
+            url: ObjectStoreUrl::parse(STORE_URL)?,
+            bounds: Bounds::new(kind, &files),
+            files: files.iter().map(|file| partitioned(kind, file)).collect::<Result<_>>()?,
+        })
+    }
+
+    /// The files that may hold rows for which the condition is true, as far as the log's statistics say.
+    fn prune(&self, condition: &Arc<dyn PhysicalExpr>) -> Result<Vec<PartitionedFile>> {
+        let builder = PruningPredicateBuilder::new().with_file_schema(Arc::clone(&self.schema));
+        let Some(pruning) = builder.build(Arc::clone(condition)) else { return Ok(self.files.clone()) };
+        let may_match = pruning.prune(&self.bounds)?;
+        Ok(self.files.iter().zip(may_match).filter(|(_, keep)| *keep).map(|(file, _)| file.clone()).collect())
     }
 }
 
-/// A kind's columns as queries see them.
-fn schema(kind: Kind) -> SchemaRef {
-    let field = |name: &str, column_type, nullable| {
-        let data_type = match column_type {
-            ColumnType::Timestamp => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
-            ColumnType::String => DataType::Utf8,
-            ColumnType::Double => DataType::Float64,
-            ColumnType::Int => DataType::Int32,
-        };
-        Field::new(name, data_type, nullable)
-    };
-    let columns = kind.columns().iter();
-    let fields: Vec<Field> =
-        columns.map(|column| field(column.name, column.column_type, column.nullable)).collect();
-    Arc::new(Schema::new(fields))
-}
-
-fn partitioned(file: &TableFile) -> PartitionedFile {
-    PartitionedFile::from(ObjectMeta {
-        location: Path::from(file.path.as_str()),
+fn partitioned(kind: Kind, file: &TableFile) -> Result<PartitionedFile> {
+    let location = Path::parse(format!("{}/{}", kind.name(), file.path))
+        .map_err(|error| DataFusionError::External(Box::new(error)))?;
+    Ok(PartitionedFile::from(ObjectMeta {
+        location,
         last_modified: DateTime::from_timestamp_millis(file.modified_millis).unwrap_or_default(),
         size: file.size,
         e_tag: None,
         version: None,
-    })
+    }))
+}
+
+/// Smallest and largest values of the time and entity columns, per file; null where the log does not say.
+#[derive(Debug)]
+struct Bounds {
+    file_count: usize,
+    columns: Vec<(&'static str, ArrayRef, ArrayRef)>,
+}
+
+impl Bounds {
+    fn new(kind: Kind, files: &[&TableFile]) -> Self {
+        // Other writers cut the fractions of a millisecond off, also of the largest time.
+        let latest = |file: &TableFile| Some(file.max_time? + if file.name.is_some() { 0 } else { 999 });
+        let times = |of: &dyn Fn(&TableFile) -> Option<i64>| {
+            let times: TimestampMicrosecondArray = files.iter().map(|file| of(file)).collect();
+            Arc::new(times.with_timezone("UTC")) as ArrayRef
+        };
+        let mut columns = vec![(time_column(kind), times(&|file| file.min_time), times(&latest))];
+        let stats =
+            files.iter().map(|file| file.stats.as_deref().and_then(|text| serde_json::from_str(text).ok()));
+        let stats: Vec<Value> = stats.map(Option::unwrap_or_default).collect();
+        let texts = |bound: &str, column: &str| {
+            let pointer = format!("/{bound}/{column}");
+            let texts = stats.iter().map(|stats| stats.pointer(&pointer).and_then(Value::as_str));
+            Arc::new(texts.collect::<StringArray>()) as ArrayRef
+        };
+        if kind != Kind::Quarantine {
+            columns.extend(
+                ENTITY_COLUMNS.map(|name| (name, texts("minValues", name), texts("maxValues", name))),
+            );
+        }
+        Self { file_count: files.len(), columns }
+    }
+
+    fn of(&self, column: &Column) -> Option<&(&'static str, ArrayRef, ArrayRef)> {
+        self.columns.iter().find(|(name, ..)| *name == column.name)
+    }
+}
+
+impl PruningStatistics for Bounds {
+    fn min_values(&self, column: &Column) -> Option<ArrayRef> {
+        self.of(column).map(|(_, low, _)| Arc::clone(low))
+    }
+
+    fn max_values(&self, column: &Column) -> Option<ArrayRef> {
+        self.of(column).map(|(.., high)| Arc::clone(high))
+    }
+
+    fn num_containers(&self) -> usize {
+        self.file_count
+    }
+
+    fn null_counts(&self, _column: &Column) -> Option<ArrayRef> {
+        None
+    }
+
+    fn row_counts(&self) -> Option<ArrayRef> {
+        None
+    }
+
+    fn contained(
+        &self,
+        _column: &Column,
+        _values: &std::collections::HashSet<ScalarValue>,
+    ) -> Option<BooleanArray> {
+        None
+    }
 }
 
 #[async_trait]
@@ -93,7 +196,7 @@ impl TableProvider for Scan {
         TableType::Base
     }
 
-    /// They prune row groups and pages, no more.
+    /// They prune files, row groups and pages, no more.
     fn supports_filters_pushdown(&self, filters: &[&Expr]) -> Result<Vec<TableProviderFilterPushDown>> {
         Ok(vec![TableProviderFilterPushDown::Inexact; filters.len()])
     }
@@ -106,11 +209,19 @@ impl TableProvider for Scan {
         limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
         let mut source = ParquetSource::new(Arc::clone(&self.schema));
+        let mut files = None;
         if let Some(filter) = conjunction(filters.to_vec()) {
             let schema = DFSchema::try_from(Arc::clone(&self.schema))?;
-            source = source.with_predicate(state.create_physical_expr(filter, &schema)?);
+            let condition = state.create_physical_expr(filter, &schema)?;
+            files = Some(self.prune(&condition)?);
+            source = source.with_predicate(condition);
         }
-        let groups = FileGroup::new(self.files.clone()).split_files(state.config().target_partitions());
+        let files = files.unwrap_or_else(|| self.files.clone());
+        if files.is_empty() {
+            let schema = datafusion::common::project_schema(&self.schema, projection)?;
+            return Ok(Arc::new(EmptyExec::new(schema)));
+        }
+        let groups = FileGroup::new(files).split_files(state.config().target_partitions());
         let scan = FileScanConfigBuilder::new(self.url.clone(), Arc::new(source))
             .with_file_groups(groups)
             .with_projection_indices(projection.cloned())?
@@ -123,12 +234,86 @@ impl TableProvider for Scan {
 
 impl crate::Error {
     /// Wraps a failure of a query; what storage caused is a storage failure, worth a retry.
-    pub(super) fn query(context: impl Into<String>) -> impl FnOnce(DataFusionError) -> Self {
+    pub(crate) fn query(context: impl Into<String>) -> impl FnOnce(DataFusionError) -> Self {
         let context = context.into();
         move |error| match error {
             DataFusionError::ObjectStore(source) => Self::Storage { context, source: *source },
             DataFusionError::ParquetError(source) => super::parquet_error(context)(*source),
             error => Self::Encode { context, source: Box::new(error) },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use datafusion::logical_expr::{col, lit};
+    use datafusion::physical_plan::displayable;
+
+    use super::*;
+    use crate::config::ObjectStorageSettings;
+
+    /// A file of the archive, or of another writer, by its bounds.
+    fn file(path: &str, times: [&str; 2], names: [&str; 2]) -> TableFile {
+        let bounds =
+            |time, name| serde_json::json!({"created_at": time, "space": "s", "name": name, "version": "1"});
+        let [first, last] = times;
+        let [low, high] = names;
+        let stats = serde_json::json!({"numRecords": 1, "minValues": bounds(first, low), "maxValues": bounds(last, high)});
+        TableFile::new(Kind::Psi, path.to_owned(), 1, 0, Some(stats.to_string()))
+    }
+
+    const OURS: &str = "2026/11/22/13-0000000000000001-00000000-0000.parquet";
+
+    /// The files that a query opens.
+    async fn opened(condition: Expr) -> Vec<&'static str> {
+        let morning = ["2026-11-22T06:00:00.000Z", "2026-11-22T07:00:00.000Z"];
+        let noon = ["2026-11-22T12:00:00.000Z", "2026-11-22T13:00:00.000Z"];
+        let files = [
+            file("a-morning.parquet", morning, ["a", "a"]),
+            file("b-morning.parquet", morning, ["b", "b"]),
+            file("all-noon.parquet", noon, ["a", "z"]),
+            file(OURS, noon, ["y", "y"]),
+            TableFile::new(Kind::Psi, "unknown.parquet".to_owned(), 1, 0, None),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let settings = ObjectStorageSettings::new(folder.path().to_str().unwrap(), "").unwrap();
+        let session = session(runtime(&Storage::open(&settings).unwrap()).unwrap());
+        let rows = session.read_table(Arc::new(Scan::new(Kind::Psi, &files).unwrap())).unwrap();
+        let plan = rows.filter(condition).unwrap().create_physical_plan().await.unwrap();
+        let plan = displayable(plan.as_ref()).indent(true).to_string();
+        let names = ["a-morning", "b-morning", "all-noon", OURS, "unknown"];
+        names.into_iter().filter(|name| plan.contains(name)).collect()
+    }
+
+    fn time(text: &str) -> Expr {
+        let micros = text.parse::<DateTime<chrono::Utc>>().unwrap().timestamp_micros();
+        lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())))
+    }
+
+    #[tokio::test]
+    async fn files_of_other_entities_and_times_are_not_opened() {
+        let is = |name: &str| col("name").eq(lit(name));
+        assert_eq!(opened(is("a")).await, ["a-morning", "all-noon", "unknown"]);
+        assert_eq!(opened(is("y")).await, ["all-noon", OURS, "unknown"]);
+        assert_eq!(opened(col("space").eq(lit("other"))).await, ["unknown"]);
+        let after = |text| col("created_at").gt_eq(time(text));
+        assert_eq!(opened(after("2026-11-22T07:30:00Z")).await, ["all-noon", OURS, "unknown"]);
+        assert_eq!(opened(is("a").and(after("2026-11-22T07:30:00Z"))).await, ["all-noon", "unknown"]);
+        let before = |text| col("created_at").lt(time(text));
+        assert_eq!(opened(before("2026-11-22T06:00:00Z")).await, ["unknown"]);
+        assert_eq!(
+            opened(before("2026-11-22T06:00:00.000001Z")).await,
+            ["a-morning", "b-morning", "unknown"]
+        );
+        assert_eq!(opened(col("bin_id").eq(lit(1))).await.len(), 5, "of which the log says nothing");
+    }
+
+    /// Ours are rounded up; the times of others may be cut to milliseconds.
+    #[tokio::test]
+    async fn the_last_millisecond_of_another_writer_counts() {
+        let after = |text| col("created_at").gt_eq(time(text));
+        assert_eq!(opened(after("2026-11-22T13:00:00.000999Z")).await, ["all-noon", "unknown"]);
+        assert_eq!(opened(after("2026-11-22T13:00:00.001Z")).await, ["unknown"]);
+        assert_eq!(opened(after("2026-11-22T13:00:00Z")).await, ["all-noon", OURS, "unknown"]);
     }
 }

@@ -2,10 +2,14 @@
 
 mod check;
 mod flags;
+mod output;
+mod plot;
 mod purge;
+mod query;
 mod resync;
 mod run;
 mod setup;
+mod time;
 mod verify;
 mod watermarks;
 
@@ -22,6 +26,7 @@ use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
 use flags::SettingFlags;
 use purge::PurgeFlags;
+use query::{QueryFlags, SqlFlags};
 use resync::ResyncFlags;
 use setup::SetupFlags;
 use verify::VerifyFlags;
@@ -47,9 +52,9 @@ struct Cli {
     #[arg(long)]
     watermarks: bool,
 
-    /// How --watermarks, check, verify and purge print
+    /// How reports and answers are printed; csv and arrow are for query, entities and sql
     #[arg(long, global = true, value_enum, default_value_t)]
-    format: Format,
+    format: OutputFormat,
 
     /// Level (off, error, warn, info, debug, trace), or a filter such as
     /// warn,highwater::stream=trace [env: HIGHWATER_LOG or RUST_LOG] [default: info]
@@ -77,6 +82,10 @@ Examples:
 
   highwater verify --table psi_drift --from 2026-11-01
 
+  highwater entities
+  highwater query custom --space shop --name ranking --version 2.1.0 --from -30d --bin 6h
+  highwater sql 'select metric, count(*) from custom group by metric' --format csv
+
 Exit code of check: 0 all is well, 1 warnings, 2 errors.
 Exit code of verify: 0 equal, 1 different or not compared, 2 failed.
 Exit code of purge: 0 all that is past retention is gone (or can be), 1 something is blocked, 2 failed.";
@@ -97,6 +106,12 @@ enum Command {
     Purge(PurgeFlags),
     /// Have the sidecar compare every row of a table with the archive, and add what is missing
     Resync(ResyncFlags),
+    /// Read the history of a model, in bins of time
+    Query(QueryFlags),
+    /// List the models of the archive, with their times and rows
+    Entities,
+    /// Ask the archive in SQL (DataFusion's dialect)
+    Sql(SqlFlags),
 }
 
 /// How a report is printed.
@@ -107,6 +122,35 @@ enum Format {
     Table,
     /// One JSON document, for machines
     Json,
+}
+
+/// How anything is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum OutputFormat {
+    /// Aligned columns, for people
+    #[default]
+    Table,
+    /// Comma-separated values, with a head
+    Csv,
+    /// One JSON document, for machines
+    Json,
+    /// An Arrow IPC stream
+    Arrow,
+}
+
+impl OutputFormat {
+    /// The format of a report, which has columns or a document.
+    fn of_report(self) -> Result<Format> {
+        match self {
+            Self::Table => Ok(Format::Table),
+            Self::Json => Ok(Format::Json),
+            Self::Csv | Self::Arrow => Err(Error::Setting {
+                setting: "--format".to_owned(),
+                value: format!("{self:?}").to_lowercase(),
+                accepted: "table or json for this command".to_owned(),
+            }),
+        }
+    }
 }
 
 /// Runs the command line; the whole of `main`. Prints errors, with what to do about them, to stderr.
@@ -149,14 +193,21 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
     runtime.block_on(async {
         match &cli.command {
             _ if cli.watermarks => {
-                watermarks::watermarks(&config, cli.format).await.map(|()| ExitCode::SUCCESS)
+                watermarks::watermarks(&config, cli.format.of_report()?).await.map(|()| ExitCode::SUCCESS)
             }
             None | Some(Command::Run) => run::run(&config).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Setup(flags)) => setup::setup(&config, flags).await,
-            Some(Command::Purge(flags)) => purge::purge(&config, flags, cli.format).await,
-            Some(Command::Check) => check::check(&config, cli.format).await,
+            Some(Command::Purge(flags)) => purge::purge(&config, flags, cli.format.of_report()?).await,
+            Some(Command::Check) => check::check(&config, cli.format.of_report()?).await,
             Some(Command::Resync(flags)) => resync::resync(&config, flags).await.map(|()| ExitCode::SUCCESS),
-            Some(Command::Verify(flags)) => verify::verify(&config, flags, cli.format).await,
+            Some(Command::Verify(flags)) => verify::verify(&config, flags, cli.format.of_report()?).await,
+            Some(Command::Query(flags)) => {
+                query::query(&config, flags, cli.format).await.map(|()| ExitCode::SUCCESS)
+            }
+            Some(Command::Entities) => query::entities(&config, cli.format).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Sql(flags)) => {
+                query::sql(&config, flags, cli.format).await.map(|()| ExitCode::SUCCESS)
+            }
         }
     })
 }
@@ -233,7 +284,7 @@ mod tests {
     #[test]
     fn flags_may_follow_the_subcommand_and_reach_the_settings() {
         let cli = Cli::try_parse_from(["highwater", "check", "--slot", "other", "--format", "json"]).unwrap();
-        assert!(cli.command == Some(Command::Check) && cli.format == Format::Json);
+        assert!(cli.command == Some(Command::Check) && cli.format == OutputFormat::Json);
         assert_eq!(cli.settings.raw().get(Setting::Slot), Some("other"));
         assert!(
             Cli::try_parse_from(["highwater", "--watermarks", "check"])

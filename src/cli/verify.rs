@@ -50,7 +50,7 @@ pub(super) struct VerifyFlags {
 }
 
 /// A time as people type it: RFC 3339, or a day, which means its start in UTC.
-fn time(text: &str) -> Result<DateTime<Utc>, String> {
+pub(super) fn time(text: &str) -> Result<DateTime<Utc>, String> {
     if let Ok(time) = DateTime::parse_from_rfc3339(text) {
         return Ok(time.to_utc());
     }

@@ -26,6 +26,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 pub use hours::HoursOfDay;
+pub(crate) use raw::edit_distance;
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
 pub use source::{Address, DEFAULT_URI, Endpoint, Password, SourceConfig, SslMode};

@@ -168,7 +168,7 @@ fn is_near(key: &str, known: &str) -> bool {
 }
 
 /// Letters to insert, remove or replace to get from one text to the other (Levenshtein).
-fn edit_distance(from: &str, to: &str) -> usize {
+pub(crate) fn edit_distance(from: &str, to: &str) -> usize {
     let mut row: Vec<usize> = (0..=to.chars().count()).collect();
     for (above, from) in from.chars().enumerate() {
         let mut diagonal = above;

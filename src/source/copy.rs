@@ -69,6 +69,11 @@ impl Source {
         self.columns.iter().find(|column| column.name == name).map(|column| column.type_oid)
     }
 
+    /// Whether it has a column of this name.
+    pub(crate) fn has_column(&self, name: &str) -> bool {
+        self.type_of(name).is_some()
+    }
+
     /// The table as the stream would describe it.
     pub(crate) fn relation(&self, kind: Kind) -> Relation<'_> {
         let (namespace, _) = self.name.split_once('.').unwrap_or_default();

@@ -7,7 +7,7 @@ mod sums;
 mod time;
 
 pub(crate) use copy::{Source, insert};
-pub(crate) use partition::{Fate, Partition, holders, leaves};
-pub(crate) use point::{Point, TemporarySlot};
+pub(crate) use partition::{Fate, Partition, holders, leaves, not_below};
+pub(crate) use point::{Point, SESSION_SETTINGS, TemporarySlot};
 pub(crate) use sums::PartitionSums;
 pub(crate) use time::{Slice, TimeColumn};

@@ -147,6 +147,15 @@ async fn read(
     Ok(leaves)
 }
 
+/// The condition for rows of transactions that are not below the horizon.
+///
+/// The rows' own ids have 32 bits. They are compared with the horizon's lower half as ids are compared, within half of their
+/// range; one that is further away, from before a wrap-around, is looked at without need, and so are the special ids below 3.
+pub(crate) fn not_below(horizon: u64) -> String {
+    let low = horizon & 0xFFFF_FFFF;
+    format!("(xmin::text::bigint < 3 or ((xmin::text::bigint - {low}) & 4294967295) < 2147483648)")
+}
+
 /// What has become of a partition since the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
@@ -193,27 +202,22 @@ impl Partition {
     }
 
     /// The days of the rows that are not below the horizon.
-    ///
-    /// The rows' own ids have 32 bits. They are compared with the horizon's lower half as ids are compared, within half of
-    /// their range; one that is further away, from before a wrap-around, is looked at without need, and so are the
-    /// special ids below 3.
     pub(crate) async fn touched_days(
         &self,
         client: &Client,
         time: &TimeColumn,
         horizon: u64,
     ) -> Result<Days> {
-        let low = i64::try_from(horizon & 0xFFFF_FFFF).unwrap_or_default();
         let query = format!(
-            "select distinct {} from {} where {}
-             and (xmin::text::bigint < 3 or ((xmin::text::bigint - $1::bigint) & 4294967295) < 2147483648)",
+            "select distinct {} from {} where {} and {}",
             time.units(MICROS_PER_DAY),
             self.from,
-            self.filter
+            self.filter,
+            not_below(horizon)
         );
         let failed = || Error::sql(format!("looking for rows of {} that may be missing", self.name));
         let mut days = Days::default();
-        for row in client.query(&query, &[&low]).await.map_err(failed())? {
+        for row in client.query(&query, &[]).await.map_err(failed())? {
             match row.try_get::<_, Option<i64>>(0).map_err(failed())? {
                 Some(day) => days.days.push(day),
                 None => days.has_unfit = true,

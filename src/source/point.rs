@@ -11,9 +11,11 @@ use crate::slot;
 
 /// Nothing may cut a copy short, and no row may be hidden from it: a policy that would is an error instead. A copy shows
 /// numbers and times as the stream does.
-const SESSION_SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0;
+pub(crate) const SESSION_SETTINGS: &str =
+    "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0;
                                 set lock_timeout = '10s'; set row_security = off; set datestyle = 'ISO';
-                                set timezone = 'UTC'; set extra_float_digits = 1";
+                                set timezone = 'UTC'; set extra_float_digits = 1;
+                                set standard_conforming_strings = on";
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]

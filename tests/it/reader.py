@@ -1,6 +1,6 @@
-"""Opens archived tables with Python's deltalake and prints each row as the tests write it.
+"""Opens archived tables with another engine and prints each row as the tests write it.
 
-Usage: reader.py FOLDER. One line a row: time in microseconds, texts as JSON, doubles by their bits.
+Usage: reader.py FOLDER [deltalake|polars|duckdb]. One line a row: time in microseconds, texts as JSON, doubles by their bits.
 """
 
 import json
@@ -22,7 +22,23 @@ def cell(value, column_type):
 table = DeltaTable(sys.argv[1])
 protocol = table.protocol()
 assert (protocol.min_reader_version, protocol.min_writer_version) == (1, 2), protocol
-rows = pyarrow.table(table.to_pyarrow_table())
+engine = sys.argv[2] if len(sys.argv) > 2 else "deltalake"
+if engine == "deltalake":
+    rows = pyarrow.table(table.to_pyarrow_table())
+elif engine == "polars":
+    import polars
+
+    rows = polars.scan_delta(sys.argv[1]).collect().to_arrow()
+else:
+    import duckdb
+
+    # Without its delta extension, which is fetched from the network: the files that the log names.
+    session = duckdb.connect()
+    session.execute("set TimeZone = 'UTC'")
+    files = table.file_uris()
+    rows = pyarrow.table({})
+    if files:
+        rows = session.sql("select * from read_parquet(?)", params=[files]).to_arrow_table()
 columns = []
 for field in rows.schema:
     column = rows.column(field.name)

@@ -1,4 +1,4 @@
-//! A reader that shares nothing with us, Python's `deltalake`, opens the tables and sees the same rows.
+//! Readers that share nothing with us, Python's `deltalake`, Polars and DuckDB, open the tables and see the same rows.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,12 +12,15 @@ use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
+const ENGINES: [&str; 3] = ["deltalake", "polars", "duckdb"];
+
 /// The rows as `reader.py` prints them.
-fn read_by_python(table: &Path) -> Vec<String> {
+fn read_by_python(table: &Path, engine: &str) -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = root.join("target/reader/bin/python");
     assert!(python.exists(), "{} is missing: run `scripts/setup reader`", python.display());
-    let output = Command::new(python).arg(root.join("tests/it/reader.py")).arg(table).output().unwrap();
+    let script = root.join("tests/it/reader.py");
+    let output = Command::new(python).arg(script).arg(table).arg(engine).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
 }
@@ -62,11 +65,15 @@ async fn python_sees_the_same_rows() {
     stage.assert_archived(DEADLINE).await;
     for kind in KINDS {
         let source = rendered_by_postgres(&stage, kind).await;
-        let read = read_by_python(&stage.storage().join(kind.folder()));
-        let difference = crate::support::archive::compare_rows(&source, &read);
-        assert!(difference.is_none(), "{}: {difference}", kind.table());
-        assert!(read.iter().collect::<Multiset>().rows() > 1_000);
+        for engine in ENGINES {
+            let read = read_by_python(&stage.storage().join(kind.folder()), engine);
+            let difference = crate::support::archive::compare_rows(&source, &read);
+            assert!(difference.is_none(), "{} by {engine}: {difference}", kind.table());
+            assert!(read.iter().collect::<Multiset>().rows() > 1_000);
+        }
     }
-    // There from the start, though nothing was ever quarantined.
-    assert_eq!(read_by_python(&stage.storage().join("quarantine")), Vec::<String>::new());
+    for engine in ENGINES {
+        // There from the start, though nothing was ever quarantined.
+        assert_eq!(read_by_python(&stage.storage().join("quarantine"), engine), Vec::<String>::new());
+    }
 }

@@ -29,11 +29,12 @@ use crate::record::{Kind, MICROS_PER_DAY, Window, WindowWidth};
 const APP: &str = "highwater/7/slot";
 const NOON: i64 = 1_700_000_000_000_000 / MICROS_PER_DAY * MICROS_PER_DAY + MICROS_PER_DAY / 2;
 
-/// Counts requests, and can answer a put that landed with an error.
+/// Counts requests and the bytes that were read, and can answer a put that landed with an error.
 #[derive(Debug)]
-struct Observed {
+pub(crate) struct Observed {
     inner: Arc<dyn ObjectStore>,
-    requests: AtomicU64,
+    pub(crate) requests: AtomicU64,
+    pub(crate) bytes_read: AtomicU64,
     lose_next_answer: AtomicBool,
 }
 
@@ -44,6 +45,20 @@ impl std::fmt::Display for Observed {
 }
 
 impl Observed {
+    /// The archive's folder on disk, observed.
+    pub(crate) fn folder(folder: &std::path::Path) -> (Arc<Self>, Storage) {
+        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::open(folder).unwrap());
+        let observed = Arc::new(Self {
+            inner,
+            requests: AtomicU64::new(0),
+            bytes_read: AtomicU64::new(0),
+            lose_next_answer: AtomicBool::new(false),
+        });
+        let url = format!("file://{}/", folder.display());
+        let storage = Storage::from_store(Arc::clone(&observed) as Arc<dyn ObjectStore>, &url).unwrap();
+        (observed, storage)
+    }
+
     fn count(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
@@ -73,7 +88,9 @@ impl ObjectStore for Observed {
     }
     async fn get_opts(&self, at: &Path, how: GetOptions) -> object_store::Result<GetResult> {
         self.count();
-        self.inner.get_opts(at, how).await
+        let result = self.inner.get_opts(at, how).await?;
+        self.bytes_read.fetch_add(result.range.end - result.range.start, Ordering::Relaxed);
+        Ok(result)
     }
     fn delete_stream(
         &self,
@@ -112,12 +129,8 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::open(folder.path()).unwrap());
-        let (requests, lose_next_answer) = (AtomicU64::new(0), AtomicBool::new(false));
-        let observed = Arc::new(Observed { inner, requests, lose_next_answer });
-        let url = format!("file://{}/", folder.path().display());
-        let root = Arc::clone(&observed) as Arc<dyn ObjectStore>;
-        Self { storage: Storage::from_store(root, &url).unwrap(), folder, observed, namer: Namer::new() }
+        let (observed, storage) = Observed::folder(folder.path());
+        Self { storage, folder, observed, namer: Namer::new() }
     }
 
     async fn claim(&self, session: &str) -> Table {

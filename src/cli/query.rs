@@ -1,0 +1,198 @@
+//! `highwater query`, `entities` and `sql`: the history, for people, spreadsheets and programs.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use arrow::array::RecordBatch;
+use chrono::{DateTime, Utc};
+use clap::{Args, ValueEnum};
+use datafusion::dataframe::DataFrame;
+use futures::stream;
+use serde::Serialize;
+
+use super::output::print_rows;
+use super::plot::Picture;
+use super::time::time;
+use super::{OutputFormat, print};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::reader::{Archive, BinWidth, BinnedQuery};
+use crate::record::{Entity, Kind};
+
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct QueryFlags {
+    /// What to read
+    kind: QueryKind,
+
+    /// Space of the model
+    #[arg(long)]
+    space: String,
+
+    /// Name of the model
+    #[arg(long)]
+    name: String,
+
+    /// Version of the model
+    #[arg(long)]
+    version: String,
+
+    /// Only rows from this time on: RFC 3339, a date, or -30d for 30 days ago
+    #[arg(long, value_name = "TIME", value_parser = time, allow_hyphen_values = true)]
+    from: DateTime<Utc>,
+
+    /// Only rows before this time [default: now]
+    #[arg(long, value_name = "TIME", value_parser = time, allow_hyphen_values = true)]
+    to: Option<DateTime<Utc>>,
+
+    /// Length of the bins, such as 30s, 15m, 1h or 7d; they are aligned to 1970-01-01T00:00:00Z
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "points")]
+    bin: Option<Duration>,
+
+    /// Choose the shortest round length of which there are at most so many bins
+    #[arg(long, default_value_t = 500)]
+    points: u32,
+
+    /// Also read the rows from Postgres that are not archived yet: the answer is complete up to now
+    #[arg(long)]
+    fresh: bool,
+
+    /// Draw the answer: in the terminal, or into a file that ends in .svg
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    #[expect(clippy::option_option, reason = "not given, given alone, given with a file")]
+    plot: Option<Option<PathBuf>>,
+
+    /// Only this metric (or feature); may be repeated
+    #[arg(long, visible_alias = "feature", value_name = "NAME")]
+    metric: Vec<String>,
+}
+
+/// The kinds that have binned queries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum QueryKind {
+    /// Mean of each metric, with a standard deviation to both sides
+    Custom,
+    /// Proportions of each feature's bins
+    Psi,
+    /// Mean of each feature
+    Spc,
+}
+
+impl QueryKind {
+    const fn kind(self) -> Kind {
+        match self {
+            Self::Custom => Kind::Custom,
+            Self::Psi => Kind::Psi,
+            Self::Spc => Kind::Spc,
+        }
+    }
+}
+
+impl QueryFlags {
+    fn query(&self) -> Result<BinnedQuery> {
+        let entity =
+            Entity { space: self.space.clone(), name: self.name.clone(), version: self.version.clone() };
+        let (start, end) = (self.from, self.to.unwrap_or_else(Utc::now));
+        let query = match self.bin {
+            Some(width) => BinnedQuery::new(entity, start, end, BinWidth::new(width)?),
+            None => BinnedQuery::with_points(entity, start, end, self.points),
+        };
+        Ok(query?.of_series(self.metric.clone()))
+    }
+}
+
+/// Prints a binned query's answer.
+pub(super) async fn query(config: &Config, flags: &QueryFlags, format: OutputFormat) -> Result<()> {
+    let query = flags.query()?;
+    let mut archive = Archive::open(&config.storage).await?;
+    if flags.fresh {
+        archive = archive.with_database(config.clone());
+    }
+    if format == OutputFormat::Json || flags.plot.is_some() {
+        return collect(&archive, &query, flags).await;
+    }
+    let frame = match flags.kind {
+        QueryKind::Custom => archive.custom_frame(&query).await?,
+        QueryKind::Psi => archive.psi_frame(&query).await?,
+        QueryKind::Spc => archive.spc_frame(&query).await?,
+    };
+    let schema = frame.schema().inner().clone();
+    // Before anything is printed it must be known whether there is anything.
+    let batches = frame.collect().await.map_err(Error::query("running the query"))?;
+    let is_empty = batches.iter().all(|batch: &RecordBatch| batch.num_rows() == 0);
+    known(&archive, flags, &query, is_empty).await?;
+    print_rows(&schema, stream::iter(batches.into_iter().map(Ok)), format).await
+}
+
+/// Prints the answer as a document, or draws it.
+async fn collect(archive: &Archive, query: &BinnedQuery, flags: &QueryFlags) -> Result<()> {
+    let file = flags.plot.as_ref().map(Option::as_deref);
+    match flags.kind {
+        QueryKind::Custom => {
+            let found = archive.binned_custom(query).await?;
+            known(archive, flags, query, found.metrics.is_empty()).await?;
+            match file {
+                Some(file) => Picture::custom(query, found)?.draw(file),
+                None => print_json(&found),
+            }
+        }
+        QueryKind::Psi => {
+            let found = archive.binned_psi(query).await?;
+            known(archive, flags, query, found.is_empty()).await?;
+            match file {
+                Some(file) => Picture::psi(query, found)?.draw(file),
+                None => print_json(&found),
+            }
+        }
+        QueryKind::Spc => {
+            let found = archive.binned_spc(query).await?;
+            known(archive, flags, query, found.features.is_empty()).await?;
+            match file {
+                Some(file) => Picture::spc(query, found)?.draw(file),
+                None => print_json(&found),
+            }
+        }
+    }
+}
+
+/// An empty answer must not hide a mistyped name.
+async fn known(archive: &Archive, flags: &QueryFlags, query: &BinnedQuery, is_empty: bool) -> Result<()> {
+    if is_empty { archive.check_entity(flags.kind.kind(), query.entity()).await } else { Ok(()) }
+}
+
+fn print_json(found: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(found);
+    print(&text.map_err(|error| Error::Internal(format!("an answer has no JSON form ({error})")))?)
+}
+
+/// Prints which entities the archive has, with their times and rows.
+pub(super) async fn entities(config: &Config, format: OutputFormat) -> Result<()> {
+    let of_kind = |kind: Kind| {
+        format!(
+            "select '{0}' as kind, space, name, version, min(created_at) as first, max(created_at) as last, \
+             count(*) as rows from {0} group by space, name, version",
+            kind.name()
+        )
+    };
+    let query =
+        format!("{} order by kind, space, name, version", Kind::DRIFT.map(of_kind).join(" union all "));
+    let archive = Archive::open(&config.storage).await?;
+    print_frame(archive.sql(&query).await?, format).await
+}
+
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct SqlFlags {
+    /// A query over the tables custom, psi, spc and quarantine
+    #[arg(value_name = "QUERY")]
+    query: String,
+}
+
+/// Prints what a query in SQL answers.
+pub(super) async fn sql(config: &Config, flags: &SqlFlags, format: OutputFormat) -> Result<()> {
+    let archive = Archive::open(&config.storage).await?;
+    print_frame(archive.sql(&flags.query).await?, format).await
+}
+
+async fn print_frame(frame: DataFrame, format: OutputFormat) -> Result<()> {
+    let batches = frame.execute_stream().await.map_err(Error::query("running the query"))?;
+    print_rows(&batches.schema(), batches, format).await
+}

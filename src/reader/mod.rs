@@ -1,0 +1,357 @@
+//! The history: binned queries over the archive, and SQL for anything else.
+//!
+//! ```text
+//! Archive::open          the newest version of each table's log: its files, and their bounds of time and entity
+//! a query                files by these bounds, then row groups and pages by theirs; 16 parts at a time
+//! Archive::refresh       one request a table where nothing has changed; queries that are running keep their version
+//! ```
+//!
+//! A version never changes, and files that were merged away stay for a day. So every row is in the answer once, whatever is
+//! written or merged meanwhile. Only `fresh` knows Postgres, from which it takes the rows that are not archived yet.
+
+mod bin;
+mod columns;
+mod custom;
+mod entities;
+mod fresh;
+mod load;
+mod psi;
+mod query;
+pub mod scouter;
+mod spc;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use arrow::array::RecordBatch;
+use datafusion::dataframe::DataFrame;
+use datafusion::error::DataFusionError;
+use datafusion::execution::context::SQLOptions;
+use datafusion::execution::runtime_env::RuntimeEnv;
+use datafusion::logical_expr::Expr;
+use datafusion::prelude::SessionContext;
+use futures::future::try_join_all;
+
+pub use bin::BinWidth;
+pub use custom::{BinnedMetric, BinnedMetricStats, BinnedMetrics};
+pub use entities::EntitySummary;
+pub use psi::FeatureBinProportions;
+pub use query::BinnedQuery;
+pub use spc::{SpcFeature, SpcFeatures};
+
+use crate::archive::{self, Scan, Storage, View};
+use crate::config::{Config, ObjectStorageSettings, StorageType};
+use crate::record::{Entity, Kind};
+use crate::{Error, Result};
+
+/// A snapshot of this age is refreshed by the next query: files that were merged away are deleted a day later.
+const AGE_MAX: Duration = Duration::from_hours(12);
+
+/// An archive that is read: one version of each table at a time, shared by all queries. Cheap to clone; clones share the
+/// version and what was cached. Wants a multi-threaded runtime.
+///
+/// ```no_run
+/// use chrono::{Duration, Utc};
+/// use highwater::Archive;
+/// use highwater::config::ObjectStorageSettings;
+/// use highwater::reader::BinnedQuery;
+/// use highwater::record::Entity;
+///
+/// # async fn example() -> highwater::Result<()> {
+/// let archive = Archive::open(&ObjectStorageSettings::new("s3://bucket/drift", "eu-west-1")?).await?;
+/// let entity = Entity { space: "shop".into(), name: "ranking".into(), version: "2.1.0".into() };
+/// let query = BinnedQuery::with_points(entity, Utc::now() - Duration::days(30), Utc::now(), 500)?;
+/// for (name, metric) in archive.binned_custom(&query).await?.metrics {
+///     println!("{name}: {} bins", metric.created_at.len());
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Archive {
+    shared: Arc<Shared>,
+    /// Where rows that are not archived yet are read from.
+    database: Option<Arc<Config>>,
+}
+
+struct Shared {
+    uri: String,
+    storage: Storage,
+    runtime: Arc<RuntimeEnv>,
+    tables: RwLock<Arc<Tables>>,
+    /// One refresh at a time.
+    refreshing: tokio::sync::Mutex<()>,
+}
+
+/// One version of each table.
+struct Tables {
+    views: Vec<View>,
+    scans: Vec<Arc<Scan>>,
+    session: SessionContext,
+    read_at: Instant,
+}
+
+impl fmt::Debug for Archive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tables = self.current();
+        let versions: Vec<_> = tables.views.iter().map(|view| (view.kind().name(), view.version())).collect();
+        f.debug_struct("Archive").field("uri", &self.shared.uri).field("versions", &versions).finish()
+    }
+}
+
+impl Archive {
+    /// Opens the archive at a storage URI at its newest version. Nothing is written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if there is no archive, [`Error::Storage`] and [`Error::Delta`] if it can't be read.
+    pub async fn open(settings: &ObjectStorageSettings) -> Result<Self> {
+        let none = || Error::Setting {
+            setting: "storage URI".to_owned(),
+            value: settings.storage_uri.clone(),
+            accepted: "the place of an archive: nothing was archived there".to_owned(),
+        };
+        // To open the storage would make the folder.
+        if settings.storage_type == StorageType::Local && !Path::new(settings.storage_root()).is_dir() {
+            return Err(none());
+        }
+        match Self::over(Storage::open(settings)?, &settings.storage_uri).await? {
+            Some(archive) => Ok(archive),
+            None => Err(none()),
+        }
+    }
+
+    /// The archive in a storage; `None` if there is none.
+    async fn over(storage: Storage, uri: &str) -> Result<Option<Self>> {
+        let views = try_join_all(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
+        if views.iter().all(|view| view.version().is_none()) {
+            return Ok(None);
+        }
+        let runtime = archive::runtime(&storage).map_err(Error::query("preparing to read"))?;
+        let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
+        let refreshing = tokio::sync::Mutex::new(());
+        let shared = Shared { uri: uri.to_owned(), storage, runtime, tables, refreshing };
+        Ok(Some(Self { shared: Arc::new(shared), database: None }))
+    }
+
+    /// The same archive, whose binned queries also have the rows that are committed in the database and not archived yet:
+    /// every row that was committed before a query began is in its answer, once, whether `highwater run` is running or not.
+    /// The configuration's database, schema, slot and memory count.
+    ///
+    /// Each query then refreshes the archive, and reads the newest rows from Postgres, which looks through the model's rows of
+    /// the range. The role needs `select` on the drift tables and on the tables of the schema `highwater`. A row that was
+    /// changed in Postgres after it was archived may be in the answer in both forms.
+    #[must_use]
+    pub fn with_database(mut self, config: Config) -> Self {
+        self.database = Some(Arc::new(config));
+        self
+    }
+
+    /// Moves to the newest version; `false` if that is the one it was at. Queries that have begun keep theirs. A server calls
+    /// this as often as its answers must be fresh: where nothing has changed it costs a request a table.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::open`]; the version stays the one that it was.
+    pub async fn refresh(&self) -> Result<bool> {
+        let _one = self.shared.refreshing.lock().await;
+        let before = self.current();
+        let views = try_join_all(before.views.iter().map(View::newer)).await?;
+        let is_same = views.iter().zip(&before.views).all(|(new, old)| new.version() == old.version());
+        let tables = if is_same {
+            let (scans, session) = (before.scans.clone(), before.session.clone());
+            Tables { views, scans, session, read_at: Instant::now() }
+        } else {
+            Tables::new(views, &self.shared.runtime)?
+        };
+        *self.shared.tables.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(tables);
+        Ok(!is_same)
+    }
+
+    /// The mean and the spread of each custom metric in each bin. A bin without values is left out.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Storage`], [`Error::Delta`] or [`Error::Encode`] if the archive can't be read.
+    pub async fn binned_custom(&self, query: &BinnedQuery) -> Result<BinnedMetrics> {
+        let rows = self.rows(Kind::Custom, query).await?;
+        custom::collect(custom::bins(rows, query).map_err(planning(Kind::Custom))?).await
+    }
+
+    /// The distribution of each feature over its bins, in each bin of time and over the whole range. A bin whose counts add
+    /// up to 0 is left out. Sorted by feature.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn binned_psi(&self, query: &BinnedQuery) -> Result<Vec<FeatureBinProportions>> {
+        let rows = self.rows(Kind::Psi, query).await?;
+        psi::collect(psi::counts(rows, query).map_err(planning(Kind::Psi))?).await
+    }
+
+    /// The mean of each feature's values in each bin. A bin without values is left out.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn binned_spc(&self, query: &BinnedQuery) -> Result<SpcFeatures> {
+        let rows = self.rows(Kind::Spc, query).await?;
+        spc::collect(spc::bins(rows, query).map_err(planning(Kind::Spc))?).await
+    }
+
+    /// What [`Archive::binned_custom`] collects, to go on with: columns `created_at`, `metric`, `avg`, `lower_bound`,
+    /// `upper_bound`, sorted by metric and time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn custom_frame(&self, query: &BinnedQuery) -> Result<DataFrame> {
+        let rows = self.rows(Kind::Custom, query).await?;
+        custom::frame(rows, query).map_err(planning(Kind::Custom))
+    }
+
+    /// What [`Archive::binned_psi`] collects, to go on with: columns `created_at`, `feature`, `bin_id`, `bin_count`,
+    /// `proportion`, sorted by feature, time and `bin_id`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn psi_frame(&self, query: &BinnedQuery) -> Result<DataFrame> {
+        let rows = self.rows(Kind::Psi, query).await?;
+        psi::frame(rows, query).map_err(planning(Kind::Psi))
+    }
+
+    /// What [`Archive::binned_spc`] collects, to go on with: columns `created_at`, `feature`, `value`, sorted by feature and
+    /// time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn spc_frame(&self, query: &BinnedQuery) -> Result<DataFrame> {
+        let rows = self.rows(Kind::Spc, query).await?;
+        spc::frame(rows, query).map_err(planning(Kind::Spc))
+    }
+
+    /// A query in SQL over the tables `custom`, `psi`, `spc` and `quarantine`, in DataFusion's dialect. It can't write.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Query`] if it is not a query that the tables can answer; otherwise as [`Archive::binned_custom`].
+    pub async fn sql(&self, query: &str) -> Result<DataFrame> {
+        let tables = self.tables().await?;
+        let only_read =
+            SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+        let refuse = |error: DataFusionError| Error::Query { detail: error.strip_backtrace() };
+        tables.session.sql_with_options(query, only_read).await.map_err(refuse)
+    }
+
+    /// Rows in memory as a frame of the archive's session.
+    fn read_batches(&self, batches: Vec<RecordBatch>) -> Result<DataFrame> {
+        self.current().session.read_batches(batches).map_err(Error::query("building a frame"))
+    }
+
+    /// What a table holds, by entity. Reads the entity and time columns of all its files.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn entities(&self, kind: Kind) -> Result<Vec<EntitySummary>> {
+        let rows = self.table(kind).await?;
+        entities::collect(kind, entities::frame(rows).map_err(planning(kind))?).await
+    }
+
+    /// Tells an entity that the archive has never seen from one without rows in a range.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Query`], with similar names, if the kind's table has no row of the entity; otherwise as
+    /// [`Archive::binned_custom`].
+    pub async fn check_entity(&self, kind: Kind, entity: &Entity) -> Result<()> {
+        let rows = self.table(kind).await?;
+        let any = rows.filter(query::is_of(entity)).and_then(|rows| rows.limit(0, Some(1)));
+        let any =
+            any.map_err(planning(kind))?.collect().await.map_err(Error::query("looking for an entity"))?;
+        if any.iter().any(|batch| batch.num_rows() > 0) {
+            return Ok(());
+        }
+        let near = entities::near(entity, &self.entities(kind).await?);
+        let wanted = entities::shown(&entity.space, &entity.name, &entity.version);
+        let mut detail =
+            format!("the archive has no {} records of {wanted} (space, name, version)", kind.name());
+        if !near.is_empty() {
+            detail.push_str(&format!("; did you mean {}?", near.join(" or ")));
+        }
+        Err(Error::Query { detail })
+    }
+
+    /// The rows of a kind that a query asks for.
+    async fn rows(&self, kind: Kind, query: &BinnedQuery) -> Result<DataFrame> {
+        let wanted = query.condition(kind);
+        let Some(config) = &self.database else { return self.tables().await?.rows(kind, wanted) };
+        // In this order: see `fresh`.
+        let before = fresh::Before::read(config, kind).await?;
+        self.refresh().await?;
+        let tables = self.current();
+        let archived = tables.rows(kind, wanted.clone())?;
+        let Some(before) = before else { return Ok(archived) };
+        before.check_storage(&self.shared.storage).await?;
+        let of_entity = |ranges: &[(i64, i64)]| {
+            let within = ranges.iter().copied().map(query::is_within).reduce(Expr::or);
+            let wanted = query::is_of(query.entity());
+            tables.rows(kind, within.map_or(wanted.clone(), |within| wanted.and(within)))
+        };
+        let fresh = before.fresh(query, of_entity).await?;
+        if fresh.is_empty() {
+            return Ok(archived);
+        }
+        let fresh = tables.session.read_batches(fresh).and_then(|rows| rows.filter(wanted));
+        fresh.and_then(|fresh| archived.union(fresh)).map_err(planning(kind))
+    }
+
+    async fn table(&self, kind: Kind) -> Result<DataFrame> {
+        self.tables().await?.table(kind)
+    }
+
+    async fn tables(&self) -> Result<Arc<Tables>> {
+        if self.current().read_at.elapsed() > AGE_MAX {
+            self.refresh().await?;
+        }
+        Ok(self.current())
+    }
+
+    fn current(&self) -> Arc<Tables> {
+        Arc::clone(&self.shared.tables.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Tables {
+    fn new(views: Vec<View>, runtime: &Arc<RuntimeEnv>) -> Result<Self> {
+        let session = archive::session(Arc::clone(runtime));
+        let mut scans = Vec::new();
+        for view in &views {
+            let kind = view.kind();
+            let scan = Arc::new(Scan::new(kind, view.files()).map_err(planning(kind))?);
+            session.register_table(kind.name(), Arc::clone(&scan) as _).map_err(planning(kind))?;
+            scans.push(scan);
+        }
+        Ok(Self { views, scans, session, read_at: Instant::now() })
+    }
+
+    fn table(&self, kind: Kind) -> Result<DataFrame> {
+        let scan = self.views.iter().position(|view| view.kind() == kind).and_then(|at| self.scans.get(at));
+        let scan = scan.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
+        self.session.read_table(Arc::clone(scan) as _).map_err(planning(kind))
+    }
+
+    fn rows(&self, kind: Kind, condition: Expr) -> Result<DataFrame> {
+        self.table(kind)?.filter(condition).map_err(planning(kind))
+    }
+}
+
+fn planning(kind: Kind) -> impl FnOnce(DataFusionError) -> Error {
+    Error::query(format!("preparing to read {}", kind.name()))
+}
