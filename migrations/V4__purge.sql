@@ -225,6 +225,8 @@ begin
     blocked_by := coalesce(blocked_by, case
         when is_whole and not pg_has_role(class.relowner, 'usage') then format(
             'role %s does not own it and so can''t drop it; its owner is %s', current_user, pg_get_userbyid(class.relowner))
+        when is_whole and class.relispartition and not (select pg_has_role(c.relowner, 'usage') from pg_class c where c.oid = root) then format(
+            'role %s does not own %s and so can''t detach it', current_user, root::regclass)
         when not (has_schema_privilege(class.relnamespace, 'usage') and has_table_privilege(unit, 'select')
                   and (is_whole or has_table_privilege(unit, 'delete'))) then format(
             'role %s may not read it, or delete from it: grant usage on schema %s to %1$I; grant select, delete on %3$s to %1$I',

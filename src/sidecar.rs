@@ -203,6 +203,7 @@ fn committer_ended(result: Result<Result<()>, tokio::task::JoinError>) -> Error 
 async fn open(config: &Config) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
+    sql.run(setup::check_schema).await?;
     let mut connection = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut connection).await?;
     let found = slot::find(&mut sql, &config.slot).await?;

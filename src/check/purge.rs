@@ -226,7 +226,8 @@ impl Run {
     }
 
     fn report_share(&self, own: &[&Finding], report: &mut Report) {
-        let bytes: i64 = own.iter().filter_map(|finding| finding.byte_count).sum();
+        let full = own.iter().filter(|finding| finding.row_count.is_some_and(|rows| rows > 0));
+        let bytes: i64 = full.filter_map(|finding| finding.byte_count).sum();
         if bytes.saturating_mul(100) <= self.byte_count.saturating_mul(SHARE_MAX) {
             return;
         }

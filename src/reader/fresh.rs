@@ -57,7 +57,7 @@ impl<'a> Before<'a> {
         let Some(row) = watermark::read(&client).await?.into_iter().find(is_ours) else { return Ok(None) };
         let mut covered = HashSet::new();
         if let Some(source) = Source::find(&client, &row).await? {
-            let leaves = source::leaves(&client, &row.source_table, source.oid).await?;
+            let leaves = source::holders(&client, &row.source_table, source.oid).await?;
             covered.extend(leaves.iter().filter(|leaf| leaf.is_covered).map(|leaf| leaf.oid));
         }
         Ok(Some(Self { config, kind, client, row, covered }))
@@ -89,7 +89,7 @@ impl<'a> Before<'a> {
         let Some(entity) = self.entity_condition(&source, query).await? else { return Ok(Vec::new()) };
         let (start, end) = query.range();
         let mut rows = Rows::new(self.config, self.kind, &source);
-        for leaf in source::leaves(&self.client, &self.row.source_table, source.oid).await? {
+        for leaf in source::holders(&self.client, &self.row.source_table, source.oid).await? {
             let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
             if low < end && start < high {
                 let condition = self.condition(&source, &leaf, &entity, (start, end));

@@ -11,6 +11,7 @@
 mod retention;
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::config::Config;
 use crate::coverage;
@@ -187,6 +188,30 @@ async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses a schema that an older release has made: its statements would fail one by one.
+///
+/// # Errors
+///
+/// The schema is older, or can't be read.
+pub(crate) async fn check_schema(client: &Client) -> Result<()> {
+    let newest = migrations::migrations::runner().get_migrations().iter().map(|one| one.version()).max();
+    let query = "select coalesce(max(version), 0)::bigint from highwater.migration";
+    let found: i64 = match client.query_one(query, &[]).await {
+        Ok(row) => row.try_get(0).map_err(Error::sql("reading the version of schema highwater"))?,
+        // That there is none is told by what needs it.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(()),
+        Err(error) => return Err(Error::sql("reading the version of schema highwater")(error)),
+    };
+    match newest.map(i64::from) {
+        Some(newest) if found < newest => Err(Error::Setting {
+            setting: "schema highwater".to_owned(),
+            value: format!("version {found}"),
+            accepted: format!("version {newest}: run `highwater setup`, which migrates it"),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Whether the publication exists.

@@ -332,7 +332,7 @@ async fn the_wrong_role_deletes_nothing() {
     other
         .batch_execute(&format!(
             "reset role; alter table scouter.old force row level security; grant create on schema scouter to {role};
-             alter table scouter.old owner to {role}; set role {role}"
+             alter table scouter.psi_drift owner to {role}; alter table scouter.old owner to {role}; set role {role}"
         ))
         .await
         .unwrap();
@@ -353,6 +353,10 @@ async fn the_wrong_role_deletes_nothing() {
     assert!(why.contains("may not read it"), "{why}");
     purge(&other).await;
     assert!(exists(&client, "scouter.older").await);
+    // The owner of all of it, which is no superuser.
+    client.batch_execute(&format!("grant select on scouter.older to {role}")).await.unwrap();
+    purge(&other).await;
+    assert!(!exists(&client, "scouter.older").await, "{:?}", logged(&client, Some("scouter.older")).await);
     client
         .batch_execute(&format!(
             "reassign owned by {role} to postgres; drop owned by {role}; drop role {role}"

@@ -18,13 +18,13 @@ use crate::support::stage::Stage;
 use crate::support::tmpfs::Tmpfs;
 use crate::support::wait::{pause, until};
 
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// How often something is broken. `TEST_PURGE_TURNS` for more.
 const TURNS: u32 = 6;
 
 /// How many partitions come and go.
-const PARTITIONS: usize = 15;
+const PARTITIONS: usize = 10;
 
 /// A task that does one thing over and over until it is told to stop.
 struct Worker {
