@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use super::{Format, print};
+use super::{Format, json, print};
 use crate::check::{Report, Severity};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Widest column of objects, in characters: one long URI must not push every line off the screen.
 const OBJECT_WIDTH_MAX: usize = 40;
@@ -16,8 +16,7 @@ pub(super) async fn check(config: &Config, format: Format) -> Result<ExitCode> {
     let report = crate::check::check(config).await;
     let text = match format {
         Format::Table => table(&report),
-        Format::Json => serde_json::to_string_pretty(&report)
-            .map_err(|error| Error::Internal(format!("the report has no JSON form ({error})")))?,
+        Format::Json => json(&report)?,
     };
     print(&text)?;
     Ok(match report.worst() {

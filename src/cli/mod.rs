@@ -240,6 +240,12 @@ fn print_error(error: &Error) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
+/// The JSON form of a report or an answer.
+fn json(value: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string_pretty(value)
+        .map_err(|error| Error::Internal(format!("what was found has no JSON form ({error})")))
+}
+
 /// Prints a report to stdout. A reader that has gone away (`| head`) is not an error.
 fn print(text: &str) -> Result<()> {
     match writeln!(io::stdout().lock(), "{text}") {

@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::watermarks::bytes;
-use super::{Format, print};
+use super::{Format, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::sql;
@@ -141,9 +141,4 @@ fn tell(entries: &[Entry], told: &mut Vec<i64>, is_end: bool) -> Result<()> {
         })?;
     }
     Ok(())
-}
-
-fn json<T: serde::Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string_pretty(value)
-        .map_err(|error| Error::Internal(format!("the report has no JSON form ({error})")))
 }

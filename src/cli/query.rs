@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::output::print_rows;
 use super::plot::Picture;
 use super::time::time;
-use super::{OutputFormat, print};
+use super::{OutputFormat, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::reader::{Archive, BinWidth, BinnedQuery};
@@ -160,8 +160,7 @@ async fn known(archive: &Archive, flags: &QueryFlags, query: &BinnedQuery, is_em
 }
 
 fn print_json(found: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(found);
-    print(&text.map_err(|error| Error::Internal(format!("an answer has no JSON form ({error})")))?)
+    print(&json(found)?)
 }
 
 /// Prints which entities the archive has, with their times and rows.

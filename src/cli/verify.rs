@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, NaiveDate, Utc};
 use clap::Args;
 
-use super::{Format, print};
+use super::{Format, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::telemetry;
@@ -105,8 +105,7 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
     let report = report?;
     print(&match format {
         Format::Table => text(&report),
-        Format::Json => serde_json::to_string_pretty(&report)
-            .map_err(|error| Error::Internal(format!("the report has no JSON form ({error})")))?,
+        Format::Json => json(&report)?,
     })?;
     Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 
-use super::{Format, print};
+use super::{Format, json, print};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::purge::{self, Summary};
@@ -67,15 +67,7 @@ pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
     let purges = session.run(purge::summaries).await?;
     match format {
         Format::Table => print(table(&watermarks, &purges, &entities, slot.as_ref(), config, end).trim_end()),
-        Format::Json => {
-            let document = document(&watermarks, &purges, &entities, slot.as_ref(), end);
-            let text = serde_json::to_string_pretty(&document);
-            print(
-                &text.map_err(|error| {
-                    Error::Internal(format!("the watermarks have no JSON form ({error})"))
-                })?,
-            )
-        }
+        Format::Json => print(&json(&document(&watermarks, &purges, &entities, slot.as_ref(), end))?),
     }
 }
 
