@@ -7,7 +7,8 @@
 //! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its
 //! rows fill a third of the memory (one is built, one waits, one is being written), when a window of time
 //! ends, and when somebody asks: a shutdown of ours, a server that shuts down and waits for us, or a transaction with a
-//! logical message for us ([`slot::ask_for_checkpoint`](crate::slot::ask_for_checkpoint)).
+//! logical message for us ([`slot::ask_for_checkpoint`](crate::slot::ask_for_checkpoint)). Everybody may send such a
+//! message: one is answered when the committer has room, and those that come meanwhile are answered together.
 //!
 //! # Why a keepalive may move our position
 //!
@@ -73,6 +74,8 @@ pub(crate) struct Builder {
     horizon_waits: bool,
     /// The open transaction asks for a checkpoint.
     asked: bool,
+    /// Where the last transaction that asked for a checkpoint ends, until it is answered.
+    wanted: Option<Lsn>,
     quarantined: u64,
     publication: String,
     /// Tables that are none of ours.
@@ -107,6 +110,7 @@ impl Builder {
             recorded: (start, Instant::now()),
             horizon_waits: false,
             asked: false,
+            wanted: None,
             quarantined: 0,
             publication: config.publication.clone(),
             foreign: HashSet::new(),
@@ -117,7 +121,8 @@ impl Builder {
     ///
     /// 1. a stop;
     /// 2. a checkpoint, or an idle position, that is due;
-    /// 3. the stream.
+    /// 3. a checkpoint that was asked for, if the committer has room for it;
+    /// 4. the stream.
     ///
     /// # Errors
     ///
@@ -129,6 +134,7 @@ impl Builder {
         stop: impl Future<Output = ()>,
     ) -> Result<()> {
         let mut stop = pin!(stop);
+        let work = self.work.clone();
         loop {
             let due = self.due();
             tokio::select! {
@@ -140,6 +146,8 @@ impl Builder {
                     self.fall_due().await?;
                 }
                 // 3.
+                () = has_room(&work), if self.wanted.is_some() && self.open.is_none() => self.answer().await?,
+                // 4.
                 chunk = chunks.recv() => match chunk {
                     Some(chunk) => self.take(&chunk).await?,
                     None => return Ok(()),
@@ -163,7 +171,8 @@ impl Builder {
                 },
             }
         }
-        self.cut().await
+        self.cut().await?;
+        self.answer().await
     }
 
     /// When [`Builder::fall_due`] has something to do.
@@ -249,11 +258,19 @@ impl Builder {
 
     async fn commit(&mut self, commit: Commit) -> Result<()> {
         self.open = None;
-        let asked = std::mem::take(&mut self.asked);
-        if self.batches.is_empty() && !self.in_pieces {
-            // Nothing of it was for us, or all of it is archived.
-            return if asked { self.mark(commit.end_lsn).await } else { Ok(()) };
+        if std::mem::take(&mut self.asked) {
+            self.wanted = Some(commit.end_lsn);
         }
+        // Otherwise nothing of it was for us, or all of it is archived.
+        if !self.batches.is_empty() || self.in_pieces {
+            self.extend(commit).await?;
+        }
+        // On a busy stream the end of a chunk is seldom the end of a transaction.
+        if self.wanted.is_some() && self.work.capacity() > 0 { self.answer().await } else { Ok(()) }
+    }
+
+    /// Takes a transaction that had rows for us into the checkpoint, and ends it if that is due.
+    async fn extend(&mut self, commit: Commit) -> Result<()> {
         let first = self
             .range
             .map_or((commit.commit_lsn, commit.commit_micros), |range| (range.first_lsn, range.first_commit));
@@ -263,11 +280,8 @@ impl Builder {
             first_commit: first.1,
             last_commit: commit.commit_micros,
         });
-        if asked {
-            self.cut().await?;
-            return self.mark(commit.end_lsn).await;
-        }
-        if self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
+        let is_due = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        if is_due || self.in_pieces || self.batches.byte_count() >= self.batch_bytes_max {
             return self.cut().await;
         }
         self.deadline.get_or_insert_with(|| Instant::now() + time_to_cut(self.max_lag, self.window, now()));
@@ -301,8 +315,13 @@ impl Builder {
         Ok(())
     }
 
-    /// Has the position recorded everywhere, as somebody has asked for it. Everything before it must have been handed on.
-    async fn mark(&mut self, lsn: Lsn) -> Result<()> {
+    /// Cuts the checkpoint that was asked for, if one was, and has the position recorded everywhere. Must not be called
+    /// inside a transaction.
+    async fn answer(&mut self) -> Result<()> {
+        let Some(wanted) = self.wanted.take() else { return Ok(()) };
+        self.cut().await?;
+        // A checkpoint may have passed it meanwhile; everything before that was handed on, too.
+        let lsn = wanted.max(self.recorded.0);
         self.hand_on(Work::Mark { lsn }).await?;
         self.recorded = (lsn, Instant::now());
         // The horizon that is read then is published by the next move.
@@ -385,6 +404,11 @@ impl Builder {
 fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Duration {
     let rest = Window::of(now_micros, window).end() - now_micros;
     (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))
+}
+
+/// Waits until the committer can take something, or is gone. The room is not kept.
+async fn has_room(work: &mpsc::Sender<Work>) {
+    drop(work.reserve().await);
 }
 
 fn now() -> i64 {

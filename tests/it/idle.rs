@@ -47,3 +47,32 @@ async fn a_single_row_is_durable_within_the_bound() {
         assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
     }
 }
+
+/// Everybody may ask for a checkpoint, as often as they like: those who wait share one.
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_that_many_ask_for_are_made_once_for_all() {
+    const REQUESTS: usize = 1000;
+    let stage = Stage::shared(Shape::Named).await;
+    let launch = stage.launch();
+    launch.must(&["setup"]);
+    let _sidecar = launch.start();
+    stage.streaming().await;
+    let client = stage.connect().await;
+    let log = stage.storage().join("psi/_delta_log");
+    let entries = || std::fs::read_dir(&log).map_or(0, Iterator::count);
+    let before = entries();
+    let sql = format!(
+        "do $$ begin for n in 1..{REQUESTS} loop
+             perform pg_logical_emit_message(true, 'highwater', 'checkpoint'); commit; end loop; end $$"
+    );
+    client.batch_execute(&sql).await.unwrap();
+    let last = "select pg_logical_emit_message(true, 'highwater', 'checkpoint')::text";
+    let target: String = client.query_one(last, &[]).await.unwrap().get(0);
+    until("the last request is answered", Duration::from_secs(120), async || {
+        let sql = "select bool_and(flushed_lsn >= $1::text::pg_lsn) from highwater.watermark";
+        client.query_one(sql, &[&target]).await.unwrap().get::<_, bool>(0).then_some(())
+    })
+    .await;
+    let made = entries() - before;
+    assert!((1..REQUESTS / 2).contains(&made), "{made} entries for {REQUESTS} requests");
+}
