@@ -18,19 +18,28 @@ pub(crate) async fn notice(sql: &mut Session, slot: &str, publication: &str) -> 
     notice_partitions(sql, slot).await
 }
 
-/// Marks the tables that the publication does not send.
+/// Marks the tables that the publication does not send, or may not have sent all the time.
 ///
 /// # Errors
 ///
 /// A query failed.
 pub(crate) async fn notice_unpublished(sql: &mut Session, slot: &str, publication: &str) -> Result<()> {
-    for table in sql.run(async |client| watermark::mark_unpublished(client, slot, publication).await).await? {
-        tracing::error!(
-            table,
-            publication,
-            "gap: the publication does not send the table's inserts; its purge is blocked. `highwater setup` mends the \
-             publication, then what was missed is added"
-        );
+    for found in sql.run(async |client| watermark::mark_unpublished(client, slot, publication).await).await? {
+        let table = found.source_table;
+        if found.is_published {
+            tracing::warn!(
+                table,
+                publication,
+                "gap: the publication was changed, and may have let rows pass meanwhile; they will be compared with the archive"
+            );
+        } else {
+            tracing::error!(
+                table,
+                publication,
+                "gap: the publication does not send the table's inserts; its purge is blocked. `highwater setup` mends the \
+                 publication, then what was missed is added"
+            );
+        }
     }
     Ok(())
 }

@@ -234,18 +234,46 @@ pub async fn mark_table_gap(
     Ok(marked > 0)
 }
 
-/// Puts the tables into state `gap` whose inserts the publication does not send: it is gone, sends no inserts, lacks the
-/// table or filters its rows. Tables go by their oid. Returns those that were not in it yet.
+/// A table whose rows may have passed the stream, because of its publication.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unpublished {
+    /// The drift table.
+    pub source_table: String,
+    /// The publication sends its inserts now, but was changed since the watermark last moved.
+    pub is_published: bool,
+}
+
+/// Puts the tables into state `gap` whose inserts the publication does not send (it is gone, sends no inserts, lacks the
+/// table or filters its rows), or may not have sent, because it was changed since the last call. Tables go by their oid.
+/// Returns those that were not in it yet.
 ///
 /// # Errors
 ///
 /// The statement failed.
-pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<String>> {
-    let statement = marking(&format!("w.slot_name = $1 and not {PUBLISHED}"));
-    names(client, &statement, &[&slot, &publication], COMPARING).await
+pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) -> Result<Vec<Unpublished>> {
+    let statement = format!(
+        "with looked as (
+             select w.source_table, w.state as before, p.is_published, p.published_as,
+                    not p.is_published or w.published_as is not null as is_gap
+             from highwater.watermark w, lateral (
+                 select {PUBLISHED} as is_published, highwater.published_as($2, w.table_oid) as published_as) p
+             where w.slot_name = $1 and (not p.is_published or w.published_as is distinct from p.published_as)
+             for update of w),
+         noted as (
+             update highwater.watermark w
+             set published_as = l.published_as, updated_at = clock_timestamp(),
+                 state = case when l.is_gap then 'gap' else w.state end,
+                 gap_count = w.gap_count + case when l.is_gap then 1 else 0 end
+             from looked l where w.source_table = l.source_table)
+         select source_table, is_published from looked where is_gap and before <> 'gap'"
+    );
+    let failed = || Error::sql(COMPARING);
+    let rows = client.query(&statement, &[&slot, &publication]).await.map_err(failed())?;
+    let of = |row: &Row| Ok(Unpublished { source_table: row.try_get(0)?, is_published: row.try_get(1)? });
+    rows.iter().map(of).collect::<Result<_, tokio_postgres::Error>>().map_err(failed())
 }
 
-/// The tables of a slot whose inserts the publication does not send, as [`mark_unpublished`] has it.
+/// The tables of a slot whose inserts the publication does not send now.
 ///
 /// # Errors
 ///

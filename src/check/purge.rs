@@ -16,6 +16,12 @@ const LATE: &str = "interval '1 day'";
 /// Share of a table, in per cent, that is past retention and still there.
 const SHARE_MAX: i64 = 20;
 
+/// By how much, in per cent of the table, it may have grown in a week. The oldest partition is always a little late.
+const GROWTH_MAX: i64 = 5;
+
+/// What is compared with the time before it, to see whether that share grows.
+const WEEK: &str = "interval '7 days'";
+
 const CRON: &str = "
     select extversion, coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage'), false)
     from pg_extension where extname = 'pg_cron'";
@@ -155,7 +161,8 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
     let query = format!(
         "select r.source_table, r.purged_at > now() - {LATE}, highwater.ago(r.purged_at), r.retention::text,
                 b.partition_name, b.reason, highwater.ago(b.at),
-                (select coalesce(sum(pg_total_relation_size(t.relid)), 0)::bigint from pg_partition_tree(w.table_oid) t)
+                (select coalesce(sum(pg_total_relation_size(t.relid)), 0)::bigint from pg_partition_tree(w.table_oid) t),
+                s.late, s.week_late, s.week_new
          from highwater.retention r join highwater.watermark w using (source_table)
          left join lateral (
              select l.partition_name, l.reason, l.at from highwater.purge_log l
@@ -163,7 +170,12 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
                and l.last_at >= r.purged_at - interval '1 hour'
                and not exists (select from highwater.purge_log n where n.source_table = l.source_table and n.at > l.last_at
                                  and n.partition_name = l.partition_name and n.action = 'dropped')
-             order by l.at limit 1) b on true
+             order by l.at limit 1) b on true,
+         lateral (
+             select coalesce(sum(size) filter (where range_end <= highwater.cutoff(r.retention)), 0)::bigint as late,
+                    coalesce(sum(size) filter (where range_end <= highwater.cutoff(r.retention) - {WEEK}), 0)::bigint as week_late,
+                    coalesce(sum(size) filter (where range_end > now() - {WEEK}), 0)::bigint as week_new
+             from (select u.range_end, pg_total_relation_size(u.partition_oid) as size from highwater.purge_units(w.table_oid) u) u) s
          where w.slot_name = $1 order by 1"
     );
     let findings = purge::explain(client, None, false).await?;
@@ -187,6 +199,8 @@ struct Run {
     /// The partition (`None` for all of the table) that has been blocked for long, why, and since when.
     blocked: Option<(Option<String>, String, String)>,
     byte_count: i64,
+    /// Bytes of its partitions that are past retention, that were a week ago, and that have begun since, or will.
+    late: (i64, i64, i64),
 }
 
 impl Run {
@@ -201,6 +215,7 @@ impl Run {
             retention: row.try_get(3)?,
             blocked: reason.map(|reason| (partition, reason, since)),
             byte_count: row.try_get(7)?,
+            late: (row.try_get(8)?, row.try_get(9)?, row.try_get(10)?),
         })
     }
 
@@ -225,14 +240,24 @@ impl Run {
         }
     }
 
+    /// The share that is past retention: if it is large, or grows. The partitions that there are tell how large it was a week
+    /// ago, if nothing was dropped since; where something was, it was larger.
     fn report_share(&self, own: &[&Finding], report: &mut Report) {
         let full = own.iter().filter(|finding| finding.row_count.is_some_and(|rows| rows > 0));
         let bytes: i64 = full.filter_map(|finding| finding.byte_count).sum();
-        if bytes.saturating_mul(100) <= self.byte_count.saturating_mul(SHARE_MAX) {
+        let (late, week_late, week_new) = self.late;
+        let share = |part: i64, all: i64| part.saturating_mul(100) / all.max(1);
+        let growth =
+            share(late, self.byte_count) - share(week_late, self.byte_count.saturating_sub(week_new));
+        let is_large = share(bytes, self.byte_count) > SHARE_MAX;
+        if bytes == 0 || (!is_large && growth <= GROWTH_MAX) {
             return;
         }
         let (part, all) = (human_bytes(bytes), human_bytes(self.byte_count));
-        let message = format!("{part} of {all} are partitions past their retention of {}", self.retention);
+        let grown =
+            if growth > 0 { format!(", {growth} % more of it than a week ago") } else { String::new() };
+        let message =
+            format!("{part} of {all} are partitions past their retention of {}{grown}", self.retention);
         let remedy = "`highwater purge --dry-run` tells what is blocked, `highwater purge` deletes the rest";
         report.warning("purge-share", &self.table, message, remedy);
     }

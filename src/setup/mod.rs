@@ -314,7 +314,8 @@ async fn alter_publication(
     if is_right.is_none() {
         // A publication that sent no inserts has let rows pass; the running sidecar sees that by itself.
         if fed.is_some() {
-            for table in watermark::mark_unpublished(client, &config.slot, &config.publication).await? {
+            for found in watermark::mark_unpublished(client, &config.slot, &config.publication).await? {
+                let table = found.source_table;
                 report
                     .done
                     .push(format!("marked a gap in {table}: the publication did not send its inserts"));

@@ -85,6 +85,7 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     let report = check(&config).await;
     assert_eq!(seen(&report), [], "{report:#?}");
 
+    let day = |ago| (chrono::Utc::now() - chrono::Duration::days(ago)).date_naive();
     for (break_it, expected, mend_it) in [
         ("alter role archiver noreplication", vec![("role", Error)], "alter role archiver replication"),
         (
@@ -194,6 +195,19 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
              analyze scouter.old; alter table scouter.old owner to archiver",
             vec![("purge-share", Warning), ("purge", Warning)],
             "drop table scouter.old",
+        ),
+        // Small beside the rest, but a week ago it was not there.
+        (
+            &format!(
+                "create table scouter.late partition of scouter.psi_drift for values from ('{0}') to ('{1}');
+                 create table scouter.rest partition of scouter.psi_drift for values from ('{2}') to ('{3}');
+                 insert into scouter.late select '{0}', n, 'f', 1, 1, false from generate_series(1, 20000) n;
+                 insert into scouter.rest select '{2}', n, 'f', 1, 1, false from generate_series(1, 180000) n;
+                 analyze scouter.late; alter table scouter.late owner to archiver; alter table scouter.rest owner to archiver",
+                day(63), day(62), day(40), day(39)
+            ),
+            vec![("purge-share", Warning), ("purge", Warning)],
+            "drop table scouter.late, scouter.rest",
         ),
         (
             "alter table scouter.psi_drift detach partition scouter.psi_drift_default",
