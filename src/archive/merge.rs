@@ -1,4 +1,4 @@
-//! Small files of a window into large ones.
+//! Small files into large ones: those of a window that has ended, windows into days, days into months.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
@@ -18,10 +18,11 @@ use parquet::arrow::async_reader::{ParquetRecordBatchStream, ParquetRecordBatchS
 
 use super::encode::{Packer, Step, writer_options};
 use super::log::TableFile;
+use super::name::{ObjectName, Span};
 use super::object_reader::ObjectReader;
 use super::stats::StatsBuilder;
 use super::{DataFile, Namer, Storage, Table, encode_error, parquet_error};
-use crate::record::{Kind, MICROS_PER_DAY, WindowWidth};
+use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR, WindowWidth};
 use crate::{Error, Lsn, Result, failpoint};
 
 /// A merge ends a file past this size, at the next entity.
@@ -36,12 +37,18 @@ const SMALL_FILES_MAX: usize = 16;
 /// Each input holds a row group in memory while it is merged.
 const INPUTS_MAX: usize = 64;
 
-/// Files of one window to be made into fewer.
+/// Bytes of all inputs: a merge is done in minutes, and one that is cut off has not done much in vain.
+const INPUT_BYTES_MAX: u64 = 2 << 30;
+
+/// How long after its end a day, or a month, waits for late rows.
+const LATE: [(Span, i64); 2] = [(Span::Month, MICROS_PER_DAY), (Span::Day, MICROS_PER_HOUR)];
+
+/// Files of one window, day or month to be made into fewer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MergePlan {
     /// The table's kind.
     pub kind: Kind,
-    /// The window, as its files' names have it.
+    /// The window, day or month, as the outputs' names will have it.
     pub window: String,
     /// The files, at most 64.
     pub inputs: Vec<TableFile>,
@@ -59,32 +66,55 @@ pub struct Merged {
 }
 
 impl Table {
-    /// Windows that are worth a merge: ended, with two or more small files (below half of 128 MiB), and
-    /// either no new file for `quiet`, or 16 small files. `width` is the length of windows within a day.
+    /// What is worth a merge: windows, days and months that have ended, with two or more files that are small (below half of
+    /// 128 MiB) or of shorter spans, and either no new file for `quiet`, or 16 small files. A file goes into the longest span
+    /// that has ended. `width` is the length of windows within a day.
     #[must_use]
     pub fn merge_candidates(&self, now_micros: i64, quiet: Duration, width: WindowWidth) -> Vec<MergePlan> {
-        let mut windows: BTreeMap<&str, Vec<&TableFile>> = BTreeMap::new();
+        let mut targets: BTreeMap<String, Vec<(&TableFile, &ObjectName)>> = BTreeMap::new();
         for file in self.files() {
-            let Some(name) = &file.name else { continue };
-            let length = if name.is_day { MICROS_PER_DAY } else { width.micros() };
-            let ended = name.window_start.saturating_add(length) < now_micros;
-            if ended && file.size < SMALL_BYTES && file.row_count.is_some() {
-                windows.entry(&name.window).or_default().push(file);
+            let Some(name) = file.name.as_ref().filter(|_| file.row_count.is_some()) else { continue };
+            let Some((target, span)) = merge_target(name, now_micros, width) else { continue };
+            if file.size < SMALL_BYTES || name.span < span {
+                targets.entry(target).or_default().push((file, name));
             }
         }
         let quiet_since =
             now_micros.saturating_sub(i64::try_from(quiet.as_micros()).unwrap_or(i64::MAX)) / 1000;
-        windows.retain(|_, files| {
-            let youngest = files.iter().map(|file| file.modified_millis).max().unwrap_or(i64::MAX);
-            files.len() >= 2 && (youngest < quiet_since || files.len() >= SMALL_FILES_MAX)
+        targets.retain(|_, files| {
+            let youngest = files.iter().map(|(file, _)| file.modified_millis).max().unwrap_or(i64::MAX);
+            let small = files.iter().filter(|(file, _)| file.size < SMALL_BYTES).count();
+            files.len() >= 2 && (youngest < quiet_since || small >= SMALL_FILES_MAX)
         });
-        let plan = |(window, files): (&str, Vec<&TableFile>)| MergePlan {
-            kind: self.kind(),
-            window: window.to_owned(),
-            inputs: files.into_iter().take(INPUTS_MAX).cloned().collect(),
+        let plan = |(window, mut files): (String, Vec<(&TableFile, &ObjectName)>)| {
+            files.sort_by_key(|(file, name)| (name.window_start, &file.path));
+            let mut bytes = 0;
+            let fits = |(index, (file, _)): &(usize, (&TableFile, _))| {
+                bytes += file.size;
+                *index < 2 || (*index < INPUTS_MAX && bytes <= INPUT_BYTES_MAX)
+            };
+            let inputs = files.into_iter().enumerate().take_while(fits).map(|(_, (file, _))| file.clone());
+            MergePlan { kind: self.kind(), window, inputs: inputs.collect() }
         };
-        windows.into_iter().map(plan).collect()
+        targets.into_iter().map(plan).collect()
     }
+}
+
+/// The longest span that has ended around a file's window, by name; `None` if the window itself has not.
+fn merge_target(name: &ObjectName, now_micros: i64, width: WindowWidth) -> Option<(String, Span)> {
+    for (span, late) in LATE {
+        let around = name.around(span);
+        if let Some((target, _)) = around.filter(|(_, end)| end.saturating_add(late) < now_micros) {
+            return Some((target, span));
+        }
+    }
+    let length = match name.span {
+        Span::Window => width.micros(),
+        Span::Day => MICROS_PER_DAY,
+        Span::Month => return None,
+    };
+    let has_ended = name.window_start.saturating_add(length) < now_micros;
+    has_ended.then(|| (name.window.clone(), name.span))
 }
 
 /// First and longest pause before a window whose merge failed is tried again.

@@ -1,9 +1,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chrono::NaiveDate;
+use chrono::{Months, NaiveDate};
 
 use crate::Lsn;
-use crate::record::Window;
+use crate::record::{MICROS_PER_DAY, Window};
 
 /// Hands out object names that no other session hands out.
 #[derive(Debug)]
@@ -42,16 +42,27 @@ impl Default for Namer {
     }
 }
 
+/// What a file holds the rows of; each is merged into the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Span {
+    /// A window within a day.
+    Window,
+    /// A UTC day.
+    Day,
+    /// A calendar month, UTC.
+    Month,
+}
+
 /// What the name of a file of ours says:
 /// `2026/11/22/13-000000010A0B0C0D-5f3a9c01-0007.parquet`, that is window, LSN, writer, sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectName {
-    /// The window as [`Window`] displays it, `2026/11/22/13`.
+    /// The window as [`Window`] displays it, `2026/11/22/13`; or the month, `2026/11`.
     pub window: String,
     /// First microsecond of the window.
     pub window_start: i64,
-    /// Whether the window is a whole UTC day.
-    pub is_day: bool,
+    /// How long it is.
+    pub span: Span,
     /// Position up to which the file's rows were read.
     pub lsn: Lsn,
     /// The session that wrote it.
@@ -72,37 +83,66 @@ impl ObjectName {
         {
             return None;
         }
-        let (window_start, is_day) = window_start(window)?;
+        let (window_start, span) = window_start(window)?;
         Some(Self {
             window: window.to_owned(),
             window_start,
-            is_day,
+            span,
             lsn: Lsn(u64::from_str_radix(lsn, 16).ok()?),
             writer: u32::from_str_radix(writer, 16).ok()?,
         })
     }
 }
 
-/// Start of a window (microseconds since the epoch) from its displayed form, and whether it is a day.
-fn window_start(window: &str) -> Option<(i64, bool)> {
+impl ObjectName {
+    /// The day, or the month, that the file's window is in: its name, and the first microsecond after it. `None` for a month
+    /// that is none.
+    pub(super) fn around(&self, span: Span) -> Option<(String, i64)> {
+        let (date, _) =
+            self.window.rsplit_once('/').filter(|_| self.span == Span::Window).unwrap_or((&self.window, ""));
+        match span {
+            Span::Month => {
+                let month = if self.span == Span::Month { date } else { date.rsplit_once('/')?.0 };
+                let (start, _) = window_start(month)?;
+                let end =
+                    chrono::DateTime::from_timestamp_micros(start)?.checked_add_months(Months::new(1))?;
+                Some((month.to_owned(), end.timestamp_micros()))
+            }
+            Span::Day if self.span < Span::Month => {
+                let (start, _) = window_start(date)?;
+                Some((date.to_owned(), start.checked_add(MICROS_PER_DAY)?))
+            }
+            Span::Day | Span::Window => None,
+        }
+    }
+}
+
+/// Start of a window (microseconds since the epoch) from its displayed form, and how long it is.
+fn window_start(window: &str) -> Option<(i64, Span)> {
     let number = |digits: &str, length: usize| {
         let plain = digits.len() == length && digits.bytes().all(|byte| byte.is_ascii_digit());
         plain.then(|| digits.parse::<u32>().ok()).flatten()
     };
     let mut parts = window.split('/');
     let year = i32::try_from(number(parts.next()?, 4)?).ok()?;
-    let (month, day) = (number(parts.next()?, 2)?, number(parts.next()?, 2)?);
-    let clock = parts.next();
+    let month = number(parts.next()?, 2)?;
+    let (day, clock) = (parts.next(), parts.next());
     if parts.next().is_some() {
         return None;
     }
+    let span = match (day, clock) {
+        (None, _) => Span::Month,
+        (_, None) => Span::Day,
+        _ => Span::Window,
+    };
+    let day = day.map_or(Some(1), |digits| number(digits, 2))?;
     let (hour, minute) = match clock {
         None => (0, 0),
         Some(digits) if digits.len() == 2 => (number(digits, 2)?, 0),
         Some(digits) => (number(digits.get(..2)?, 2)?, number(digits.get(2..)?, 2)?),
     };
     let start = NaiveDate::from_ymd_opt(year, month, day)?.and_hms_opt(hour, minute, 0)?;
-    Some((start.and_utc().timestamp_micros(), clock.is_none()))
+    Some((start.and_utc().timestamp_micros(), span))
 }
 
 #[cfg(test)]
@@ -121,11 +161,29 @@ mod tests {
                 let name = namer.name(window, Lsn(0x1_0A0B_0C0D));
                 let parsed = ObjectName::parse(&name).unwrap();
                 assert_eq!(parsed.window, window.to_string());
-                assert_eq!((parsed.window_start, parsed.is_day), (window.start(), window.is_day()));
+                let span = if window.is_day() { Span::Day } else { Span::Window };
+                assert_eq!((parsed.window_start, parsed.span), (window.start(), span));
                 assert_eq!(parsed.lsn, Lsn(0x1_0A0B_0C0D));
                 assert!(namer.is_ours(&parsed));
             }
         }
+    }
+
+    #[test]
+    fn a_window_is_in_a_day_and_a_day_in_a_month() {
+        let parsed = |window: &str| ObjectName::parse(&Namer::new().name_in(window, Lsn(1))).unwrap();
+        let micros = |time: &str| time.parse::<chrono::DateTime<chrono::Utc>>().unwrap().timestamp_micros();
+        let day = Some(("2024/02/29".to_owned(), micros("2024-03-01T00:00:00Z")));
+        let month = Some(("2024/02".to_owned(), micros("2024-03-01T00:00:00Z")));
+        for window in ["2024/02/29/2315", "2024/02/29/23", "2024/02/29"] {
+            assert_eq!(parsed(window).around(Span::Day), day, "{window}");
+            assert_eq!(parsed(window).around(Span::Month), month, "{window}");
+        }
+        let whole = parsed("2024/02");
+        assert_eq!((whole.span, whole.window_start), (Span::Month, micros("2024-02-01T00:00:00Z")));
+        assert_eq!((whole.around(Span::Day), whole.around(Span::Month)), (None, month));
+        let last = parsed("9999/12/31").around(Span::Month).unwrap();
+        assert_eq!(last.0, "9999/12");
     }
 
     #[test]

@@ -24,7 +24,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use super::*;
 use crate::Lsn;
-use crate::record::{Kind, MICROS_PER_DAY, Window, WindowWidth};
+use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR, Window, WindowWidth};
 
 const APP: &str = "highwater/7/slot";
 const NOON: i64 = 1_700_000_000_000_000 / MICROS_PER_DAY * MICROS_PER_DAY + MICROS_PER_DAY / 2;

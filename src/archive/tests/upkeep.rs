@@ -104,6 +104,77 @@ async fn a_merge_keeps_every_row_and_changes_none() {
     assert_eq!((table.totals().row_count, table.totals().file_count), (before.row_count + 10, 1));
 }
 
+/// Windows become a day once that has ended, and days a month; each time with all rows, in one entry of the log.
+#[tokio::test(flavor = "multi_thread")]
+async fn windows_become_days_and_days_months() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    // In the future: files are as old as they are.
+    let midnight =
+        "2099-11-14T00:00:00Z".parse::<chrono::DateTime<chrono::Utc>>().unwrap().timestamp_micros();
+    let mut lsn = 200;
+    for (day, hour) in [(0, 3), (0, 4), (0, 23), (1, 0), (1, 1)] {
+        let time = midnight + day * MICROS_PER_DAY + hour * MICROS_PER_HOUR;
+        for name in ["a", "b"] {
+            lsn += 1;
+            let file = encode(Kind::Psi, [psi(&[(time, name, 1), (time + 1, name, 2)])]).unwrap().unwrap();
+            let path = place.namer.name(Window::of(time, WindowWidth::HOUR), Lsn(lsn));
+            let file = upload(&place.storage, Kind::Psi, path, file).await.unwrap();
+            table.commit(&[file], Lsn(lsn), &note()).await.unwrap();
+        }
+    }
+    let windows = |table: &Table| {
+        let mut names: Vec<String> = table.files().map(|file| file.name.clone().unwrap().window).collect();
+        names.sort();
+        names
+    };
+    let december = midnight + 40 * MICROS_PER_DAY;
+    // Half an hour into the second day: the first has ended, but late rows may come; then two hours later; then in December.
+    let steps = [
+        (
+            midnight + MICROS_PER_DAY + MICROS_PER_HOUR / 2,
+            vec![
+                "2099/11/14/03",
+                "2099/11/14/04",
+                "2099/11/14/23",
+                "2099/11/15/00",
+                "2099/11/15/00",
+                "2099/11/15/01",
+                "2099/11/15/01",
+            ],
+        ),
+        (
+            midnight + MICROS_PER_DAY + 5 * MICROS_PER_HOUR,
+            vec!["2099/11/14", "2099/11/15/00", "2099/11/15/01"],
+        ),
+        (midnight + 2 * MICROS_PER_DAY + 2 * MICROS_PER_HOUR, vec!["2099/11/14", "2099/11/15"]),
+        (december, vec!["2099/11"]),
+    ];
+    for (now, expected) in steps {
+        while let Some(plan) = table.merge_candidates(now, Duration::ZERO, WindowWidth::HOUR).pop() {
+            let merged = merge(&place.storage, &place.namer, &plan).await.unwrap();
+            assert!(table.commit_merge(&merged).await.unwrap());
+        }
+        assert_eq!(windows(&table), expected);
+        assert_eq!((table.totals().row_count, table.lsn()), (20, Lsn(lsn)));
+    }
+    // A late row waits for company, and joins the month.
+    for late in 1..=2 {
+        table
+            .commit(&[place.file(psi(&[(midnight, "c", late)]), lsn + 1).await], Lsn(lsn + 1), &note())
+            .await
+            .unwrap();
+        lsn += 1;
+        let plan = table.merge_candidates(december, Duration::ZERO, WindowWidth::HOUR).pop().unwrap();
+        assert_eq!((plan.window.as_str(), plan.inputs.len()), ("2099/11", 2));
+        let merged = merge(&place.storage, &place.namer, &plan).await.unwrap();
+        assert!(table.commit_merge(&merged).await.unwrap());
+        assert_eq!(windows(&table), ["2099/11"]);
+    }
+    drop(table);
+    assert_eq!(place.claim("two").await.totals().row_count, 22);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn vacuum_spares_what_may_still_be_needed() {
     let place = Place::new();
@@ -164,10 +235,10 @@ async fn one_unreadable_file_does_not_stop_other_merges() {
     let place = Place::new();
     let mut table = place.claim("one").await;
     let mut broken = String::new();
-    for day in [0, 1] {
+    for month in [0, 1] {
         for lsn in 200..202 {
-            let file = place.file(psi(&[(NOON + day * MICROS_PER_DAY, "a", 1)]), lsn).await;
-            if day == 0 {
+            let file = place.file(psi(&[(NOON + month * 31 * MICROS_PER_DAY, "a", 1)]), lsn).await;
+            if month == 0 {
                 broken.clone_from(&file.path);
             }
             table.commit(&[file], Lsn(201), &note()).await.unwrap();
