@@ -30,5 +30,5 @@ lint:
 
 # Figures of a busy machine mean little; see benches/README.md.
 bench:
-	scripts/setup
-	cargo bench --bench hops --bench catch_up --bench first_copy
+	scripts/setup reader
+	cargo bench --bench hops --bench catch_up --bench first_copy --bench history

@@ -7,6 +7,7 @@
 mod digest;
 mod encode;
 mod entities;
+mod footers;
 mod hours;
 mod log;
 mod maintain;

@@ -1,16 +1,16 @@
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, BooleanArray, StringArray, TimestampMicrosecondArray};
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef};
 use async_trait::async_trait;
 use chrono::DateTime;
 use datafusion::catalog::{Session, TableProvider};
 use datafusion::common::pruning::PruningStatistics;
 use datafusion::common::{Column, DFSchema, ScalarValue};
-use datafusion::datasource::file_format::FileFormat;
-use datafusion::datasource::file_format::parquet::ParquetFormat;
 use datafusion::datasource::listing::PartitionedFile;
+use datafusion::datasource::physical_plan::parquet::CachedParquetFileReaderFactory;
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
+use datafusion::datasource::source::DataSourceExec;
 use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
@@ -27,6 +27,7 @@ use object_store::path::Path;
 use serde_json::Value;
 use url::Url;
 
+use super::footers::Footers;
 use super::stats::{ENTITY_COLUMNS, time_column};
 use super::{Storage, TableFile};
 use crate::record::Kind;
@@ -78,7 +79,7 @@ pub(crate) fn session(runtime: Arc<RuntimeEnv>) -> SessionContext {
 }
 
 /// Some files of a table, as one version of its log has them, to be queried by DataFusion.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Scan {
     schema: SchemaRef,
     url: ObjectStoreUrl,
@@ -96,6 +97,16 @@ impl Scan {
             bounds: Bounds::new(kind, &files),
             files: files.iter().map(|file| partitioned(kind, file)).collect::<Result<_>>()?,
         })
+    }
+
+    /// The same files, their texts as views of what a page holds: without a copy for each row.
+    pub(crate) fn with_text_views(&self) -> Self {
+        let viewed = |field: &FieldRef| match field.data_type() {
+            DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(DataType::Utf8View)),
+            _ => Arc::clone(field),
+        };
+        let fields: Fields = self.schema.fields().iter().map(viewed).collect();
+        Self { schema: Arc::new(Schema::new(fields)), ..self.clone() }
     }
 
     /// The files that may hold rows for which the condition is true, as far as the log's statistics say.
@@ -120,7 +131,7 @@ fn partitioned(kind: Kind, file: &TableFile) -> Result<PartitionedFile> {
 }
 
 /// Smallest and largest values of the time and entity columns, per file; null where the log does not say.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Bounds {
     file_count: usize,
     columns: Vec<(&'static str, ArrayRef, ArrayRef)>,
@@ -222,13 +233,20 @@ impl TableProvider for Scan {
             return Ok(Arc::new(EmptyExec::new(schema)));
         }
         let groups = FileGroup::new(files).split_files(state.config().target_partitions());
+        let runtime = state.runtime_env();
+        let footers = CachedParquetFileReaderFactory::new(
+            runtime.object_store(&self.url)?,
+            runtime.cache_manager.get_file_metadata_cache(),
+        );
+        let source = source
+            .with_metadata_size_hint(FOOTER_BYTES)
+            .with_parquet_file_reader_factory(Arc::new(Footers(footers)));
         let scan = FileScanConfigBuilder::new(self.url.clone(), Arc::new(source))
             .with_file_groups(groups)
             .with_projection_indices(projection.cloned())?
             .with_limit(limit)
             .build();
-        let format = ParquetFormat::default().with_metadata_size_hint(Some(FOOTER_BYTES));
-        format.create_physical_plan(state, scan).await
+        Ok(DataSourceExec::from_data_source(scan))
     }
 }
 

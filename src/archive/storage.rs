@@ -77,14 +77,24 @@ impl Storage {
         Ok(Self { root: Arc::new(store), url })
     }
 
-    /// Storage under a URL of a store that is already open; the store's root is the bucket's.
-    pub(crate) fn from_store(root: Arc<dyn ObjectStore>, url: &str) -> Result<Self> {
+    /// Storage under a URL of a store that is already open; the store's root is the bucket's (of `file://`, the file system's).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if it is no URL.
+    pub fn from_store(root: Arc<dyn ObjectStore>, url: &str) -> Result<Self> {
         let url = Url::parse(url).map_err(|error| Error::Setting {
             setting: "storage URI".to_owned(),
             value: url.to_owned(),
             accepted: format!("a URL ({error})"),
         })?;
         Ok(Self { root, url })
+    }
+
+    /// The storage URI, with a slash at its end.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        self.url.as_str()
     }
 
     /// The URL of a kind's Delta table, with a slash at its end.

@@ -11,7 +11,7 @@ use datafusion::logical_expr::{col, lit};
 use serde::{Deserialize, Serialize};
 
 use super::columns::{Columns, each_batch};
-use super::query::{BinnedQuery, series};
+use super::query::{BinnedQuery, plain, series};
 use crate::Result;
 use crate::record::Kind;
 
@@ -52,7 +52,7 @@ pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFram
         .aggregate(keys, vec![avg(col("value")).alias("avg"), stddev(col("value")).alias("spread")])?
         .select(vec![
             col("bin").alias("created_at"),
-            col("metric"),
+            plain("metric").alias("metric"),
             col("avg"),
             (col("avg") - spread.clone()).alias("lower_bound"),
             (col("avg") + spread).alias("upper_bound"),

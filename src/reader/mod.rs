@@ -79,7 +79,6 @@ pub struct Archive {
 }
 
 struct Shared {
-    uri: String,
     storage: Storage,
     runtime: Arc<RuntimeEnv>,
     tables: RwLock<Arc<Tables>>,
@@ -90,16 +89,28 @@ struct Shared {
 /// One version of each table.
 struct Tables {
     views: Vec<View>,
-    scans: Vec<Arc<Scan>>,
+    scans: Vec<Scans>,
     session: SessionContext,
     read_at: Instant,
+}
+
+/// A table's files.
+#[derive(Clone)]
+struct Scans {
+    /// As SQL sees them.
+    plain: Arc<Scan>,
+    /// For binned queries, which look at the texts of many rows and hand out few.
+    viewed: Arc<Scan>,
 }
 
 impl fmt::Debug for Archive {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tables = self.current();
         let versions: Vec<_> = tables.views.iter().map(|view| (view.kind().name(), view.version())).collect();
-        f.debug_struct("Archive").field("uri", &self.shared.uri).field("versions", &versions).finish()
+        f.debug_struct("Archive")
+            .field("url", &self.shared.storage.url())
+            .field("versions", &versions)
+            .finish()
     }
 }
 
@@ -110,32 +121,28 @@ impl Archive {
     ///
     /// [`Error::Setting`] if there is no archive, [`Error::Storage`] and [`Error::Delta`] if it can't be read.
     pub async fn open(settings: &ObjectStorageSettings) -> Result<Self> {
-        let none = || Error::Setting {
-            setting: "storage URI".to_owned(),
-            value: settings.storage_uri.clone(),
-            accepted: "the place of an archive: nothing was archived there".to_owned(),
-        };
         // To open the storage would make the folder.
         if settings.storage_type == StorageType::Local && !Path::new(settings.storage_root()).is_dir() {
-            return Err(none());
+            return Err(nothing_in(&settings.storage_uri));
         }
-        match Self::over(Storage::open(settings)?, &settings.storage_uri).await? {
-            Some(archive) => Ok(archive),
-            None => Err(none()),
-        }
+        Self::open_in(Storage::open(settings)?).await
     }
 
-    /// The archive in a storage; `None` if there is none.
-    async fn over(storage: Storage, uri: &str) -> Result<Option<Self>> {
+    /// The same in a storage that is open already: over a store of your own, say, that counts, caches or limits requests.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::open`].
+    pub async fn open_in(storage: Storage) -> Result<Self> {
         let views = try_join_all(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
         if views.iter().all(|view| view.version().is_none()) {
-            return Ok(None);
+            return Err(nothing_in(storage.url()));
         }
         let runtime = archive::runtime(&storage).map_err(Error::query("preparing to read"))?;
         let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
         let refreshing = tokio::sync::Mutex::new(());
-        let shared = Shared { uri: uri.to_owned(), storage, runtime, tables, refreshing };
-        Ok(Some(Self { shared: Arc::new(shared), database: None }))
+        let shared = Shared { storage, runtime, tables, refreshing };
+        Ok(Self { shared: Arc::new(shared), database: None })
     }
 
     /// The same archive, whose binned queries also have the rows that are committed in the database and not archived yet:
@@ -302,7 +309,8 @@ impl Archive {
         let of_entity = |ranges: &[(i64, i64)]| {
             let within = ranges.iter().copied().map(query::is_within).reduce(Expr::or);
             let wanted = query::is_of(query.entity());
-            tables.rows(kind, within.map_or(wanted.clone(), |within| wanted.and(within)))
+            let wanted = within.map_or(wanted.clone(), |within| wanted.and(within));
+            tables.table(kind)?.filter(wanted).map_err(planning(kind))
         };
         let fresh = before.fresh(query, of_entity).await?;
         if fresh.is_empty() {
@@ -336,19 +344,33 @@ impl Tables {
             let kind = view.kind();
             let scan = Arc::new(Scan::new(kind, view.files()).map_err(planning(kind))?);
             session.register_table(kind.name(), Arc::clone(&scan) as _).map_err(planning(kind))?;
-            scans.push(scan);
+            scans.push(Scans { viewed: Arc::new(scan.with_text_views()), plain: scan });
         }
         Ok(Self { views, scans, session, read_at: Instant::now() })
     }
 
+    /// All rows, as SQL sees them.
     fn table(&self, kind: Kind) -> Result<DataFrame> {
-        let scan = self.views.iter().position(|view| view.kind() == kind).and_then(|at| self.scans.get(at));
-        let scan = scan.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
-        self.session.read_table(Arc::clone(scan) as _).map_err(planning(kind))
+        self.read(kind, |scans| &scans.plain)
     }
 
+    /// Rows to be binned: their texts are views.
     fn rows(&self, kind: Kind, condition: Expr) -> Result<DataFrame> {
-        self.table(kind)?.filter(condition).map_err(planning(kind))
+        self.read(kind, |scans| &scans.viewed)?.filter(condition).map_err(planning(kind))
+    }
+
+    fn read(&self, kind: Kind, of: fn(&Scans) -> &Arc<Scan>) -> Result<DataFrame> {
+        let scans = self.views.iter().position(|view| view.kind() == kind).and_then(|at| self.scans.get(at));
+        let scans = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
+        self.session.read_table(Arc::clone(of(scans)) as _).map_err(planning(kind))
+    }
+}
+
+fn nothing_in(uri: &str) -> Error {
+    Error::Setting {
+        setting: "storage URI".to_owned(),
+        value: uri.to_owned(),
+        accepted: "the place of an archive: nothing was archived there".to_owned(),
     }
 }
 

@@ -13,7 +13,7 @@ use datafusion::logical_expr::{Expr, ExprFunctionExt, cast, col, lit};
 use serde::{Deserialize, Serialize};
 
 use super::columns::{Columns, each_batch};
-use super::query::{BinnedQuery, series};
+use super::query::{BinnedQuery, plain, series};
 use crate::Result;
 use crate::record::Kind;
 
@@ -35,7 +35,7 @@ pub(super) fn counts(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFr
     let keys = vec![query.bin().alias("bin"), series(Kind::Psi).alias("feature"), col("bin_id")];
     rows.aggregate(keys, vec![sum(col("bin_count")).alias("count")])?.select(vec![
         col("bin").alias("created_at"),
-        col("feature"),
+        plain("feature").alias("feature"),
         col("bin_id"),
         col("count").alias("bin_count"),
     ])

@@ -1,7 +1,8 @@
+use arrow::datatypes::DataType;
 use chrono::{DateTime, SecondsFormat, Utc};
 use datafusion::common::ScalarValue;
 use datafusion::functions::core::expr_fn::coalesce;
-use datafusion::logical_expr::{Expr, col, lit};
+use datafusion::logical_expr::{Expr, cast, col, lit};
 
 use super::BinWidth;
 use crate::record::{Entity, Kind};
@@ -91,6 +92,11 @@ pub(super) fn series(kind: Kind) -> Expr {
         Kind::Spc => coalesce(vec![column, lit("")]),
         _ => column,
     }
+}
+
+/// A column of names as plain texts, which every client reads; in the scan they are views.
+pub(super) fn plain(name: &str) -> Expr {
+    cast(col(name), DataType::Utf8)
 }
 
 /// The condition for a time, in microseconds since the epoch: the first one, and the one after the last.

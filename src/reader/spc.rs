@@ -10,7 +10,7 @@ use datafusion::logical_expr::col;
 use serde::{Deserialize, Serialize};
 
 use super::columns::{Columns, each_batch};
-use super::query::{BinnedQuery, series};
+use super::query::{BinnedQuery, plain, series};
 use crate::Result;
 use crate::record::Kind;
 
@@ -39,7 +39,7 @@ pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFram
         )?
         .select(vec![
             col("bin").alias("created_at"),
-            col("name_of_feature").alias("feature"),
+            plain("name_of_feature").alias("feature"),
             col("mean").alias("value"),
         ])
 }

@@ -62,7 +62,7 @@ async fn a_query_reads_little_of_other_entities_and_nothing_of_other_days() {
     let folder = tempfile::tempdir().unwrap();
     let (observed, storage) = Observed::folder(folder.path());
     fill(&storage).await;
-    let archive = Archive::over(storage, "test").await.unwrap().unwrap();
+    let archive = Archive::open_in(storage).await.unwrap();
     let total: u64 = archive.current().views.iter().flat_map(View::files).map(|file| file.size).sum();
     let cost = async |query: &BinnedQuery| {
         let counted =

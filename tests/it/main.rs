@@ -27,6 +27,7 @@ mod purge_load;
 mod query;
 mod query_cli;
 mod query_live;
+mod query_stores;
 mod reader;
 mod roundtrip;
 mod scouter;

@@ -136,6 +136,12 @@ impl Store {
         self.settings.iter().fold(launch, |launch, (name, value)| launch.with(name, value))
     }
 
+    /// The whole bucket.
+    #[must_use]
+    pub fn objects(&self) -> Arc<dyn ObjectStore> {
+        Arc::clone(&self.objects)
+    }
+
     /// The archive's objects as files of a folder, for the reader of archives. Only while nobody writes.
     pub async fn download(&self) -> TempDir {
         let folder = tempfile::tempdir().expect("a temporary folder");
