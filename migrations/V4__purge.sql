@@ -42,17 +42,26 @@ comment on column highwater.purge_log.horizon is 'Every row that was deleted is 
 
 -- How a table is a part of the drift table now: the file that it is in, and the transactions that attached it and what it
 -- is in (xmin of pg_inherits), up to the root; null if the table is gone. Rows that came while this was another did not
--- pass the stream.
+-- pass the stream. A detach that is pending (`concurrently`) has done its work as far as the stream is concerned.
 create function highwater.attachment(partition oid) returns text
 language sql stable set search_path = pg_catalog, pg_temp as $$
     with recursive up as (
-        select i.inhparent, i.xmin::text as path from pg_inherits i join pg_class c on c.oid = i.inhrelid
+        select i.inhparent, i.xmin::text || case when i.inhdetachpending then '-' else '' end as path from pg_inherits i join pg_class c on c.oid = i.inhrelid
         where i.inhrelid = partition and c.relispartition
         union all
-        select i.inhparent, up.path || '/' || i.xmin::text
+        select i.inhparent, up.path || '/' || i.xmin::text || case when i.inhdetachpending then '-' else '' end
         from up join pg_inherits i on i.inhrelid = up.inhparent join pg_class c on c.oid = i.inhrelid where c.relispartition)
     select c.relpersistence::text || c.relfilenode::text || ':' || coalesce((select path from up order by length(path) desc limit 1), '')
     from pg_class c where c.oid = partition
+$$;
+
+-- Views, and functions, that keep a table from being dropped, for people; null if there are none.
+create function highwater.dependents(relation oid) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    select string_agg(distinct pg_describe_object(d.classid, d.objid, 0), ', ')
+    from pg_depend d left join pg_rewrite r on d.classid = 'pg_rewrite'::regclass and r.oid = d.objid
+    where d.refclassid = 'pg_class'::regclass and d.refobjid = relation and d.deptype = 'n'
+      and (r.ev_class <> relation or d.classid = 'pg_proc'::regclass)
 $$;
 
 -- Whether a table is the drift table itself, or a partition of it at any depth.
@@ -61,12 +70,13 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     with recursive up as (
         select partition as oid
         union all
-        select i.inhparent from up join pg_inherits i on i.inhrelid = up.oid join pg_class c on c.oid = up.oid where c.relispartition)
+        select i.inhparent from up join pg_inherits i on i.inhrelid = up.oid join pg_class c on c.oid = up.oid
+        where c.relispartition and not i.inhdetachpending)
     select exists (select from up where up.oid = root)
 $$;
 
 -- Whether the table was a part of it all the time since its rows were looked at.
-alter table highwater.covered_partition add column attachment text, add column detached_at timestamptz;
+alter table highwater.covered_partition add column attachment text, add column detached_at timestamptz, add column lacks_since timestamptz;
 
 update highwater.covered_partition p set attachment = highwater.attachment(p.partition_oid);
 
@@ -74,6 +84,8 @@ comment on column highwater.covered_partition.attachment is
     'highwater.attachment() when its rows were looked at. Another one means that rows may have come that did not pass the stream.';
 comment on column highwater.covered_partition.detached_at is
     'When it was found to be detached. What is written to it since then is not archived.';
+comment on column highwater.covered_partition.lacks_since is
+    'When `highwater verify` found rows of it that the archive lacks. None of its rows is deleted until all of them were found.';
 
 -- The greatest id that a row may have whose xmin, of 32 bits, is this one, if no id past `newest` was given out. A row keeps
 -- its xmin when it is frozen, so one that has been there for more than 2^32 transactions seems younger than it is, and
@@ -98,6 +110,16 @@ $$;
 create function highwater.newest_xid() returns bigint
 language sql stable as $$
     select pg_snapshot_xmax(pg_current_snapshot())::text::bigint - 1
+$$;
+
+-- What a table takes on disk; null if it is gone, or others keep it locked.
+create function highwater.disk_size(relation oid) returns bigint
+language plpgsql set search_path = pg_catalog, pg_temp set lock_timeout = '200ms' as $$
+begin
+    return pg_total_relation_size(relation);
+exception when lock_not_available then
+    return null;
+end
 $$;
 
 create function highwater.ago(at timestamptz) returns text
@@ -167,17 +189,18 @@ $$;
 -- were detached and kept), and tables whose rows are deleted (a plain one, a default partition, and everything else).
 create function highwater.purge_units(root oid)
 returns table (partition_oid oid, partition_name text, is_whole boolean, range_end timestamptz, is_attached boolean)
-language sql set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' as $$
+language sql set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set standard_conforming_strings = on as $$
     with recursive tree as (
         select root as oid, 0 as depth, null::text collate "C" as high
         union all
         select i.inhrelid, t.depth + 1, (
-            select (regexp_match(pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \(.*\) TO \(''(\d[^'']*)'''))[1]
+            -- With the table's oid it would wait for who has locked that.
+            select (regexp_match(pg_get_expr(c.relpartbound, 0), '^FOR VALUES FROM \(.*\) TO \(''(\d[^'']*)'''))[1]
             from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
             where p.partrelid = i.inhparent and p.partstrat = 'r' and a.attname = 'created_at'
               and a.atttypid in ('timestamptz'::regtype, 'timestamp'::regtype))
         from tree t join pg_inherits i on i.inhparent = t.oid join pg_class c on c.oid = i.inhrelid
-        where c.relispartition)
+        where c.relispartition and not i.inhdetachpending)
     -- Of a partition that is partitioned itself the rows are deleted: without its parts it would take no late rows.
     select t.oid, t.oid::regclass::text, t.depth = 1 and t.high is not null,
            case when t.depth = 1 then t.high::timestamptz end, true
@@ -241,6 +264,10 @@ begin
                 and (covered.detached_at is not null or covered.attachment is distinct from highwater.attachment(unit))) then format(
             'it was attached with rows in it, rewritten, or away for a while, and the sidecar, which last reported %s, has not compared it yet',
             highwater.ago(key.reported_at))
+        when covered.lacks_since is not null then format(
+            '`highwater verify` found %s that the archive lacks rows of it: `highwater verify --repair` adds them (--repair-changed where rows were updated)', highwater.ago(covered.lacks_since))
+        when is_whole and highwater.dependents(unit) is not null then format(
+            '%s depends on it, and would have to be dropped first', highwater.dependents(unit))
         when is_whole and not exists (
             select from highwater.verified_partition v where v.source_table = key.source_table and v.partition_oid = unit) then
             'its rows were not read back from the archive yet, or something differed: the sidecar verifies what is past retention by itself, `highwater verify` does it now'
@@ -350,7 +377,7 @@ begin
                 goal.table_oid, unit.partition_oid, unit.is_whole, highwater.cutoff(kept), case when count_rows then 'full' else 'quick' end);
             continue when not unit.is_whole and finding.row_count = 0;
             select unit.partition_name, case when unit.is_whole then 'drop' else 'delete' end, finding.row_count,
-                   finding.deletable, case when unit.is_whole then pg_total_relation_size(unit.partition_oid) end, finding.blocked_by
+                   finding.deletable, case when unit.is_whole then highwater.disk_size(unit.partition_oid) end, finding.blocked_by
             into partition_name, action, row_count, deletable, byte_count, blocked_by;
             return next;
         end loop;
@@ -358,11 +385,14 @@ begin
             select c.oid, c.oid::regclass::text as name, greatest(c.reltuples, 0)::bigint as row_count
             from pg_class c join pg_class t on t.oid = goal.table_oid
             where c.relkind = 'r' and not c.relispartition and c.oid <> t.oid
+              and not exists (
+                select a.attname from pg_attribute a where a.attrelid = t.oid and a.attnum > 0 and not a.attisdropped
+                except select a.attname from pg_attribute a where a.attrelid = c.oid and not a.attisdropped)
               and starts_with(c.relname, t.relname || '_p') and substr(c.relname, length(t.relname) + 3) ~ '^\d[\d_]*(w\d+)?$'
               and not exists (select from highwater.covered_partition p where p.partition_oid = c.oid)
               and not exists (select from highwater.watermark w where w.table_oid = c.oid)
         loop
-            select unit.name, null, unit.row_count, 0, pg_total_relation_size(unit.oid)
+            select unit.name, null, unit.row_count, 0, highwater.disk_size(unit.oid)
             into partition_name, action, row_count, deletable, byte_count;
             blocked_by := format(
                 'it seems to be a partition that was detached and kept before the sidecar knew it, so its rows are not archived: attach it again (alter table %s attach partition %s ...), or drop it by hand',
@@ -417,15 +447,17 @@ language sql set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- The first step of a drop: detaches a partition, if all of it is past retention, archived and verified as far as can be seen
--- without a lock. 'detached', 'blocked', or 'locked'. Late rows go to the default partition from then on.
+-- without a lock. 'detached', 'blocked', 'locked', or 'held' if it is the partitioned table that is locked. Late rows go to the default partition from then on.
 --
 -- The partitioned table is locked for this moment, and we hold nothing while we wait for that, so that nobody waits for us in a
--- circle. Whoever waits for a lock keeps others waiting behind it: we give up soon.
+-- circle. Whoever waits for a lock keeps others waiting behind it: we give up soon, and wait for nothing else (a detach locks
+-- the default partition, too).
 create function highwater.purge_detach(root oid, unit oid, cutoff timestamptz) returns text
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     source_table text := (select w.source_table from highwater.watermark w where w.table_oid = root);
     name text := unit::regclass::text;
+    other oid;
     finding record;
     detail text;
 begin
@@ -436,8 +468,16 @@ begin
     begin
         perform set_config('lock_timeout', '200ms', true);
         execute format('lock table only %s in access exclusive mode', root::regclass);
+    exception when lock_not_available then
+        return 'held';
+    end;
+    begin
         -- Who has these, and is not in our way above, does not use them through the partitioned table.
-        execute format('lock table only %s in access exclusive mode nowait', name);
+        foreach other in array array[unit] || (
+            select array_agg(p.partdefid) from pg_partitioned_table p
+            where p.partrelid = root and p.partdefid <> 0 and has_table_privilege(p.partdefid, 'update, delete, truncate')) loop
+            execute format('lock table only %s in access exclusive mode nowait', other::regclass);
+        end loop;
         if to_regclass(name) is distinct from unit::regclass
             or not exists (select from highwater.purge_units(root) u where u.partition_oid = unit and u.is_whole and u.range_end <= cutoff) then
             raise exception 'it is no longer a partition that is past retention';
@@ -524,7 +564,7 @@ begin
             'delete from only %s where ctid = any ($1) and created_at < %s
                and highwater.widened(xmin, (select highwater.newest_xid() + 1048576)) < $2
                and exists (select from highwater.covered_partition p join pg_class c on c.oid = p.partition_oid
-                           where p.source_table = $3 and p.partition_oid = $4 and p.detached_at is null and c.relpersistence = ''p''
+                           where p.source_table = $3 and p.partition_oid = $4 and p.detached_at is null and p.lacks_since is null and c.relpersistence = ''p''
                              and highwater.is_part($4, $5) and p.attachment = highwater.attachment($4))',
             unit::regclass, key.cutoff_literal)
             using places, key.horizon, key.source_table, unit, root;
@@ -587,7 +627,8 @@ begin
     commit;
     set transaction isolation level read committed;
     if not pg_catalog.pg_try_advisory_lock(lock_key) then
-        raise notice 'another purge of % is running', source_table;
+        perform highwater.log_blocked(coalesce((select w.source_table from highwater.watermark w where w.table_oid = root), root::regclass::text),
+            null, highwater.cutoff(retention), null, null, 'another purge of it is running');
         return;
     end if;
     cutoff := highwater.cutoff(retention);
@@ -600,6 +641,8 @@ begin
             where not u.is_whole or not u.is_attached or u.range_end <= cutoff
             order by u.is_whole desc, u.range_end nulls last, u.partition_name
         loop
+            -- Whoever holds the partitioned table keeps all of them, and each try makes others wait behind us.
+            continue when unit.is_attached and unit.is_whole and outcome = 'held';
             if unit.is_whole then
                 outcome := 'locked';
                 for try in 1..tries_max loop
@@ -612,16 +655,16 @@ begin
                         outcome := highwater.purge_drop(root, unit.partition_oid, cutoff);
                         commit and chain;
                     end if;
-                    exit when outcome <> 'locked';
+                    exit when outcome not in ('locked', 'held');
                     if try < tries_max then
                         perform pg_catalog.pg_sleep(0.5);
                     end if;
                 end loop;
-                if outcome = 'locked' then
+                if outcome in ('locked', 'held') then
                     perform highwater.log_blocked(key.source_table, unit.partition_name, cutoff, key.horizon, null,
-                        'kept locked by ' operator(pg_catalog.||) highwater.lockers(array[root, unit.partition_oid])
+                        'kept locked by ' operator(pg_catalog.||) highwater.lockers(array[root, unit.partition_oid,
+                            (select p.partdefid from pg_catalog.pg_partitioned_table p where p.partrelid operator(pg_catalog.=) root)])
                         operator(pg_catalog.||) '; a transaction that has used the table holds its lock to its end');
-                    -- Who keeps this one locked keeps the others, too.
                     tries_max := 1;
                     commit and chain;
                 end if;

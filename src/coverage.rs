@@ -31,7 +31,8 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
         with recursive tree as (
             select w.source_table, w.table_oid as oid from highwater.watermark w where w.slot_name = $1
             union all
-            select t.source_table, i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid),
+            select t.source_table, i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid
+            where not i.inhdetachpending),
         known as (
             select p.source_table, p.partition_oid, t.oid is not null as is_attached,
                    p.detached_at is null and p.attachment = highwater.attachment(p.partition_oid) as is_steady,
@@ -93,7 +94,8 @@ pub(crate) async fn cover(
         select $1, oid, name, attachment
         from unnest($2::oid[], $3::text[], $4::text[]) as t (oid, name, attachment)
         on conflict (source_table, partition_oid) do update
-        set partition_name = excluded.partition_name, attachment = excluded.attachment, detached_at = null";
+        set partition_name = excluded.partition_name, attachment = excluded.attachment, detached_at = null,
+            lacks_since = null";
     client
         .execute(statement, &[&source_table, &oids, &names, &attachments])
         .await

@@ -217,6 +217,8 @@ impl Builder {
             }
             Message::Commit(commit) => self.commit(commit).await,
             Message::Relation(relation) => {
+                // It may be part of a drift table by now.
+                self.foreign.remove(&relation.oid);
                 for notice in self.decoder.relation(&relation) {
                     tracing::warn!("{notice}");
                 }

@@ -224,7 +224,13 @@ pub async fn mark_table_gap(
 ) -> Result<bool> {
     let marked = client
         .execute(
-            "update highwater.watermark
+            "with another as (
+                 select source_table from highwater.watermark where source_table = $1 and table_oid <> $2),
+             uncovered as (
+                 delete from highwater.covered_partition p using another a where p.source_table = a.source_table),
+             unverified as (
+                 delete from highwater.verified_partition v using another a where v.source_table = a.source_table)
+             update highwater.watermark
              set state = 'gap', gap_count = gap_count + 1, table_oid = $2, updated_at = clock_timestamp()
              where source_table = $1",
             &[&table, &table_oid],
@@ -232,6 +238,18 @@ pub async fn mark_table_gap(
         .await
         .map_err(Error::sql(format!("marking a gap in the watermark of {table}")))?;
     Ok(marked > 0)
+}
+
+/// The table that is archived under a name, by its oid.
+///
+/// # Errors
+///
+/// The query failed.
+pub async fn table_oid(client: &Client, source_table: &str) -> Result<Option<u32>> {
+    let query = "select table_oid from highwater.watermark where source_table = $1";
+    let context = format!("reading the watermark of {source_table}");
+    let row = client.query_opt(query, &[&source_table]).await.map_err(Error::sql(&context))?;
+    row.map(|row| row.try_get(0).map_err(Error::sql(context))).transpose()
 }
 
 /// A table whose rows may have passed the stream, because of its publication.
@@ -288,13 +306,16 @@ pub async fn unpublished(client: &Client, slot: &str, publication: &str) -> Resu
 const COMPARING: &str = "comparing the publication with the watermarks";
 const MARKING: &str = "marking a gap in the watermarks";
 
-/// Whether publication `$2` sends every insert into the table of `w`. `pg_publication_tables` names partitions where they
-/// are published as themselves; their rows are archived, too.
+/// Whether publication `$2` sends every insert into the table of `w`, with every column that is archived. Where partitions are
+/// published as themselves, some may lack, and rows of one that is dropped before they are decoded are nobody's.
 const PUBLISHED: &str = "exists (
     select from pg_publication p join pg_publication_tables t using (pubname)
     where p.pubname = $2 and p.pubinsert and t.rowfilter is null
-      and w.table_oid in (to_regclass(format('%I.%I', t.schemaname, t.tablename)),
-                          pg_partition_root(to_regclass(format('%I.%I', t.schemaname, t.tablename)))))";
+      and w.table_oid = to_regclass(format('%I.%I', t.schemaname, t.tablename))
+      and not exists (
+        select from pg_attribute a
+        where a.attrelid = w.table_oid and a.attnum > 0 and not a.attisdropped and a.attname <> all (t.attnames)
+          and a.attname in ('created_at', 'space', 'name', 'version', 'entity_id', 'metric', 'value', 'feature', 'bin_id', 'bin_count')))";
 
 /// The statement that marks a gap in the rows `w` of a condition. Counts it also where there is one already, and returns the
 /// tables where there was none.
@@ -715,6 +736,20 @@ pub async fn forget_verified(client: &Client, verified: &Verified<'_>) -> Result
     let context = format!("taking back that {} is verified", verified.partition_name);
     let forgotten = client.execute(statement, &[&verified.source_table, &verified.partition_oid]).await;
     forgotten.map_err(Error::sql(context)).map(drop)
+}
+
+/// Writes down whether the archive lacks rows of a partition, which blocks the purge of all of it.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn set_lacking(client: &Client, verified: &Verified<'_>, lacks: bool) -> Result<()> {
+    let statement = "
+        update highwater.covered_partition set lacks_since = case when $3 then clock_timestamp() end
+        where source_table = $1 and partition_oid = $2 and (lacks_since is not null) <> $3";
+    let context = format!("writing whether the archive lacks rows of {}", verified.partition_name);
+    let written = client.execute(statement, &[&verified.source_table, &verified.partition_oid, &lacks]).await;
+    written.map_err(Error::sql(context)).map(drop)
 }
 
 /// Replaces a table's entity watermarks.

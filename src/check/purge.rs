@@ -161,7 +161,7 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
     let query = format!(
         "select r.source_table, r.purged_at > now() - {LATE}, highwater.ago(r.purged_at), r.retention::text,
                 b.partition_name, b.reason, highwater.ago(b.at),
-                (select coalesce(sum(pg_total_relation_size(t.relid)), 0)::bigint from pg_partition_tree(w.table_oid) t),
+                (select coalesce(sum(highwater.disk_size(t.relid)), 0)::bigint from pg_partition_tree(w.table_oid) t),
                 s.late, s.week_late, s.week_new
          from highwater.retention r join highwater.watermark w using (source_table)
          left join lateral (
@@ -175,7 +175,7 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
              select coalesce(sum(size) filter (where range_end <= highwater.cutoff(r.retention)), 0)::bigint as late,
                     coalesce(sum(size) filter (where range_end <= highwater.cutoff(r.retention) - {WEEK}), 0)::bigint as week_late,
                     coalesce(sum(size) filter (where range_end > now() - {WEEK}), 0)::bigint as week_new
-             from (select u.range_end, pg_total_relation_size(u.partition_oid) as size from highwater.purge_units(w.table_oid) u) u) s
+             from (select u.range_end, highwater.disk_size(u.partition_oid) as size from highwater.purge_units(w.table_oid) u) u) s
          where w.slot_name = $1 order by 1"
     );
     let findings = purge::explain(client, None, false).await?;

@@ -393,6 +393,13 @@ async fn make_watermarks(
         let name = format!("{}.{}", config.schema, table.name);
         let Some(new) = new_watermark(config, table, &name, identity, state, start) else { continue };
         let made = watermark::create(client, &new).await?;
+        if !made && watermark::table_oid(client, &name).await? != Some(table.oid) {
+            watermark::mark_table_gap(client, &name, table.oid).await?;
+            report.done.push(format!(
+                "marked a gap in {name}: another table had its name when it was archived last"
+            ));
+            continue;
+        }
         // A partition that came since they were read is looked at by the sidecar.
         if made && state == State::Streaming {
             coverage::cover(client, &name, &table.leaves).await?;

@@ -82,7 +82,7 @@ pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut 
         match client.batch_execute(&statement).await {
             Ok(()) => report.done.push(format!(
                 "turned off pg_partman's retention ({kept}) of {table}, which drops partitions that are not archived; it goes on \
-                 making partitions, and the purge drops them"
+                 making partitions, and the purge drops them, after what highwater.retention says"
             )),
             Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => report.todo.push(format!(
                 "pg_partman drops partitions of {table} after {kept}, archived or not, and this role may not change that; as \

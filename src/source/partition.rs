@@ -40,7 +40,7 @@ pub(crate) struct Partition {
 }
 
 /// The leaves under the table of oid `$1`, the oldest range first (a default partition before them). `$2` is the drift table's
-/// name. With `$3`, also what was covered and is detached now, if it still has the table's columns.
+/// name. With the oid, `pg_get_expr` would wait for who has locked a partition. With `$3`, also what was covered and is detached now, if it still has the table's columns.
 const LEAVES: &str = r#"
     with recursive tree as (
         select $1::oid as oid, null::text collate "C" as low, null::text collate "C" as high
@@ -48,10 +48,12 @@ const LEAVES: &str = r#"
         select c.oid, coalesce(k.bound[1], t.low), coalesce(k.bound[2], t.high)
         from tree t join pg_inherits i on i.inhparent = t.oid join pg_class c on c.oid = i.inhrelid
         left join lateral (
-            select regexp_match(pg_get_expr(c.relpartbound, c.oid),
+            select regexp_match(pg_get_expr(c.relpartbound, 0),
                                 '^FOR VALUES FROM \(''(\d[^'']*)''\) TO \(''(\d[^'']*)''\)$') as bound
             from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
-            where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = 'created_at') k on true),
+            where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = 'created_at') k on true
+        -- `detach concurrently` that has not ended: nothing is streamed through the parent any more.
+        where not i.inhdetachpending),
     holder as (
         select oid, low, high, false as is_detached from tree
         union all
@@ -75,7 +77,7 @@ const LEAVES: &str = r#"
            coalesce(highwater.attachment(c.oid), ''), is_detached
     from holder join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
     where c.relkind = 'r'
-    order by coalesce(pg_get_expr(c.relpartbound, c.oid), ''), c.relname"#;
+    order by coalesce(pg_get_expr(c.relpartbound, 0), ''), c.relname"#;
 
 /// The tables that the rows of a drift table are in: it itself, or the leaves of its tree, the oldest first. `root` is its oid.
 ///

@@ -66,7 +66,7 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let mut repair = Repair::default();
     if options.repair != RepairMode::Report {
         for row in &chosen {
-            archive_of(config, &storage, row, &app_id, point.lsn).await?;
+            archive_of(config, &storage, &mut sql, row, &app_id, point.lsn).await?;
         }
         // Before the archive is read: whoever repairs it then is noticed.
         repair = Repair::claim(&storage, &chosen, &app_id, options.repair).await?;
@@ -74,7 +74,7 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let mut archives = Vec::new();
     for row in &chosen {
         let Some(kind) = Kind::of_name(&row.kind) else { continue };
-        let (snapshot, lsn) = archive_of(config, &storage, row, &app_id, point.lsn).await?;
+        let (snapshot, lsn) = archive_of(config, &storage, &mut sql, row, &app_id, point.lsn).await?;
         archives.push((row, kind, snapshot, lsn));
     }
     let reach = |kind: Kind| archives.iter().find(|(_, other, ..)| *other == kind).map(|(.., lsn)| *lsn);
@@ -149,12 +149,14 @@ fn choose(
 async fn archive_of(
     config: &Config,
     storage: &Storage,
+    sql: &mut Session,
     row: &Watermark,
     app_id: &str,
     lsn: Lsn,
 ) -> Result<(Snapshot, Lsn)> {
     let kind = Kind::of_name(&row.kind).unwrap_or(Kind::Quarantine);
     let begun = Instant::now();
+    let mut asked = begun;
     loop {
         let snapshot = Snapshot::read(storage, kind, app_id).await?;
         let at = snapshot.lsn.unwrap_or_default();
@@ -172,6 +174,11 @@ async fn archive_of(
                     storage.table_url(kind)
                 ),
             });
+        }
+        // A sidecar that was stopped between its watermark rows and the archive's logs has forgotten who asked.
+        if asked.elapsed() > ARCHIVE_WAIT / 3 {
+            sql.run(slot::ask_for_checkpoint).await?;
+            asked = Instant::now();
         }
         sleep(LOOK_INTERVAL).await;
     }
@@ -270,8 +277,12 @@ struct Counted<'a> {
 #[derive(Debug, Default)]
 struct Different {
     hours: BTreeSet<i64>,
+    /// Those of which the archive still lacks rows.
+    lacking: BTreeSet<i64>,
     /// The rows without a usable time.
     timeless: bool,
+    /// The archive still lacks some of these.
+    lacks_timeless: bool,
 }
 
 /// One table that is compared.
@@ -371,8 +382,11 @@ impl Table<'_> {
                     different.hours.insert(*hour);
                 }
                 let (missing, surplus) = (found.missing, found.surplus);
-                let hour = Some(hour_text(*hour));
                 let added = comparison.add(found, repair, sql).await?;
+                if added < missing {
+                    different.lacking.insert(*hour);
+                }
+                let hour = Some(hour_text(*hour));
                 report.differences.push(Difference {
                     hour,
                     postgres_rows,
@@ -389,6 +403,7 @@ impl Table<'_> {
                 different.timeless = true;
                 let missing = found.missing;
                 let added = comparison.add(found, repair, sql).await?;
+                different.lacks_timeless = added < missing;
                 report.differences.push(Difference {
                     hour: None,
                     postgres_rows: counted.timeless,
@@ -492,13 +507,15 @@ impl Table<'_> {
             let (low, high) = leaf.extent.unwrap_or((i64::MIN, i64::MAX));
             let is_whole = self.range == (i64::MIN, i64::MAX)
                 || (leaf.extent.is_some() && self.range.0 <= low && high <= self.range.1);
-            let hours = different.hours.iter().filter(|hour| {
-                let start = **hour * MICROS_PER_HOUR;
+            let touches = |hour: &i64| {
+                let start = *hour * MICROS_PER_HOUR;
                 sums.fit.contains_key(hour)
                     || sums.unfit_hours.contains(hour)
                     || (leaf.extent.is_some() && low < start + MICROS_PER_HOUR && start < high)
-            });
-            let differs = hours.count() > 0 || (different.timeless && sums.timeless > 0);
+            };
+            let differs = different.hours.iter().any(touches) || (different.timeless && sums.timeless > 0);
+            let lacks =
+                different.lacking.iter().any(touches) || (different.lacks_timeless && sums.timeless > 0);
             let mut total = RowSum::default();
             sums.fit.values().for_each(|sum| total += *sum);
             let checksum = format!("{:016x}", total.sum);
@@ -511,6 +528,10 @@ impl Table<'_> {
                 horizon: self.point.xmin,
                 gap_count: self.row.gap_count,
             };
+            // What a part of it shows proves that rows are missing, but not that none are.
+            if lacks || is_whole {
+                sql.run(async |client| watermark::set_lacking(client, &verified, lacks).await).await?;
+            }
             let is_verified = is_whole && !differs;
             let mut is_recorded = false;
             if is_verified {

@@ -111,7 +111,10 @@ impl Reader<'_> {
                         self.begin(begin);
                     }
                     Message::Insert(insert) => self.insert(&insert).await?,
-                    Message::Relation(relation) => drop(self.decoder.relation(&relation)),
+                    Message::Relation(relation) => {
+                        self.foreign.remove(&relation.oid);
+                        drop(self.decoder.relation(&relation));
+                    }
                     Message::Commit(commit) if commit.end_lsn >= self.last => return Ok(true),
                     Message::Commit(_) => self.in_transaction = false,
                     Message::Logical(_) | Message::Other(_) => {}

@@ -214,6 +214,30 @@ async fn a_running_sidecar_notices_a_table_that_is_not_published_any_more() {
     stage.assert_archived(DEADLINE).await;
 }
 
+/// Rows without a column that is archived, and partitions that are not in it, pass as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_sends_less_than_is_archived_is_a_gap() {
+    let (stage, sidecar, client) = archiving().await;
+    let name = &stage.name;
+    let columns = "scouter.custom_drift (created_at, space, name, version, metric)";
+    client
+        .batch_execute(&format!("alter publication {name} drop table scouter.custom_drift; alter publication {name} add table {columns}"))
+        .await
+        .unwrap();
+    // The watermark moves.
+    let psi = "insert into scouter.psi_drift (space, name, version, feature, bin_id, bin_count)
+               values ('s', 'n', 'v', 'f', 1, 2)";
+    client.batch_execute(psi).await.unwrap();
+    becomes(&client, "gap").await;
+    throughout("the gap stays", Duration::from_secs(12), async || mark(&client).await.0 == "gap").await;
+    unpublish(&stage, &client).await;
+    stage.launch().must(&["setup"]);
+    becomes(&client, "streaming").await;
+    stage.insert_one(&client, "seen again", None).await;
+    stage.assert_archived(DEADLINE).await;
+    drop(sidecar);
+}
+
 /// What a migration script does: the sidecar only ever sees a publication that is as it should be.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_publication_that_was_changed_and_restored_at_once_is_a_gap() {

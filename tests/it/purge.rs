@@ -710,3 +710,110 @@ async fn rows_that_did_not_pass_the_stream_stay_until_they_are_archived() {
     assert_eq!(count(&client, "scouter.heir").await, 1, "it is not a partition");
     sidecar.kill();
 }
+
+/// What others need or hold stays whole: it is not even detached. And whoever holds what is not purged keeps nobody waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_others_use_stays_attached() {
+    let (stage, client, _sidecar) = started(Shape::Named).await;
+    old_day(&client, "young", 3).await;
+    quiet(&stage).must(&["verify"]);
+    let attached =
+        async || count(&client, "pg_inherits where inhrelid = to_regclass('scouter.old')").await == 1;
+
+    client.batch_execute("create view scouter.of_old as select * from scouter.old").await.unwrap();
+    assert!(blocked_by(&client, Some("scouter.old")).await.contains("view scouter.of_old depends on it"));
+    purge(&client).await;
+    assert!(attached().await && !exists(&client, "scouter.older").await);
+    client.batch_execute("drop view scouter.of_old").await.unwrap();
+
+    let other = stage.connect().await;
+    for held in ["scouter.psi_drift_default", "scouter.psi_drift"] {
+        other.batch_execute(&format!("begin; select from {held}")).await.unwrap();
+        purge(&client).await;
+        let (action, _, why) = logged(&client, Some("scouter.old")).await;
+        assert!(action == "blocked" && why.contains("kept locked by session"), "{held}: {action} {why}");
+        assert!(attached().await, "{held}");
+        other.batch_execute("commit").await.unwrap();
+    }
+
+    other.batch_execute("begin; lock table scouter.young in access exclusive mode").await.unwrap();
+    client.batch_execute("set statement_timeout = '30s'").await.unwrap();
+    quiet(&stage).must(&["--watermarks"]);
+    purge(&client).await;
+    assert!(!exists(&client, "scouter.old").await, "{:?}", logged(&client, Some("scouter.old")).await);
+    other.batch_execute("commit").await.unwrap();
+}
+
+/// What `verify` has found holds the purge back, also where rows are deleted one by one.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_the_archive_was_found_to_lack_stay() {
+    let (stage, client, _sidecar) = started(Shape::Named).await;
+    fill(&client, 80, 3).await;
+    archived(&client).await;
+    // The stream does not follow updates.
+    client
+        .batch_execute("update scouter.psi_drift_default set bin_count = 1000 where bin_id = 1")
+        .await
+        .unwrap();
+    archived(&client).await;
+    let found = quiet(&stage).output(&["verify"]);
+    let text = String::from_utf8_lossy(&found.stdout).into_owned();
+    assert!(found.status.code() == Some(1) && text.contains("lacks 1 row"), "{text}");
+    purge(&client).await;
+    assert_eq!(count(&client, "scouter.psi_drift_default").await, 3);
+    let (action, _, why) = logged(&client, Some("scouter.psi_drift_default")).await;
+    assert!(action == "blocked" && why.contains("--repair"), "{action} {why}");
+    // A look at another time proves nothing.
+    quiet(&stage).output(&["verify", "--from", "2020-01-01", "--to", "2020-01-02"]);
+    purge(&client).await;
+    assert_eq!(count(&client, "scouter.psi_drift_default").await, 3);
+    quiet(&stage).output(&["verify", "--repair-changed"]);
+    purge(&client).await;
+    assert_eq!(
+        count(&client, "scouter.psi_drift_default").await,
+        0,
+        "{:?}",
+        logged(&client, Some("scouter.psi_drift_default")).await
+    );
+}
+
+/// Rows that are written into a partition while a `detach ... concurrently` of it waits are not streamed.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_a_partition_whose_detach_is_pending_stay() {
+    let (stage, client, _sidecar) = started(Shape::Named).await;
+    client
+        .batch_execute(
+            "alter table scouter.psi_drift detach partition scouter.psi_drift_default; drop table scouter.psi_drift_default",
+        )
+        .await
+        .unwrap();
+    archived(&client).await;
+    let (reader, other) = (stage.connect().await, stage.connect().await);
+    reader.batch_execute("begin; select from scouter.psi_drift").await.unwrap();
+    other.batch_execute("set statement_timeout = '1s'").await.unwrap();
+    let pending =
+        other.batch_execute("alter table scouter.psi_drift detach partition scouter.old concurrently").await;
+    assert!(pending.is_err());
+    assert_eq!(count(&client, "pg_inherits where inhdetachpending").await, 1);
+    reader.batch_execute("commit").await.unwrap();
+    let row = "insert into scouter.old (created_at, space, name, version, feature, bin_id, bin_count)
+               select created_at, space, name, version, 'unseen', bin_id, bin_count from scouter.old limit 1";
+    client.batch_execute(row).await.unwrap();
+    until("it is found to be detached", DEADLINE, async || {
+        let from =
+            "highwater.covered_partition where partition_name = 'scouter.old' and detached_at is not null";
+        (count(&client, from).await == 1).then_some(())
+    })
+    .await;
+    archived(&client).await;
+    purge(&client).await;
+    assert_eq!(count(&client, "scouter.old").await, 501);
+    client
+        .batch_execute("alter table scouter.psi_drift detach partition scouter.old finalize")
+        .await
+        .unwrap();
+    archived(&client).await;
+    quiet(&stage).output(&["verify"]);
+    purge(&client).await;
+    assert_eq!(count(&client, "scouter.old").await, 501, "{:?}", logged(&client, Some("scouter.old")).await);
+}
