@@ -56,7 +56,7 @@ pub(super) struct QueryFlags {
     #[arg(long)]
     fresh: bool,
 
-    /// Draw the answer: in the terminal, or into a file that ends in .svg
+    /// Draw the answer: in the terminal, or into a file that ends in .svg or .png
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     #[expect(clippy::option_option, reason = "not given, given alone, given with a file")]
     plot: Option<Option<PathBuf>>,

@@ -93,8 +93,12 @@ fn plots_are_drawn(stage: &Stage) {
     assert_eq!((code, out.as_str()), (Some(0), ""), "{errors}");
     let svg = std::fs::read_to_string(file).unwrap();
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && svg.contains("bin 1"), "{svg}");
+    let file = stage.folder().join("psi.png");
+    let (code, out, errors) = said(stage, &query("psi", &["--bin", "1h", "--plot", file.to_str().unwrap()]));
+    assert_eq!((code, out.as_str()), (Some(0), ""), "{errors}");
+    assert!(std::fs::read(file).unwrap().starts_with(b"\x89PNG\r\n\x1a\n"));
     let (code, _, errors) = said(stage, &query("spc", &["--plot", "spc.bmp"]));
-    assert!(code == Some(1) && errors.contains("a file that ends in .svg"), "{errors}");
+    assert!(code == Some(1) && errors.contains("a file that ends in .svg or .png"), "{errors}");
 }
 
 fn entities_and_sql(stage: &Stage) {

@@ -1,8 +1,10 @@
-//! Binned answers as pictures: SVG for a page, characters for a terminal.
+//! Binned answers as pictures: SVG or PNG for a page, characters for a terminal.
 
-mod svg;
+mod draw;
+mod raster;
 mod terminal;
 
+use std::ffi::OsStr;
 use std::path::Path;
 
 use chrono::{DateTime, Utc};
@@ -88,15 +90,19 @@ impl Picture {
     /// Writes the picture to a file, or draws it in the terminal.
     pub(super) fn draw(&self, file: Option<&Path>) -> Result<()> {
         let Some(path) = file else { return print(terminal::text(self).trim_end()) };
-        if path.extension().is_none_or(|extension| extension != "svg") {
-            return Err(Error::Setting {
-                setting: "--plot".to_owned(),
-                value: path.display().to_string(),
-                accepted: "a file that ends in .svg, or nothing to draw in the terminal".to_owned(),
-            });
-        }
-        let text = svg::text(self)?;
-        std::fs::write(path, text).map_err(Error::io(format!("writing {}", path.display())))
+        let bytes = match path.extension().and_then(OsStr::to_str) {
+            Some("svg") => draw::svg(self)?.into_bytes(),
+            Some("png") => draw::png(self)?,
+            _ => {
+                return Err(Error::Setting {
+                    setting: "--plot".to_owned(),
+                    value: path.display().to_string(),
+                    accepted: "a file that ends in .svg or .png, or nothing to draw in the terminal"
+                        .to_owned(),
+                });
+            }
+        };
+        std::fs::write(path, bytes).map_err(Error::io(format!("writing {}", path.display())))
     }
 
     /// The time in the middle of the bin that starts at `start`.
@@ -151,8 +157,8 @@ fn bin_ids(feature: &FeatureBinProportions) -> Vec<i32> {
 fn axis_time(time: DateTime<Utc>, span: chrono::Duration) -> String {
     let form = match span {
         span if span > chrono::Duration::days(700) => "%Y-%m",
-        span if span > chrono::Duration::days(3) => "%b %e",
-        span if span > chrono::Duration::hours(18) => "%b %e %H:%M",
+        span if span > chrono::Duration::days(3) => "%b %-d",
+        span if span > chrono::Duration::hours(18) => "%b %-d %H:%M",
         span if span > chrono::Duration::minutes(10) => "%H:%M",
         _ => "%H:%M:%S%.3f",
     };
@@ -161,8 +167,10 @@ fn axis_time(time: DateTime<Utc>, span: chrono::Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
-    use crate::reader::{BinWidth, BinnedMetric, BinnedMetricStats};
+    use crate::reader::{BinWidth, BinnedMetric, BinnedMetricStats, SpcFeature};
     use crate::record::Entity;
 
     fn query() -> BinnedQuery {
@@ -193,6 +201,15 @@ mod tests {
         Picture::psi(&query(), vec![feature]).unwrap()
     }
 
+    fn spc() -> Picture {
+        let feature = SpcFeature {
+            created_at: [0, 1, 2, 5].map(|hour| DateTime::from_timestamp(hour * 3600, 0).unwrap()).to_vec(),
+            values: vec![1e-7, 2e-7, -1e-7, 0.0],
+        };
+        let found = SpcFeatures { features: [("länge µ".to_owned(), feature)].into() };
+        Picture::spc(&query(), found).unwrap()
+    }
+
     #[test]
     fn lines_break_at_gaps_and_nans() {
         let picture = custom();
@@ -207,7 +224,7 @@ mod tests {
 
     #[test]
     fn an_svg_has_titles_axes_legends_and_every_share() {
-        let text = svg::text(&custom()).unwrap();
+        let text = draw::svg(&custom()).unwrap();
         for part in [
             "<svg",
             "rank &amp; &lt;co&gt;",
@@ -220,8 +237,65 @@ mod tests {
         ] {
             assert!(text.contains(part) || text.contains(&part.replace("&#177;", "±")), "{part}: {text}");
         }
-        let text = svg::text(&psi()).unwrap();
+        let text = draw::svg(&psi()).unwrap();
         assert!(text.contains("bin 0") && text.contains("bin 1") && text.contains("100 %"), "{text}");
+    }
+
+    /// A page as a decoder of PNG sees it: width, height, and pixels from the top.
+    fn decoded(picture: &Picture) -> (usize, usize, Vec<[u8; 3]>) {
+        let bytes = draw::png(picture).unwrap();
+        assert!(bytes.starts_with(b"\x89PNG\r\n\x1a\n"));
+        let page = lodepng::decode24(bytes).unwrap();
+        (page.width, page.height, page.buffer.iter().map(|pixel| [pixel.r, pixel.g, pixel.b]).collect())
+    }
+
+    #[test]
+    fn a_png_shows_the_same() {
+        for (picture, wanted) in [(custom(), [23, 98, 170]), (spc(), [23, 98, 170]), (psi(), [68, 50, 130])] {
+            let (width, height, pixels) = decoded(&picture);
+            assert_eq!((width, height), (2 * 1080, 2 * (44 + 270)));
+            let colors: HashSet<_> = pixels.iter().collect();
+            assert!(colors.len() > 50 && colors.contains(&wanted), "{} colours", colors.len());
+            assert_eq!((pixels[0], pixels[pixels.len() - 1]), ([255; 3], [255; 3]), "the page is white");
+            // Of the title: without its letters there would be nothing but white.
+            let ink = pixels.iter().take(width * 2 * 40).filter(|pixel| pixel[0] < 128).count();
+            assert!(ink > 1_000, "{ink} dark pixels");
+        }
+    }
+
+    #[test]
+    fn a_png_has_the_letters_of_the_names() {
+        let head = |name: &str| {
+            let mut picture = Picture::custom(&query(), BinnedMetrics::default()).unwrap();
+            picture.title = name.to_owned();
+            let mut pixels = draw::pixels(&picture).unwrap().0;
+            pixels.truncate(2 * 1080 * 2 * 44 * 3);
+            pixels
+        };
+        assert_ne!(head("shop"), head("ship"));
+        let blank = head("");
+        assert!(blank.iter().all(|byte| *byte == 255));
+        // What the font doesn't have is seen, as boxes; what is from right to left or of no width does no harm.
+        assert_ne!(head("模型"), blank);
+        assert_eq!(head("模型"), head("排序"));
+        for name in ["\u{1f600}\u{200d}\u{1f680}", "דירוג", "a\u{301}\u{0}\n\t\u{feff}\u{10ffff}"] {
+            assert_ne!(head(name), blank, "{name:?}");
+        }
+        assert_ne!(head(&"long ".repeat(1_000)), blank);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_or_is_none_of_ours_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        psi().draw(Some(&file("psi.png"))).unwrap();
+        assert!(std::fs::read(file("psi.png")).unwrap().starts_with(b"\x89PNG"));
+        let error = psi().draw(Some(&file("none/psi.png"))).unwrap_err();
+        assert!(error.to_string().contains("none/psi.png"), "{error}");
+        for name in ["psi.bmp", "psi", ".png"] {
+            let error = psi().draw(Some(&file(name))).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("in .svg or .png"), "{error}");
+        }
     }
 
     #[test]
@@ -235,7 +309,8 @@ mod tests {
     #[test]
     fn nothing_is_a_picture_too() {
         let nothing = Picture::custom(&query(), BinnedMetrics::default()).unwrap();
-        assert!(svg::text(&nothing).unwrap().contains("no rows"));
+        assert!(draw::svg(&nothing).unwrap().contains("no rows"));
         assert!(terminal::text(&nothing).contains("no rows"));
+        assert!(decoded(&nothing).2.contains(&[38, 50, 66]));
     }
 }

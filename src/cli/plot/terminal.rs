@@ -2,7 +2,7 @@ use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
 
-use super::svg::short;
+use super::draw::short;
 use super::{Line, Panel, Picture, axis_time, bin_ids, extent};
 use crate::reader::FeatureBinProportions;
 
