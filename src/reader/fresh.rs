@@ -9,7 +9,8 @@
 //! A row of S that V lacks belongs to a transaction at or above H. So of S the rows of such transactions are read, and V's are
 //! taken away from them, as multisets (`archive::digest`); with each such row all others of its time are read, so that of
 //! rows that are equal in every column as many are taken away as V has. What is left is exactly S without V: nothing is in
-//! both parts, and no row that was committed before the query began is in neither.
+//! both parts, and no row that was committed before the query began is in neither, unless it was archived and purged between
+//! 2 and 3. The purge deletes below its horizon only, and logs that: where S has an entry with one above H, all begins anew.
 //!
 //! Where H does not speak for all rows (the table's state is `snapshot` or `gap`, a partition is not covered), all rows of S in
 //! the range are read.
@@ -19,6 +20,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use arrow::array::RecordBatch;
 use arrow::compute::cast;
 use arrow::error::ArrowError;
+use chrono::{DateTime, Utc};
 use datafusion::dataframe::DataFrame;
 use tokio_postgres::Client;
 
@@ -28,6 +30,7 @@ use crate::archive::{Multiset, Snapshot, Storage, each_digest};
 use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, ENTITY_TABLE, Settled};
+use crate::failpoint;
 use crate::lookup::Lookup;
 use crate::postgres::{Session, quote_identifier, sql};
 use crate::record::{Kind, MICROS_PER_HOUR};
@@ -44,6 +47,8 @@ pub(super) struct Before<'a> {
     kind: Kind,
     client: Client,
     row: Watermark,
+    /// The server's clock.
+    at: DateTime<Utc>,
     /// Partitions that the horizon speaks for.
     covered: HashSet<u32>,
 }
@@ -53,6 +58,8 @@ impl<'a> Before<'a> {
     pub(super) async fn read(config: &'a Config, kind: Kind) -> Result<Option<Self>> {
         let client = sql::connect(&config.source).await?;
         client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("preparing to read fresh rows"))?;
+        let now = client.query_one("select clock_timestamp()", &[]).await;
+        let at = now.and_then(|row| row.try_get(0)).map_err(Error::sql("reading the server's clock"))?;
         let is_ours = |row: &Watermark| row.kind == kind.name() && row.slot_name == config.slot;
         let Some(row) = watermark::read(&client).await?.into_iter().find(is_ours) else { return Ok(None) };
         let mut covered = HashSet::new();
@@ -60,7 +67,7 @@ impl<'a> Before<'a> {
             let leaves = source::holders(&client, &row.source_table, source.oid).await?;
             covered.extend(leaves.iter().filter(|leaf| leaf.is_covered).map(|leaf| leaf.oid));
         }
-        Ok(Some(Self { config, kind, client, row, covered }))
+        Ok(Some(Self { config, kind, client, row, at, covered }))
     }
 
     /// Makes sure that the storage is the one that the watermark speaks of.
@@ -77,16 +84,21 @@ impl<'a> Before<'a> {
         })
     }
 
-    /// The rows of a query that the archive lacks. `archived` gives those that it has, in ranges of time.
+    /// The rows of a query that the archive lacks; `None` if some were purged since its version was read, which may not
+    /// have them. `archived` gives those that it has, in ranges of time.
     pub(super) async fn fresh(
         self,
         query: &BinnedQuery,
         archived: impl Fn(&[(i64, i64)]) -> Result<DataFrame>,
-    ) -> Result<Vec<RecordBatch>> {
+    ) -> Result<Option<Vec<RecordBatch>>> {
+        failpoint::hit("before-fresh");
         let begin = "begin isolation level repeatable read read only";
         self.client.batch_execute(begin).await.map_err(Error::sql("beginning to read fresh rows"))?;
-        let Some(source) = Source::find(&self.client, &self.row).await? else { return Ok(Vec::new()) };
-        let Some(entity) = self.entity_condition(&source, query).await? else { return Ok(Vec::new()) };
+        if self.was_purged().await? {
+            return Ok(None);
+        }
+        let Some(source) = Source::find(&self.client, &self.row).await? else { return Ok(Some(Vec::new())) };
+        let Some(entity) = self.entity_condition(&source, query).await? else { return Ok(Some(Vec::new())) };
         let (start, end) = query.range();
         let mut rows = Rows::new(self.config, self.kind, &source);
         for leaf in source::holders(&self.client, &self.row.source_table, source.oid).await? {
@@ -98,7 +110,21 @@ impl<'a> Before<'a> {
         }
         let batches = rows.finish()?;
         drop(self.client);
-        lacking(self.kind, batches, archived).await
+        lacking(self.kind, batches, archived).await.map(Some)
+    }
+
+    /// Whether the snapshot may lack rows that were there when the horizon was read, and were not below it.
+    async fn was_purged(&self) -> Result<bool> {
+        // An entry may be some batches old before it is committed. Ids may have been reset long ago.
+        let query = "
+            select exists (
+                select from highwater.purge_log
+                where source_table = $1 and action in ('dropped', 'deleted')
+                  and case when $2::text is null then last_at >= $3
+                           else last_at >= $3 - interval '1 hour' and horizon::text::bigint > $2::text::bigint end)";
+        let horizon = self.row.archived_before.map(|horizon| horizon.to_string());
+        let row = self.client.query_one(query, &[&self.row.source_table, &horizon, &self.at]).await;
+        row.and_then(|row| row.try_get(0)).map_err(Error::sql("reading what was purged"))
     }
 
     /// The condition for rows of the query's entity; `None` if the database has none.

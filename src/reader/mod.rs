@@ -51,6 +51,10 @@ use crate::{Error, Result};
 /// A snapshot of this age is refreshed by the next query: files that were merged away are deleted a day later.
 const AGE_MAX: Duration = Duration::from_hours(12);
 
+/// How often the database is asked again because rows were purged meanwhile. A second time is rare: the purge's horizon would
+/// have to move twice, which takes a checkpoint each.
+const FRESH_ATTEMPTS_MAX: u32 = 5;
+
 /// An archive that is read: one version of each table at a time, shared by all queries. Cheap to clone; clones share the
 /// version and what was cached. Wants a multi-threaded runtime.
 ///
@@ -297,14 +301,32 @@ impl Archive {
 
     /// The rows of a kind that a query asks for.
     async fn rows(&self, kind: Kind, query: &BinnedQuery) -> Result<DataFrame> {
+        let Some(config) = &self.database else {
+            return self.tables().await?.rows(kind, query.condition(kind));
+        };
+        for _ in 0..FRESH_ATTEMPTS_MAX {
+            if let Some(rows) = self.rows_of_both(config, kind, query).await? {
+                return Ok(rows);
+            }
+        }
+        let detail = format!("rows of {} are purged while they are read; try again", kind.name());
+        Err(Error::Query { detail })
+    }
+
+    /// The rows of the archive and of the database; `None` if some were purged meanwhile.
+    async fn rows_of_both(
+        &self,
+        config: &Config,
+        kind: Kind,
+        query: &BinnedQuery,
+    ) -> Result<Option<DataFrame>> {
         let wanted = query.condition(kind);
-        let Some(config) = &self.database else { return self.tables().await?.rows(kind, wanted) };
         // In this order: see `fresh`.
         let before = fresh::Before::read(config, kind).await?;
         self.refresh().await?;
         let tables = self.current();
         let archived = tables.rows(kind, wanted.clone())?;
-        let Some(before) = before else { return Ok(archived) };
+        let Some(before) = before else { return Ok(Some(archived)) };
         before.check_storage(&self.shared.storage).await?;
         let of_entity = |ranges: &[(i64, i64)]| {
             let within = ranges.iter().copied().map(query::is_within).reduce(Expr::or);
@@ -312,12 +334,12 @@ impl Archive {
             let wanted = within.map_or(wanted.clone(), |within| wanted.and(within));
             tables.table(kind)?.filter(wanted).map_err(planning(kind))
         };
-        let fresh = before.fresh(query, of_entity).await?;
+        let Some(fresh) = before.fresh(query, of_entity).await? else { return Ok(None) };
         if fresh.is_empty() {
-            return Ok(archived);
+            return Ok(Some(archived));
         }
         let fresh = tables.session.read_batches(fresh).and_then(|rows| rows.filter(wanted));
-        fresh.and_then(|fresh| archived.union(fresh)).map_err(planning(kind))
+        fresh.and_then(|fresh| archived.union(fresh)).map(Some).map_err(planning(kind))
     }
 
     async fn table(&self, kind: Kind) -> Result<DataFrame> {

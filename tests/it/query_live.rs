@@ -219,6 +219,50 @@ async fn fresh_rows_are_joined_without_overlap_or_hole() {
     assert!(others.terminate(DEADLINE).await.success(), "{}", others.log());
 }
 
+/// Rows that are archived and purged after the archive's version was read, and before Postgres is, are in the answer.
+#[cfg(feature = "failpoints")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn rows_that_are_purged_while_they_are_read_are_not_missing() {
+    let stage = Stage::shared(Shape::Named).await;
+    let launch = stage.launch().with("HIGHWATER_MAX_LAG", "1h").with("HIGHWATER_VERIFY_HOURS", "none");
+    launch.must(&["setup"]);
+    let _sidecar = launch.start();
+    stage.streaming().await;
+    let client = stage.connect().await;
+    client.batch_execute("update highwater.retention set retention = '0'").await.unwrap();
+    let base = (Utc::now() - Duration::from_secs(3600)).timestamp_micros();
+    let ask = "select pg_logical_emit_message(true, 'highwater', 'checkpoint')";
+    let purged = async |client: &Client| {
+        until("all is archived and purged", DEADLINE, async || {
+            client.batch_execute(ask).await.unwrap();
+            client.batch_execute("call highwater.purge_all()").await.unwrap();
+            let left = client.query_one("select count(*) from scouter.psi_drift", &[]).await.unwrap();
+            (left.get::<_, i64>(0) == 0).then_some(())
+        })
+        .await;
+    };
+    insert(&client, base, 0, 5).await;
+    purged(&client).await;
+    let live = Archive::open(&settings(&stage)).await.unwrap().with_database(config(&stage));
+    insert(&client, base, 5, 7).await;
+
+    let hits = Arc::new(AtomicUsize::new(0));
+    let (runtime, stage, counted) = (tokio::runtime::Handle::current(), Arc::new(stage), Arc::clone(&hits));
+    let (place, thread) = (Arc::clone(&stage), std::thread::current().id());
+    fail::cfg_callback("before-fresh", move || {
+        // Other tests read fresh rows, too.
+        if std::thread::current().id() == thread && counted.fetch_add(1, Ordering::Relaxed) == 0 {
+            let work = async { purged(&place.connect().await).await };
+            tokio::task::block_in_place(|| runtime.block_on(work));
+        }
+    })
+    .unwrap();
+    let rows = rows_of_bins(&live, base).await;
+    fail::remove("before-fresh");
+    assert_eq!(rows, 12);
+    assert_eq!(hits.load(Ordering::Relaxed), 2, "it was read again, once");
+}
+
 /// Rows that are equal in every column, some archived and some not; entities by their ids.
 #[tokio::test(flavor = "multi_thread")]
 async fn equal_rows_are_counted_on_both_sides() {
