@@ -34,7 +34,7 @@ use datafusion::execution::context::SQLOptions;
 use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::logical_expr::Expr;
 use datafusion::prelude::SessionContext;
-use futures::future::try_join_all;
+use futures::future::join_all;
 
 pub use bin::BinWidth;
 pub use custom::{BinnedMetric, BinnedMetricStats, BinnedMetrics};
@@ -138,7 +138,7 @@ impl Archive {
     ///
     /// As [`Archive::open`].
     pub async fn open_in(storage: Storage) -> Result<Self> {
-        let views = try_join_all(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
+        let views = all_of(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
         if views.iter().all(|view| view.version().is_none()) {
             return Err(nothing_in(storage.url()));
         }
@@ -171,7 +171,7 @@ impl Archive {
     pub async fn refresh(&self) -> Result<bool> {
         let _one = self.shared.refreshing.lock().await;
         let before = self.current();
-        let views = try_join_all(before.views.iter().map(View::newer)).await?;
+        let views = all_of(before.views.iter().map(View::newer)).await?;
         let is_same = views.iter().zip(&before.views).all(|(new, old)| new.version() == old.version());
         let tables = if is_same {
             let (scans, session) = (before.scans.clone(), before.session.clone());
@@ -386,6 +386,11 @@ impl Tables {
         let scans = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
         self.session.read_table(Arc::clone(of(scans)) as _).map_err(planning(kind))
     }
+}
+
+/// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up.
+async fn all_of<T>(reads: impl IntoIterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
+    join_all(reads).await.into_iter().collect()
 }
 
 fn nothing_in(uri: &str) -> Error {

@@ -107,7 +107,9 @@ const MARKING: &str = "marking a gap in the watermarks";
 const PUBLISHED: &str = "exists (
     select from pg_publication p join pg_publication_tables t using (pubname)
     where p.pubname = $2 and p.pubinsert and t.rowfilter is null
-      and w.table_oid = to_regclass(format('%I.%I', t.schemaname, t.tablename))
+      -- By name: a look-up by `to_regclass` may be asked of any table, and fails in schemas that the role may not use.
+      and (t.schemaname, t.tablename) = (
+        select n.nspname, c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = w.table_oid)
       and not exists (
         select from pg_attribute a
         where a.attrelid = w.table_oid and a.attnum > 0 and not a.attisdropped and a.attname <> all (t.attnames)

@@ -200,6 +200,17 @@ async fn fresh_rows_are_joined_without_overlap_or_hole() {
     eprintln!("in {ahead} of 25 rounds the archive was behind");
     assert!(ahead > 5, "the archive was never behind");
 
+    // A checkpoint without a row of the table moves its watermark, and not its log.
+    let target = stage.insert_one(&client, "other", None).await;
+    stage.acknowledged(&client, target, DEADLINE).await;
+    assert_eq!(rows_of_bins(&live, base).await, committed);
+    let mut typo = config(&stage);
+    typo.slot = "typo".to_owned();
+    let lost = archive.clone().with_database(typo);
+    let query = BinnedQuery::with_points(model(), time(base), time(base + STEP), 10).unwrap();
+    let error = lost.binned_psi(&query).await.unwrap_err().to_string();
+    assert!(error.contains("no table is archived through it"), "{error}");
+
     // Nobody archives: all the same. A late row, and rows that are equal in every column.
     sidecar.kill();
     insert(&client, base, committed, 100).await;

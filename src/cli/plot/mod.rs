@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 
 use super::print;
 use crate::error::{Error, Result};
-use crate::reader::{BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
+use crate::reader::{BinnedMetricStats, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
 
 /// Panels of one picture: more can't be looked at together.
 const PANELS_MAX: usize = 24;
@@ -45,8 +45,10 @@ type Run = Vec<(DateTime<Utc>, f64, Option<(f64, f64)>)>;
 impl Picture {
     pub(super) fn custom(query: &BinnedQuery, found: BinnedMetrics) -> Result<Self> {
         let panels = found.metrics.into_values().map(|metric| {
-            let values = metric.stats.iter().map(|stats| stats.avg).collect();
-            let bounds = metric.stats.iter().map(|stats| (stats.lower_bound, stats.upper_bound)).collect();
+            let values = metric.stats.iter().map(|stats| drawable(stats.avg)).collect();
+            let bound =
+                |stats: &BinnedMetricStats| (drawable(stats.lower_bound), drawable(stats.upper_bound));
+            let bounds = metric.stats.iter().map(bound).collect();
             Panel::Line(Line { name: metric.metric, times: metric.created_at, values, bounds: Some(bounds) })
         });
         Self::new("custom", query, panels.collect())
@@ -54,7 +56,8 @@ impl Picture {
 
     pub(super) fn spc(query: &BinnedQuery, found: SpcFeatures) -> Result<Self> {
         let panels = found.features.into_iter().map(|(name, feature)| {
-            Panel::Line(Line { name, times: feature.created_at, values: feature.values, bounds: None })
+            let values = feature.values.into_iter().map(drawable).collect();
+            Panel::Line(Line { name, times: feature.created_at, values, bounds: None })
         });
         Self::new("spc", query, panels.collect())
     }
@@ -63,7 +66,7 @@ impl Picture {
         Self::new("psi", query, found.into_iter().map(Panel::Shares).collect())
     }
 
-    fn new(kind: &str, query: &BinnedQuery, panels: Vec<Panel>) -> Result<Self> {
+    fn new(kind: &str, query: &BinnedQuery, mut panels: Vec<Panel>) -> Result<Self> {
         if panels.len() > PANELS_MAX {
             let detail = format!(
                 "{} series don't fit into a picture: choose up to {PANELS_MAX} with --metric",
@@ -77,13 +80,15 @@ impl Picture {
             (time(width.start_of(start)), time(width.start_of(end - 1).saturating_add(width.micros())));
         let entity = query.entity();
         let length = std::time::Duration::from_micros(width.micros().unsigned_abs());
-        let title = format!(
-            "{kind}: {} {} {}, bins of {}",
-            entity.space,
-            entity.name,
-            entity.version,
-            humantime::format_duration(length)
-        );
+        let length = humantime::format_duration(length);
+        let title =
+            shown(&format!("{kind}: {} {} {}, bins of {length}", entity.space, entity.name, entity.version));
+        for panel in &mut panels {
+            match panel {
+                Panel::Line(line) => line.name = shown(&line.name),
+                Panel::Shares(feature) => feature.feature = shown(&feature.feature),
+            }
+        }
         Ok(Self { title, range, width: width.micros(), panels })
     }
 
@@ -131,6 +136,18 @@ impl Picture {
         }
         runs
     }
+}
+
+/// Values past it are drawn as if they were it: the span of an axis must be a number, too.
+const VALUE_MAX: f64 = f64::MAX / 8.0;
+
+fn drawable(value: f64) -> f64 {
+    if value.is_finite() { value.clamp(-VALUE_MAX, VALUE_MAX) } else { value }
+}
+
+/// A name without what is no letter: it would break a picture's XML, or a terminal.
+fn shown(name: &str) -> String {
+    name.chars().filter(|letter| !letter.is_control()).collect()
 }
 
 /// Smallest and largest value of a line, bounds included, with some room.

@@ -130,7 +130,6 @@ fn draw_shares(picture: &Picture, feature: &FeatureBinProportions, text: &mut St
 
 /// A name, the rows with the vertical axis, and the horizontal one.
 fn panel(picture: &Picture, name: &str, rows: Vec<String>, (low, high): (&str, &str), text: &mut String) {
-    let name: String = name.chars().filter(|letter| !letter.is_control()).collect();
     // Writing to a String can't fail.
     let _ = writeln!(text, "\n{name}");
     for (number, row) in rows.iter().enumerate() {
