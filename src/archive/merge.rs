@@ -37,6 +37,9 @@ const SMALL_FILES_MAX: usize = 16;
 /// Each input holds a row group in memory while it is merged.
 const INPUTS_MAX: usize = 64;
 
+/// How many bytes are written anew, at most, for each that a few small files add: else a late row would cost a month.
+const REWRITE_MAX: u64 = 8;
+
 /// Bytes of all inputs: a merge is done in minutes, and one that is cut off has not done much in vain.
 const INPUT_BYTES_MAX: u64 = 2 << 30;
 
@@ -67,7 +70,7 @@ pub struct Merged {
 
 impl Table {
     /// What is worth a merge: windows, days and months that have ended, with two or more files that are small (below half of
-    /// 128 MiB) or of shorter spans, and either no new file for `quiet`, or 16 small files. A file goes into the longest span
+    /// 128 MiB) or of shorter spans, and either no new file for `quiet`, and enough in them, or 16 small files. A file goes into the longest span
     /// that has ended. `width` is the length of windows within a day.
     #[must_use]
     pub fn merge_candidates(&self, now_micros: i64, quiet: Duration, width: WindowWidth) -> Vec<MergePlan> {
@@ -84,7 +87,10 @@ impl Table {
         targets.retain(|_, files| {
             let youngest = files.iter().map(|(file, _)| file.modified_millis).max().unwrap_or(i64::MAX);
             let small = files.iter().filter(|(file, _)| file.size < SMALL_BYTES).count();
-            files.len() >= 2 && (youngest < quiet_since || small >= SMALL_FILES_MAX)
+            let largest = files.iter().map(|(file, _)| file.size).max().unwrap_or_default();
+            let others = files.iter().map(|(file, _)| file.size).sum::<u64>() - largest;
+            let is_worth = others >= largest / REWRITE_MAX && youngest < quiet_since;
+            files.len() >= 2 && (is_worth || small >= SMALL_FILES_MAX)
         });
         let plan = |(window, mut files): (String, Vec<(&TableFile, &ObjectName)>)| {
             files.sort_by_key(|(file, name)| (name.window_start, &file.path));
