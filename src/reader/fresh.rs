@@ -36,7 +36,7 @@ use crate::postgres::{Session, quote_identifier, sql};
 use crate::record::{Kind, MICROS_PER_HOUR};
 use crate::source::{self, Fate, Partition, SESSION_SETTINGS, Slice, Source};
 use crate::watermark::{self, State, Watermark};
-use crate::{Error, Result};
+use crate::{Error, Result, purge};
 
 /// Hours of fresh rows that the archive is asked for one by one; for more it is asked for all between the first and the last.
 const HOURS_MAX: usize = 100;
@@ -47,7 +47,7 @@ pub(super) struct Before<'a> {
     kind: Kind,
     client: Client,
     row: Watermark,
-    /// The server's clock.
+    /// Where the purge's log ended.
     at: DateTime<Utc>,
     /// Partitions that the horizon speaks for.
     covered: HashSet<u32>,
@@ -58,8 +58,7 @@ impl<'a> Before<'a> {
     pub(super) async fn read(config: &'a Config, kind: Kind) -> Result<Option<Self>> {
         let client = sql::connect(&config.source).await?;
         client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("preparing to read fresh rows"))?;
-        let now = client.query_one("select clock_timestamp()", &[]).await;
-        let at = now.and_then(|row| row.try_get(0)).map_err(Error::sql("reading the server's clock"))?;
+        let at = purge::log_end(&client).await?;
         let rows = watermark::choose(watermark::read(&client).await?, &config.slot, &[])?;
         let Some(row) = rows.into_iter().find(|row| row.kind == kind.name()) else { return Ok(None) };
         let mut covered = HashSet::new();
