@@ -133,30 +133,12 @@ impl Backfill<'_> {
             at = %point.lsn,
             "making the archive complete: rows that it lacks are copied, the stream waits meanwhile"
         );
-        let mut covered = Vec::new();
         let mut work = Work::new(self, point, kind, &source, &partitions).await?;
-        for (partition, horizon) in partitions.iter().zip(horizons) {
-            let fate = match work.complete(self, partition, horizon).await {
-                Ok(fate) => fate,
-                Err(error) => {
-                    // Between two parts there is none; and a session that is gone says no more.
-                    let _ = point.rollback_to_savepoint().await;
-                    match partition.fate(&point.client).await {
-                        Ok(Fate::Unchanged) | Err(_) => return Err(error),
-                        Ok(fate) => fate,
-                    }
-                }
-            };
-            match fate {
-                Fate::Unchanged => covered.push(partition.clone()),
-                Fate::Changed => return Err(changed(self.config, partition)),
-                Fate::Dropped => tracing::error!(
-                    table,
-                    partition = partition.name,
-                    "the partition was dropped before it was copied: rows that only it held are lost"
-                ),
-            }
-        }
+        let read = self.read_all(&mut work, &partitions, horizons).await;
+        // Also after a failure: what is whole need not be read again.
+        let settled = work.settle(self).await;
+        let covered = read?;
+        settled?;
         let Work { progress, .. } = work;
         self.move_to(kind, point.lsn).await?;
         failpoint::hit("after-copy");
@@ -179,6 +161,40 @@ impl Backfill<'_> {
             "the archive is complete; state streaming"
         );
         Ok(())
+    }
+
+    /// Reads the partitions in turn, each with its horizon. Returns those that are covered then; the last of them is not
+    /// settled yet.
+    async fn read_all(
+        &mut self,
+        work: &mut Work<'_>,
+        partitions: &[Partition],
+        horizons: Vec<Option<u64>>,
+    ) -> Result<Vec<Partition>> {
+        let mut covered = Vec::new();
+        for (partition, horizon) in partitions.iter().zip(horizons) {
+            let fate = match work.complete(self, partition, horizon).await {
+                Ok(fate) => fate,
+                Err(error) => {
+                    // Between two parts there is none; and a session that is gone says no more.
+                    let _ = work.point.rollback_to_savepoint().await;
+                    match partition.fate(&work.point.client).await {
+                        Ok(Fate::Unchanged) | Err(_) => return Err(error),
+                        Ok(fate) => fate,
+                    }
+                }
+            };
+            match fate {
+                Fate::Unchanged => covered.push(partition.clone()),
+                Fate::Changed => return Err(changed(self.config, partition)),
+                Fate::Dropped => tracing::error!(
+                    table = work.source.name,
+                    partition = partition.name,
+                    "the partition was dropped before it was copied: rows that only it held are lost"
+                ),
+            }
+        }
+        Ok(covered)
     }
 
     /// The marks that earlier attempts have left, by partition.
@@ -227,10 +243,20 @@ struct Work<'a> {
     stride: u32,
     batch_bytes_max: usize,
     progress: Progress,
+    /// The partition that was read last; at most its last rows are on their way.
+    unsettled: Option<Unsettled>,
 }
 
 /// The files of a part of the rows, written beside the reading of more. Dropping it ends that.
 type Writing = JoinSet<Result<Vec<(Kind, DataFile)>>>;
+
+/// What a partition adds. The next one is read while its last rows are written.
+struct Unsettled {
+    name: String,
+    mark: String,
+    writing: Writing,
+    files: Vec<(Kind, DataFile)>,
+}
 
 impl<'a> Work<'a> {
     async fn new(
@@ -261,10 +287,12 @@ impl<'a> Work<'a> {
             stride: rate.map_or(STRIDE_MAX, |rate| rate.get().min(STRIDE_MAX)),
             batch_bytes_max: config.batch_bytes_max(),
             progress: Progress::new(&source.name, partitions),
+            unsettled: None,
         })
     }
 
-    /// Adds what the archive lacks of a partition, in one log entry; nothing, if it is not what the snapshot saw.
+    /// Reads what the archive lacks of a partition, to be settled in one log entry; nothing, if it is not what the snapshot
+    /// saw.
     async fn complete(
         &mut self,
         backfill: &mut Backfill<'_>,
@@ -277,44 +305,61 @@ impl<'a> Work<'a> {
         self.point.savepoint().await?;
         let slices = self.slices(backfill, partition, horizon, memory / 3 / DIGEST_BYTES).await?;
         let mut fate = self.point.end_part(partition).await?;
-        let mut files = Vec::new();
+        let mut unsettled = Unsettled {
+            name: partition.name.clone(),
+            mark: backfill.mark(partition),
+            writing: Writing::new(),
+            files: Vec::new(),
+        };
         for slice in &slices {
             if fate != Fate::Unchanged {
                 return Ok(fate);
             }
             self.point.savepoint().await?;
-            files.extend(self.copy(backfill, partition, slice).await?);
+            self.copy(backfill, partition, slice, &mut unsettled).await?;
             fate = self.point.end_part(partition).await?;
         }
         self.progress.partition_done(partition);
-        if slices.is_empty() || fate != Fate::Unchanged {
-            return Ok(fate);
+        if !slices.is_empty() && fate == Fate::Unchanged {
+            self.unsettled = Some(unsettled);
         }
+        Ok(fate)
+    }
+
+    /// Commits the partition that was read last, if that is still to be done. Once its last rows are written nothing keeps it
+    /// but the reading of the next one, which waits here.
+    async fn settle(&mut self, backfill: &mut Backfill<'_>) -> Result<()> {
+        let Some(mut unsettled) = self.unsettled.take() else { return Ok(()) };
+        unsettled.written().await?;
+        let Unsettled { name, mark, files, .. } = unsettled;
         let (quarantined, own): (Vec<_>, Vec<_>) =
             files.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
         // The quarantine first: what it holds is recognised when the partition is copied again.
         let (at, copied_mark) = (self.point.lsn, backfill.copied_mark());
+        // The next partition is locked meanwhile.
+        let retry = |what| StorageRetry::new(what).patient_for(Some(COPY_PATIENCE));
         if !quarantined.is_empty() {
             let (files, note) = named(quarantined, at);
             let table = table_of(backfill.tables, Kind::Quarantine)?;
             // Also a copy: a repair may be about to add the same rows.
             let marks = [(copied_mark.clone(), at.0)];
-            let mut retry = StorageRetry::new("committing the quarantine");
+            let mut retry = retry("committing the quarantine");
             while let Err(error) = table.commit_copy(&files, &marks, &note).await {
                 retry.wait(error).await?;
             }
             failpoint::hit("between-tables");
         }
         let (files, note) = named(own, at);
-        let marks = [(backfill.mark(partition), self.point.xmin), (copied_mark, at.0)];
+        let marks = [(mark, self.point.xmin), (copied_mark, at.0)];
         let table = table_of(backfill.tables, self.kind)?;
-        let what = format!("committing {}", partition.name);
-        let mut retry = StorageRetry::new(&what);
+        let what = format!("committing {name}");
+        let mut retry = retry(&what);
         while let Err(error) = table.commit_copy(&files, &marks, &note).await {
             retry.wait(error).await?;
         }
+        self.progress.added += note.row_count;
         failpoint::hit("after-partition");
-        Ok(fate)
+        Ok(())
     }
 
     /// The parts of a partition that are to be copied, with what the archive holds of them.
@@ -357,29 +402,20 @@ impl<'a> Work<'a> {
         partition.slices(client, time, days.as_ref(), rows_max).await
     }
 
-    /// Reads a slice and uploads the rows of it that the archive lacks.
+    /// Reads a slice and uploads the rows of it that the archive lacks. The last of them may still be on their way then.
     async fn copy(
         &mut self,
         backfill: &mut Backfill<'_>,
         partition: &Partition,
         slice: &Slice,
-    ) -> Result<Vec<(Kind, DataFile)>> {
-        let present = if slice.ranges.is_empty() {
-            None
-        } else {
-            let table = table_of(backfill.tables, self.kind)?;
-            let may_hold =
-                |file: &&TableFile| slice.ranges.iter().any(|range| file.may_hold(range.0, range.1));
-            let paths: Vec<String> = table.files().filter(may_hold).map(|file| file.path.clone()).collect();
-            let mut present = Multiset::default();
-            present.read(backfill.storage, self.kind, &paths, &slice.ranges).await?;
-            Some(Arc::new(Mutex::new(present)))
-        };
-        let mut writing = Writing::new();
+        unsettled: &mut Unsettled,
+    ) -> Result<()> {
+        let present = self.present(backfill, slice).await?;
+        let is_compared = present.is_some();
         let lsn = self.point.lsn;
+        let (storage, namer) = (backfill.storage.clone(), Arc::clone(backfill.namer));
         let write = |writing: &mut Writing, batches: Batches| {
-            let (storage, namer) = (backfill.storage.clone(), Arc::clone(backfill.namer));
-            let present = present.clone();
+            let (storage, namer, present) = (storage.clone(), Arc::clone(&namer), present.clone());
             writing.spawn(async move {
                 let batches = Box::new(batches);
                 commit::write_files(&storage, &namer, batches, lsn, present, Some(COPY_PATIENCE)).await
@@ -387,9 +423,9 @@ impl<'a> Work<'a> {
         };
         let window = backfill.config.window;
         let new_batches = || Batches::new(window, chrono::Utc::now().timestamp_micros());
-        let mut rows = self.source.read(&self.point.client, partition, slice).await?;
+        let (source, point) = (self.source, self.point);
+        let mut rows = source.read(&point.client, partition, slice).await?;
         let mut batches = new_batches();
-        let mut files = Vec::new();
         let mut stride = 0;
         while let Some(row) = rows.next().await? {
             source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
@@ -404,17 +440,38 @@ impl<'a> Work<'a> {
                 self.decoder.forget_unresolved();
                 let full = std::mem::replace(&mut batches, new_batches());
                 // One is read, one is written.
-                written(&mut writing, &mut files).await?;
-                write(&mut writing, full);
+                self.settle(backfill).await?;
+                unsettled.written().await?;
+                write(&mut unsettled.writing, full);
             }
         }
         self.throttle(stride).await;
         self.progress.rows(stride);
-        written(&mut writing, &mut files).await?;
-        write(&mut writing, batches);
-        written(&mut writing, &mut files).await?;
-        self.progress.added += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
-        Ok(files)
+        self.settle(backfill).await?;
+        unsettled.written().await?;
+        write(&mut unsettled.writing, batches);
+        if is_compared {
+            // What it is compared with takes memory, too.
+            unsettled.written().await?;
+        }
+        Ok(())
+    }
+
+    /// What the archive holds of a slice; `None` if it is not to be compared.
+    async fn present(
+        &self,
+        backfill: &mut Backfill<'_>,
+        slice: &Slice,
+    ) -> Result<Option<Arc<Mutex<Multiset>>>> {
+        if slice.ranges.is_empty() {
+            return Ok(None);
+        }
+        let table = table_of(backfill.tables, self.kind)?;
+        let may_hold = |file: &&TableFile| slice.ranges.iter().any(|range| file.may_hold(range.0, range.1));
+        let paths: Vec<String> = table.files().filter(may_hold).map(|file| file.path.clone()).collect();
+        let mut present = Multiset::default();
+        present.read(backfill.storage, self.kind, &paths, &slice.ranges).await?;
+        Ok(Some(Arc::new(Mutex::new(present))))
     }
 
     async fn throttle(&self, rows: u32) {
@@ -425,12 +482,15 @@ impl<'a> Work<'a> {
     }
 }
 
-/// Waits for what is being written.
-async fn written(writing: &mut Writing, files: &mut Vec<(Kind, DataFile)>) -> Result<()> {
-    while let Some(result) = writing.join_next().await {
-        files.extend(result.map_err(|error| Error::Internal(format!("a copy's writer failed: {error}")))??);
+impl Unsettled {
+    /// Waits for what is being written.
+    async fn written(&mut self) -> Result<()> {
+        while let Some(result) = self.writing.join_next().await {
+            let files = result.map_err(|error| Error::Internal(format!("a copy's writer failed: {error}")));
+            self.files.extend(files??);
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The files, and what their commit says of itself.

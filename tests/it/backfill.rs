@@ -10,7 +10,7 @@ use crate::support::archive::{archived_rows, compare, damage};
 use crate::support::cluster::Stop;
 use crate::support::load::{Load, create_entities};
 use crate::support::schema::{KINDS, Shape, entity_id};
-use crate::support::sidecar::Sidecar;
+use crate::support::sidecar::{Launch, Sidecar};
 use crate::support::stage::Stage;
 use crate::support::wait::{until, within};
 
@@ -78,24 +78,26 @@ async fn assert_counted(client: &Client) {
     }
 }
 
-async fn stage_with_rows(shape: Shape) -> Stage {
-    let stage = Stage::partitioned(shape).await;
+async fn stage_with_rows() -> Stage {
+    let stage = Stage::partitioned(Shape::Named).await;
+    fill(&stage.connect().await, Shape::Named).await;
+    stage
+}
+
+/// Killed at each step of the copy, and at random, while rows keep coming; the server is restarted in its middle.
+async fn copied_in_spite_of_kills(shape: Shape) {
+    let stage = Stage::private_partitioned(shape).await;
     let client = stage.connect().await;
     if shape == Shape::Entity {
         create_entities(&client).await;
     }
     fill(&client, shape).await;
-    stage
-}
-
-/// Killed at each step of the copy, and at random, while rows keep coming.
-async fn copied_in_spite_of_kills(shape: Shape) {
-    let stage = stage_with_rows(shape).await;
-    let client = stage.connect().await;
     let said = stage.launch().must(&["setup"]);
     assert!(said.contains("custom_drift: it holds rows from before the slot"), "{said}");
     let mut load = Some(Load::start(&stage.cluster().uri_unix(&stage.name), shape));
     let launch = stage.launch().with("HIGHWATER_MAX_LAG", "200ms");
+    restarted_in_the_middle(&stage, &launch).await;
+    let client = stage.connect().await;
     for (step, passes) in STEPS {
         let mut failing = launch.clone().failing(&format!("{step}={passes}*off->return")).start();
         let status = failing.wait(DEADLINE).await;
@@ -132,27 +134,19 @@ async fn earlier_rows_are_copied_once_in_spite_of_kills_with_entity_rows() {
     copied_in_spite_of_kills(Shape::Entity).await;
 }
 
-/// The session that holds the snapshot goes with the server; the copy goes on with another.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restart_of_the_server_in_the_middle_of_a_copy() {
-    let stage = Stage::private(Shape::Named, &[]).await;
-    let client = stage.connect().await;
-    fill(&client, Shape::Named).await;
-    stage.launch().must(&["setup"]);
-    let load = Load::start(&stage.cluster().uri_tcp(&stage.name), Shape::Named);
-    // Slow enough to be in the middle.
-    let launch = stage.launch().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", "15000");
-    let mut sidecar = launch.start();
-    sidecar.says("making the archive complete", DEADLINE).await;
+/// The session that holds the snapshot goes with the server; the copy goes on with another. Killed before its end.
+async fn restarted_in_the_middle(stage: &Stage, launch: &Launch) {
+    // Slow enough to be in the middle: it would take eight seconds.
+    let rate = (3 * earlier() / 8).to_string();
+    let mut sidecar = launch.clone().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", &rate).start();
     for stop in [Stop::Immediate, Stop::Fast] {
         in_the_middle(&stage.connect().await).await;
         stage.cluster().restart(stop);
         stage.cluster().ready(DEADLINE).await;
     }
-    complete(&stage.connect().await).await;
-    load.stop().await;
-    stage.assert_archived(DEADLINE).await;
+    in_the_middle(&stage.connect().await).await;
     assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+    sidecar.kill();
 }
 
 /// Waits until a copy goes on.
@@ -228,7 +222,8 @@ async fn a_dropped_slot_is_mended_by_comparing_the_touched_days() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_the_server_has_invalidated_is_replaced() {
-    let settings = [("max_slot_wal_keep_size", "16MB"), ("min_wal_size", "32MB"), ("max_wal_size", "48MB")];
+    // More than the load writes while the gap is mended.
+    let settings = [("max_slot_wal_keep_size", "96MB"), ("min_wal_size", "32MB"), ("max_wal_size", "48MB")];
     let stage = Stage::private(Shape::Named, &settings).await;
     archived_under_load(&stage).await;
     let client = stage.connect().await;
@@ -393,7 +388,7 @@ async fn a_stream_that_goes_on_before_an_interrupted_copy() {
 /// A row that was taken out of the archive, in a partition that is marked as copied, comes back by a resync.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resync_compares_every_row() {
-    let stage = stage_with_rows(Shape::Named).await;
+    let stage = stage_with_rows().await;
     let client = stage.connect().await;
     let mut sidecar = stage.start().await;
     stage.insert_one(&client, "to be deleted", None).await;
@@ -424,7 +419,7 @@ async fn a_resync_compares_every_row() {
 /// While a copy goes on: a partition is dropped, one is rewritten (which looks empty to the copy's snapshot), one comes.
 #[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_change_during_a_copy() {
-    let stage = stage_with_rows(Shape::Named).await;
+    let stage = stage_with_rows().await;
     let client = stage.connect().await;
     let years = "create table scouter.y1 partition of scouter.psi_drift for values from ('2021-01-01') to ('2022-01-01');
                  create table scouter.y2 partition of scouter.psi_drift for values from ('2022-01-01') to ('2023-01-01');
@@ -452,7 +447,7 @@ async fn partitions_that_change_during_a_copy() {
 /// Rights on a table don't reach its partitions.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_that_may_read_only_the_roots() {
-    let stage = stage_with_rows(Shape::Named).await;
+    let stage = stage_with_rows().await;
     let client = stage.connect().await;
     stage.launch().must(&["setup"]);
     let role = format!("{}_reader", stage.name);

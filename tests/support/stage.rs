@@ -49,6 +49,11 @@ impl Stage {
         Self::on(Server::Own(cluster), shape, Partitions::DefaultOnly).await
     }
 
+    /// On a server of its own, partitioned by pg_partman.
+    pub async fn private_partitioned(shape: Shape) -> Self {
+        Self::on(Server::Own(Box::new(Cluster::start_new(&[]))), shape, Partitions::Partman).await
+    }
+
     async fn on(server: Server, shape: Shape, partitions: Partitions) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("hw_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
