@@ -85,23 +85,22 @@ impl EntityBatch {
         ROW_BYTES
     }
 
-    /// Row numbers in sort order.
+    /// Row numbers in sort order: by time, series and bin.
     pub(super) fn order(&self, series: &SeriesOrder) -> Vec<u32> {
-        let key = |row: &u32| {
-            let row = *row as usize;
-            (
-                self.created_at.get(row).copied().unwrap_or_default(),
-                self.series.get(row).map_or(0, |id| series.sort_key(*id)),
-                self.bin_id.get(row).copied().unwrap_or_default(),
-            )
-        };
-        let row_count = u32::try_from(self.row_count()).unwrap_or(u32::MAX);
-        let mut order: Vec<u32> = (0..row_count).collect();
-        // Rows of one writer mostly arrive in order.
-        if !order.is_sorted_by_key(key) {
-            order.sort_unstable_by_key(key);
+        let mut keys: Vec<(i64, u32, i32, u32)> = Vec::with_capacity(self.row_count());
+        for (row, (created_at, id)) in (0..).zip(self.created_at.iter().zip(&self.series)) {
+            let bin_id = self.bin_id.get(row as usize).copied().unwrap_or_default();
+            keys.push((*created_at, series.sort_key(*id), bin_id, row));
         }
-        order
+        // Rows of one writer mostly arrive in order of time; then only those of the same time are left to sort.
+        if keys.is_sorted_by_key(|key| key.0) {
+            for same_time in keys.chunk_by_mut(|one, next| one.0 == next.0) {
+                same_time.sort_unstable();
+            }
+        } else {
+            keys.sort_unstable();
+        }
+        keys.into_iter().map(|key| key.3).collect()
     }
 }
 

@@ -11,6 +11,8 @@ pub(super) struct Interner {
     ends: Vec<usize>,
     ids: HashTable<u32>,
     hasher: FixedState,
+    /// The number that was asked for last: rows come in runs.
+    last: u32,
 }
 
 impl Interner {
@@ -18,9 +20,14 @@ impl Interner {
     /// string.
     #[inline]
     pub(super) fn intern(&mut self, text: &[u8]) -> Option<u32> {
-        let Self { bytes, ends, ids, hasher } = self;
+        let Self { bytes, ends, ids, hasher, last } = self;
+        // A number that is not there yet has the empty string.
+        if !text.is_empty() && slice(bytes, ends, *last) == text {
+            return Some(*last);
+        }
         let hash = hasher.hash_one(text);
         if let Some(id) = ids.find(hash, |id| slice(bytes, ends, *id) == text) {
+            *last = *id;
             return Some(*id);
         }
         std::str::from_utf8(text).ok()?;
@@ -29,6 +36,7 @@ impl Interner {
         bytes.extend_from_slice(text);
         ends.push(bytes.len());
         ids.insert_unique(hash, id, |id| hasher.hash_one(slice(bytes, ends, *id)));
+        *last = id;
         Some(id)
     }
 

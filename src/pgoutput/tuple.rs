@@ -5,6 +5,7 @@ use super::reader::{DecodeError, Reader};
 pub struct Tuple<'a> {
     column_count: u16,
     bytes: &'a [u8],
+    copied: Option<&'a [bool]>,
 }
 
 /// One value of a row.
@@ -24,13 +25,13 @@ impl<'a> Tuple<'a> {
     #[inline]
     pub(super) fn parse(mut reader: Reader<'a>) -> Result<Self, DecodeError> {
         let column_count = reader.u16("the column count")?;
-        Ok(Self { column_count, bytes: reader.rest() })
+        Ok(Self { column_count, bytes: reader.rest(), copied: None })
     }
 
-    /// A row of so many values, encoded as the protocol has them.
-    #[must_use]
-    pub const fn new(column_count: u16, bytes: &'a [u8]) -> Self {
-        Self { column_count, bytes }
+    /// A row of a binary copy (manual, `COPY`, "Binary Format"), whose values come without a tag: it says of each column
+    /// whether its value is to be taken for the output of the text function.
+    pub(crate) const fn copied(column_count: u16, bytes: &'a [u8], is_text: &'a [bool]) -> Self {
+        Self { column_count, bytes, copied: Some(is_text) }
     }
 
     /// How many values the row says it has.
@@ -43,7 +44,8 @@ impl<'a> Tuple<'a> {
     #[must_use]
     #[inline]
     pub const fn values(self) -> Values<'a> {
-        Values { remaining: self.column_count, reader: Reader::new(self.bytes), done: false }
+        let reader = Reader::new(self.bytes);
+        Values { remaining: self.column_count, reader, copied: self.copied, done: false }
     }
 }
 
@@ -52,12 +54,25 @@ impl<'a> Tuple<'a> {
 pub struct Values<'a> {
     remaining: u16,
     reader: Reader<'a>,
+    /// Of a binary copy, what is left of its columns.
+    copied: Option<&'a [bool]>,
     done: bool,
 }
 
 impl<'a> Values<'a> {
     #[inline]
     fn read(&mut self) -> Result<Value<'a>, DecodeError> {
+        if let Some(columns) = self.copied {
+            let (is_text, rest) = columns.split_first().unwrap_or((&false, &[]));
+            self.copied = Some(rest);
+            // Null has the length -1.
+            let length = self.reader.u32("a value's length")?;
+            if length == u32::MAX {
+                return Ok(Value::Null);
+            }
+            let bytes = self.reader.take(length as usize, "a value")?;
+            return Ok(if *is_text { Value::Text(bytes) } else { Value::Binary(bytes) });
+        }
         let tag = self.reader.u8("a value's tag")?;
         match tag {
             b'n' => Ok(Value::Null),

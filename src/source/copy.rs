@@ -19,6 +19,9 @@ use crate::watermark::Watermark;
 /// How a binary copy begins (manual, `COPY`, "Binary Format").
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 
+/// How many values a row has comes before them.
+const COUNT_BYTES: usize = 2;
+
 /// A drift table, as the snapshot's catalog has it.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -27,14 +30,14 @@ pub(crate) struct Source {
     pub(crate) name: String,
     pub(crate) time: TimeColumn,
     columns: Vec<SourceColumn>,
+    /// Which columns have a type without a binary form, so that the stream sends its text, too.
+    is_text: Vec<bool>,
 }
 
 #[derive(Debug)]
 struct SourceColumn {
     name: String,
     type_oid: u32,
-    /// The type has no binary form, so that the stream sends its text, too.
-    is_text: bool,
 }
 
 impl Source {
@@ -48,17 +51,18 @@ impl Source {
                      where w.source_table = $1 and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
                      order by a.attnum";
         let mut oid = None;
-        let mut columns = Vec::new();
+        let (mut columns, mut is_text) = (Vec::new(), Vec::new());
         for found in client.query(query, &[&row.source_table]).await.map_err(failed())? {
             oid = Some(found.try_get(0).map_err(failed())?);
             columns.push(SourceColumn {
                 name: found.try_get(1).map_err(failed())?,
                 type_oid: found.try_get(2).map_err(failed())?,
-                is_text: found.try_get::<_, Option<bool>>(3).map_err(failed())?.unwrap_or(true),
             });
+            is_text.push(found.try_get::<_, Option<bool>>(3).map_err(failed())?.unwrap_or(true));
         }
         Ok(oid.map(|oid| {
-            let mut source = Self { oid, name: row.source_table.clone(), time: TimeColumn::None, columns };
+            let name = row.source_table.clone();
+            let mut source = Self { oid, name, time: TimeColumn::None, columns, is_text };
             source.time = TimeColumn::of(source.type_of("created_at"));
             source
         }))
@@ -96,14 +100,14 @@ impl Source {
     ) -> Result<Rows<'_>> {
         let context = format!("copying {}", partition.name);
         let list = |cast: bool| {
-            let text = |column: &SourceColumn| {
-                quote_identifier(&column.name) + if cast && column.is_text { "::text" } else { "" }
+            let text = |(column, is_text): (&SourceColumn, &bool)| {
+                quote_identifier(&column.name) + if cast && *is_text { "::text" } else { "" }
             };
-            self.columns.iter().map(text).collect::<Vec<_>>().join(", ")
+            self.columns.iter().zip(&self.is_text).map(text).collect::<Vec<_>>().join(", ")
         };
         // Without a condition the table itself is copied, which the server does faster.
         let what = match &slice.condition {
-            None if partition.may_read && self.columns.iter().all(|column| !column.is_text) => {
+            None if partition.may_read && !self.is_text.contains(&true) => {
                 format!("{} ({})", partition.quoted, list(false))
             }
             condition => format!(
@@ -121,7 +125,7 @@ impl Source {
             context,
             stream: Box::pin(stream),
             unread: Bytes::new(),
-            tuple: Vec::new(),
+            given: 0,
             has_begun: false,
         })
     }
@@ -133,7 +137,8 @@ pub(crate) struct Rows<'a> {
     context: String,
     stream: Pin<Box<CopyOutStream>>,
     unread: Bytes,
-    tuple: Vec<u8>,
+    /// Bytes of the row that was given out last, at the front of the unread ones.
+    given: usize,
     has_begun: bool,
 }
 
@@ -144,6 +149,7 @@ impl Rows<'_> {
     ///
     /// The copy was cut short, or is none.
     pub(crate) async fn next(&mut self) -> Result<Option<Insert<'_>>> {
+        self.unread.advance(std::mem::take(&mut self.given));
         loop {
             if !self.has_begun {
                 // Signature, flags, and an extension of the header whose length is told.
@@ -157,13 +163,11 @@ impl Rows<'_> {
                     continue;
                 }
             } else if let Some(row) = self.cut()? {
-                return match row {
-                    Cut::Row(column_count) => {
-                        let tuple = Tuple::new(column_count, &self.tuple);
-                        Ok(Some(Insert { relation: self.source.oid, tuple }))
-                    }
-                    Cut::End => Ok(None),
-                };
+                let Cut::Row { column_count, length } = row else { return Ok(None) };
+                self.given = COUNT_BYTES + length;
+                let values = self.unread.get(COUNT_BYTES..self.given).unwrap_or_default();
+                let tuple = Tuple::copied(column_count, values, &self.source.is_text);
+                return Ok(Some(Insert { relation: self.source.oid, tuple }));
             }
             match self.stream.try_next().await.map_err(Error::sql(&self.context))? {
                 Some(more) if self.unread.is_empty() => self.unread = more,
@@ -177,34 +181,25 @@ impl Rows<'_> {
         }
     }
 
-    /// Takes a row off the bytes that are there, as the stream would have sent it: each value with its form before its
-    /// length. `None` if a part of it is still to come.
-    fn cut(&mut self) -> Result<Option<Cut>> {
+    /// How far the row reaches that the bytes begin with. `None` if a part of it is still to come.
+    fn cut(&self) -> Result<Option<Cut>> {
         let mut bytes = &self.unread[..];
         let Ok(count) = bytes.try_get_i16() else { return Ok(None) };
-        let Ok(count) = u16::try_from(count) else {
+        let Ok(column_count) = u16::try_from(count) else {
             // The trailer is -1; whatever follows it is not ours.
             return Ok(Some(Cut::End));
         };
-        if usize::from(count) != self.source.columns.len() {
+        if usize::from(column_count) != self.source.columns.len() {
             return Err(self.malformed(&format!("a row has {count} values")));
         }
-        self.tuple.clear();
-        for column in &self.source.columns {
+        let whole = bytes.len();
+        for _ in 0..column_count {
             let Ok(length) = bytes.try_get_i32() else { return Ok(None) };
-            let Ok(length) = usize::try_from(length) else {
-                self.tuple.push(b'n');
-                continue;
-            };
-            let Some((value, rest)) = bytes.split_at_checked(length) else { return Ok(None) };
-            self.tuple.push(if column.is_text { b't' } else { b'b' });
-            self.tuple.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes());
-            self.tuple.extend_from_slice(value);
+            // Null has the length -1.
+            let Some(rest) = bytes.get(usize::try_from(length).unwrap_or(0)..) else { return Ok(None) };
             bytes = rest;
         }
-        let used = self.unread.len() - bytes.len();
-        self.unread.advance(used);
-        Ok(Some(Cut::Row(count)))
+        Ok(Some(Cut::Row { column_count, length: whole - bytes.len() }))
     }
 
     fn malformed(&self, detail: &str) -> Error {
@@ -213,8 +208,11 @@ impl Rows<'_> {
 }
 
 enum Cut {
-    /// A row of so many values.
-    Row(u16),
+    /// A row of so many values, which take so many bytes.
+    Row {
+        column_count: u16,
+        length: usize,
+    },
     End,
 }
 
