@@ -43,7 +43,7 @@ impl Multiset {
         let store = storage.table_store(kind);
         for path in paths {
             let context = format!("reading {}{path}", storage.table_url(kind));
-            each_batch(&store, path, None, &context, |batch| {
+            each_batch(&store, path, &context, |batch| {
                 let contains = |time: &i64| {
                     let after = ranges.partition_point(|(start, _)| start <= time);
                     after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)

@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use arrow::array::{Array, ArrayRef, AsArray, DictionaryArray, RecordBatch, StringArray};
 use arrow::compute::{max, min};
 use arrow::datatypes::{DataType, Int32Type, UInt32Type};
+use parquet::basic::{LogicalType, TimeUnit};
+use parquet::file::metadata::RowGroupMetaData;
+use parquet::file::statistics::Statistics;
 
 use super::Storage;
-use super::object_reader::each_batch;
+use super::object_reader::{each_batch, each_batch_of, open};
 use super::stats::{ENTITY_COLUMNS, time_column, times};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
@@ -135,7 +138,7 @@ pub async fn quarantined(
     let mut found = Vec::new();
     for path in paths {
         let context = format!("reading the quarantine file {path}");
-        each_batch(&store, path, None, &context, |batch| {
+        each_batch(&store, path, &context, |batch| {
             let column =
                 |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
             let (Some(tables), Some(texts), Some(lsns)) =
@@ -157,8 +160,8 @@ pub async fn quarantined(
     Ok(found)
 }
 
-/// Reads the entity and time columns of files (paths relative to the table) and says what they hold of
-/// each entity, sorted by entity. The quarantine has no entities.
+/// Says what files (paths relative to the table) hold of each entity, sorted by entity: from their footers as far as these
+/// tell, else from their entity and time columns. The quarantine has no entities.
 ///
 /// # Errors
 ///
@@ -171,11 +174,60 @@ pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Re
         let columns = [space, name, version, time_column(kind)];
         for path in paths {
             let context = format!("reading the entities of {}{path}", storage.table_url(kind));
-            let add = |batch: &RecordBatch| add_rows(kind, batch, &mut found);
-            each_batch(&store, path, Some(&columns), &context, add).await?;
+            let file = open(&store, path, &context).await?;
+            let mut unknown = Vec::new();
+            for (number, group) in file.metadata().row_groups().iter().enumerate() {
+                match only_entity(kind, group) {
+                    Some(stats) => add(stats, &mut found),
+                    None => unknown.push(number),
+                }
+            }
+            if !unknown.is_empty() {
+                let file = file.with_row_groups(unknown);
+                let seen = |batch: &RecordBatch| add_rows(kind, batch, &mut found);
+                each_batch_of(file, Some(&columns), &context, seen).await?;
+            }
         }
     }
     Ok(found.into_values().collect())
+}
+
+/// What a row group holds, if its statistics say that it is all of one entity.
+fn only_entity(kind: Kind, group: &RowGroupMetaData) -> Option<EntityStats> {
+    let column = |name: &str| group.columns().iter().find(|column| column.column_path().string() == name);
+    let only = |name: &str| match column(name)?.statistics()? {
+        Statistics::ByteArray(texts)
+            if texts.min_is_exact() && texts.max_is_exact() && texts.null_count_opt() == Some(0) =>
+        {
+            let text = texts.min_opt().filter(|low| texts.max_opt() == Some(low))?;
+            text.as_utf8().ok().map(str::to_owned)
+        }
+        _ => None,
+    };
+    let [space, name, version] = ENTITY_COLUMNS;
+    let entity = Entity { space: only(space)?, name: only(name)?, version: only(version)? };
+    let times = column(time_column(kind))?;
+    // Others may write times in other units.
+    let is_micros = matches!(
+        times.column_descr().logical_type_ref(),
+        Some(LogicalType::Timestamp(time)) if time.unit == TimeUnit::MICROS
+    );
+    match times.statistics()? {
+        Statistics::Int64(range) if is_micros && range.null_count_opt() == Some(0) => Some(EntityStats {
+            entity,
+            min_created_at: *range.min_opt()?,
+            max_created_at: *range.max_opt()?,
+            row_count: u64::try_from(group.num_rows()).ok()?,
+        }),
+        _ => None,
+    }
+}
+
+fn add(more: EntityStats, found: &mut BTreeMap<Entity, EntityStats>) {
+    let stats = found.entry(more.entity.clone()).or_insert(EntityStats { row_count: 0, ..more.clone() });
+    stats.min_created_at = stats.min_created_at.min(more.min_created_at);
+    stats.max_created_at = stats.max_created_at.max(more.max_created_at);
+    stats.row_count += more.row_count;
 }
 
 fn add_rows(kind: Kind, batch: &RecordBatch, found: &mut BTreeMap<Entity, EntityStats>) -> Result<()> {
@@ -188,15 +240,8 @@ fn add_rows(kind: Kind, batch: &RecordBatch, found: &mut BTreeMap<Entity, Entity
         if let (Some(low), Some(high)) = (min(&run), max(&run)) {
             let entity =
                 Entity { space: space.to_owned(), name: name.to_owned(), version: version.to_owned() };
-            let stats = found.entry(entity.clone()).or_insert(EntityStats {
-                entity,
-                min_created_at: low,
-                max_created_at: high,
-                row_count: 0,
-            });
-            stats.min_created_at = stats.min_created_at.min(low);
-            stats.max_created_at = stats.max_created_at.max(high);
-            stats.row_count += (end - start) as u64;
+            let row_count = (end - start) as u64;
+            add(EntityStats { entity, min_created_at: low, max_created_at: high, row_count }, found);
         }
         start = end;
     }

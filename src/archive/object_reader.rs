@@ -69,21 +69,37 @@ impl AsyncFileReader for ObjectReader {
     }
 }
 
-/// Hands the rows of a file to `seen`, batch by batch: all columns, or the ones that are named.
+/// A file whose footer has been read.
+pub(super) type OpenFile = ParquetRecordBatchStreamBuilder<ObjectReader>;
+
+/// Reads a file's footer.
+pub(super) async fn open(store: &Arc<dyn ObjectStore>, path: &str, context: &str) -> crate::Result<OpenFile> {
+    let reader = ObjectReader::new(Arc::clone(store), path, None);
+    ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context))
+}
+
+/// Hands the rows of a file to `seen`, batch by batch.
 pub(super) async fn each_batch(
     store: &Arc<dyn ObjectStore>,
     path: &str,
+    context: &str,
+    seen: impl FnMut(&RecordBatch) -> crate::Result<()>,
+) -> crate::Result<()> {
+    each_batch_of(open(store, path, context).await?, None, context, seen).await
+}
+
+/// The same of an open file: all columns, or the ones that are named.
+pub(super) async fn each_batch_of(
+    mut file: OpenFile,
     columns: Option<&[&str]>,
     context: &str,
     mut seen: impl FnMut(&RecordBatch) -> crate::Result<()>,
 ) -> crate::Result<()> {
-    let reader = ObjectReader::new(Arc::clone(store), path, None);
-    let mut builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context))?;
     if let Some(columns) = columns {
-        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
-        builder = builder.with_projection(mask);
+        let mask = ProjectionMask::columns(file.parquet_schema(), columns.iter().copied());
+        file = file.with_projection(mask);
     }
-    let mut rows = builder.build().map_err(parquet_error(context))?;
+    let mut rows = file.build().map_err(parquet_error(context))?;
     while let Some(batch) = rows.try_next().await.map_err(parquet_error(context))? {
         seen(&as_ours(batch).map_err(encode_error(context))?)?;
     }

@@ -47,6 +47,8 @@ pub struct Batches {
     width: WindowWidth,
     recent_since: i64,
     entities: Interner,
+    /// The entity of the last row, and its texts as they are interned.
+    last_entity: Option<EntityId>,
     entity_key: Vec<u8>,
     series: Interner,
     kinds: [KindBatches; 3],
@@ -90,6 +92,7 @@ impl Batches {
             width,
             recent_since: Window::of(now, WindowWidth::DAY).start() - MICROS_PER_DAY,
             entities: Interner::default(),
+            last_entity: None,
             entity_key: Vec::new(),
             series: Interner::default(),
             kinds: Default::default(),
@@ -128,11 +131,14 @@ impl Batches {
     /// a zero byte, which no text of PostgreSQL does.
     #[inline]
     pub fn entity(&mut self, space: &[u8], name: &[u8], version: &[u8]) -> Option<EntityId> {
-        self.entity_key.clear();
-        for part in [space, b"\0", name, b"\0", version] {
-            self.entity_key.extend_from_slice(part);
+        if self.last_entity.is_none() || !is_joined(&self.entity_key, [space, name, version]) {
+            self.entity_key.clear();
+            for part in [space, b"\0", name, b"\0", version] {
+                self.entity_key.extend_from_slice(part);
+            }
+            self.last_entity = self.entities.intern(&self.entity_key).map(EntityId);
         }
-        self.entities.intern(&self.entity_key).map(EntityId)
+        self.last_entity
     }
 
     /// The number of a metric or feature in these batches, or `None` if it is not UTF-8.
@@ -230,6 +236,15 @@ impl Batches {
         }
         spans
     }
+}
+
+/// Whether the key is these texts with a zero byte between them.
+#[inline]
+fn is_joined(key: &[u8], [space, name, version]: [&[u8]; 3]) -> bool {
+    fn after<'a>(key: &'a [u8], text: &[u8]) -> Option<&'a [u8]> {
+        key.strip_prefix(text)?.strip_prefix(b"\0")
+    }
+    after(key, space).and_then(|rest| after(rest, name)) == Some(version)
 }
 
 impl KindBatches {

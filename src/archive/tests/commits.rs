@@ -32,6 +32,41 @@ async fn a_crash_between_upload_and_commit_leaves_the_position() {
     assert_eq!((stats[0].min_created_at, stats[0].max_created_at, stats[0].row_count), (NOON, NOON + 9, 15));
 }
 
+/// Groups of rows of one entity are counted by their statistics, all others by their rows: small ones that share a group,
+/// and names that statistics cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn entities_are_counted_from_footers_where_these_tell() {
+    let place = Place::new();
+    let long = ["n".repeat(5_000), "n".repeat(5_000) + "o"];
+    let expected =
+        [("a", 200_000), ("b", 3), ("c", 4), (&long[0], 131_072), (&long[1], 131_072), ("z", 131_072)];
+    let mut all = Vec::new();
+    for (name, count) in expected {
+        all.extend((0..count).map(|row| (NOON + row, name, 1)));
+    }
+    let file = place.file(psi(&all), 200).await;
+    let paths = [file.path.clone()];
+    let found = entity_stats(&place.storage, Kind::Psi, &paths).await.unwrap();
+    let found: Vec<_> = found
+        .iter()
+        .map(|stats| {
+            assert_eq!((stats.min_created_at, stats.entity.space.as_str()), (NOON, "space"));
+            assert_eq!(stats.max_created_at - NOON + 1, stats.row_count as i64);
+            (stats.entity.name.as_str(), stats.row_count as i64)
+        })
+        .collect();
+    assert_eq!(found, expected);
+
+    let requests = async |path: &String| {
+        let before = place.observed.requests.load(Ordering::Relaxed);
+        entity_stats(&place.storage, Kind::Psi, std::slice::from_ref(path)).await.unwrap();
+        place.observed.requests.load(Ordering::Relaxed) - before
+    };
+    let alone = place.file(rows(1000), 300).await;
+    assert_eq!(requests(&alone.path).await, 2, "the size and the footer");
+    assert!(requests(&file.path).await > 2);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_successor_fences_even_before_it_writes() {
     let place = Place::new();
