@@ -219,6 +219,51 @@ async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missin
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_repair_that_is_killed_is_finished_by_the_next() {
+    let stage = Stage::partitioned(Shape::Named).await;
+    let client = stage.connect().await;
+    fill(&client, Shape::Named).await;
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    let lost = ["hour 5", "hour 30", "hour 31", "hour 50", "hour 70"];
+    for metric in lost {
+        damage(&stage.storage().join("custom"), "delete", metric);
+    }
+    let missing = || {
+        let (report, code) = verify(&stage.launch(), &["--table", "custom_drift"]);
+        assert_eq!(code, 1, "{report:#}");
+        let differences = table(&report, "scouter.custom_drift")["differences"].as_array().unwrap().clone();
+        assert!(differences.iter().all(|hour| hour["surplus"] == 0), "{report:#}");
+        differences.len()
+    };
+    // What was committed is not added again; what was only uploaded is.
+    for (step, passes, left) in [
+        ("after-encode", 0, 5),
+        ("after-upload", 0, 5),
+        ("after-delta-commit", 0, 4),
+        ("after-upload", 1, 3),
+        ("after-delta-commit", 1, 1),
+    ] {
+        let failing = stage.launch().failing(&format!("{step}={passes}*off->return"));
+        failing.must_crash(&["verify", "--repair"]);
+        assert_eq!(missing(), left, "{step} {passes}");
+    }
+    let (report, _) = verify(&stage.launch(), &["--repair"]);
+    assert_eq!(table(&report, "scouter.custom_drift")["differences"][0]["added"], 1, "{report:#}");
+    assert_eq!(verify(&stage.launch(), &[]).1, 0);
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    // A repair that was killed has not told how many rows it added: the next session counts.
+    let mut sidecar = stage.start().await;
+    let counted = "select w.row_count = sum(e.row_count) and w.row_count = 73
+                   from highwater.watermark w join highwater.entity_watermark e using (source_table)
+                   where source_table = 'scouter.custom_drift' group by w.row_count";
+    let is_counted = async || client.query_one(counted, &[]).await.unwrap().get::<_, bool>(0).then_some(());
+    until("the entities are counted", DEADLINE, is_counted).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_sidecar_or_a_table_it_says_so() {
     let stage = Stage::shared(Shape::Named).await;
     stage.launch().must(&["setup"]);

@@ -90,6 +90,12 @@ impl Launch {
         command.output().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()))
     }
 
+    /// Runs a subcommand that a fail point must kill.
+    pub fn must_crash(&self, arguments: &[&str]) {
+        let output = self.command(arguments).output().expect("a process");
+        assert!(output.status.code().is_none(), "highwater {arguments:?} did not crash: {output:?}");
+    }
+
     /// Runs a subcommand that must succeed; what it printed.
     pub fn must(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments);
