@@ -48,7 +48,8 @@ async fn sigterm_archives_and_acknowledges_what_has_arrived() {
     launch.must(&["setup"]);
     for signal in ["TERM", "INT"] {
         let mut sidecar = launch.start();
-        stage.streaming().await;
+        // Before it just stops.
+        sidecar.says("archiving slot", DEADLINE).await;
         let client = stage.connect().await;
         let mut target = stage.insert_one(&client, signal, Some(1.0)).await;
         for number in 0..100 {

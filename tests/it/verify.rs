@@ -255,10 +255,15 @@ async fn a_repair_that_is_killed_is_finished_by_the_next() {
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     // A repair that was killed has not told how many rows it added: the next session counts.
     let mut sidecar = stage.start().await;
-    let counted = "select w.row_count = sum(e.row_count) and w.row_count = 73
-                   from highwater.watermark w join highwater.entity_watermark e using (source_table)
-                   where source_table = 'scouter.custom_drift' group by w.row_count";
-    let is_counted = async || client.query_one(counted, &[]).await.unwrap().get::<_, bool>(0).then_some(());
+    let counted = "select w.row_count, (select sum(row_count)::bigint from highwater.entity_watermark e
+                                        where e.source_table = w.source_table),
+                          (select count(*) from scouter.custom_drift where isfinite(created_at))
+                   from highwater.watermark w where source_table = 'scouter.custom_drift'";
+    let is_counted = async || {
+        let row = client.query_one(counted, &[]).await.unwrap();
+        let [table, entities, source] = [0, 1, 2].map(|column| row.get::<_, i64>(column));
+        (table == source && entities == source).then_some(())
+    };
     until("the entities are counted", DEADLINE, is_counted).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
