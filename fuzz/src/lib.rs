@@ -17,20 +17,7 @@ pub mod record;
 pub use error::{Error, Result};
 pub use lsn::Lsn;
 
-/// What the splitter of frames needs of `highwater::postgres`.
-pub mod postgres {
-    #[path = "../../../src/postgres/frame.rs"]
-    mod frame;
-    #[path = "../../../src/postgres/wire.rs"]
-    mod wire;
-
-    /// In the place of real sockets.
-    mod socket {
-        pub(super) type Socket = tokio::io::DuplexStream;
-    }
-
-    pub use frame::{Chunk, Frame, Frames};
-}
+pub mod postgres;
 
 /// In the place of the crate's error, whose other variants hold the storage libraries' errors.
 pub mod error {
@@ -46,6 +33,8 @@ pub mod error {
         Protocol { context: String, detail: String },
         #[error("{slot}: {detail}")]
         Slot { slot: String, detail: String, transient: bool },
+        #[error("{context}")]
+        Encode { context: String, source: Box<dyn std::error::Error + Send + Sync> },
         #[error("{0}")]
         Internal(String),
     }

@@ -39,6 +39,7 @@ pub use hours::{HourSums, RowSum, hour_sums, sums_of};
 pub use log::TableFile;
 pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};
+pub use object_reader::read_through;
 pub(crate) use scan::{Scan, runtime, session};
 pub use snapshot::Snapshot;
 pub use stats::FileStats;

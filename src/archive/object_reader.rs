@@ -16,7 +16,8 @@ use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuil
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
-use super::{encode_error, parquet_error};
+use super::{Storage, encode_error, parquet_error};
+use crate::record::Kind;
 
 /// Bytes of a file's end that hold the footer of most files: one request instead of two.
 const FOOTER_BYTES: usize = 64 * 1024;
@@ -104,6 +105,17 @@ pub(super) async fn each_batch_of(
         seen(&as_ours(batch).map_err(encode_error(context))?)?;
     }
     Ok(())
+}
+
+/// Reads all of a file (its path relative to the table), and drops it.
+///
+/// # Errors
+///
+/// [`Error::Storage`](crate::Error::Storage) if it can't be had, [`Error::Encode`](crate::Error::Encode) if it is no whole
+/// Parquet file.
+pub async fn read_through(storage: &Storage, kind: Kind, path: &str) -> crate::Result<()> {
+    let context = format!("reading {}{path}", storage.table_url(kind));
+    each_batch(&storage.table_store(kind), path, &context, |_| Ok(())).await
 }
 
 /// The rows with the types that our own files have: whoever else writes into a table may have texts as views, or times in

@@ -122,7 +122,17 @@ fn text(report: &Report) -> String {
             let _ = writeln!(text, "  and {more} more hours; --format json has them all");
         }
     }
-    text.push_str(if report.equal { "\nequal" } else { "\nNOT equal" });
+    let is_mended = |table: &TableReport| {
+        let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
+        table.not_compared.is_none() && table.differences.iter().all(mended)
+    };
+    text.push_str(if report.equal {
+        "\nequal"
+    } else if report.tables.iter().all(is_mended) {
+        "\nNOT equal before, and all that was missing was added: verify again"
+    } else {
+        "\nNOT equal"
+    });
     text
 }
 

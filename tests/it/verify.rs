@@ -218,6 +218,58 @@ async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missin
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
 
+/// What cannot be read back is not purged, whatever an earlier verification said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_gone_or_damaged_takes_back_what_was_verified() {
+    let stage = Stage::partitioned(Shape::Named).await;
+    let client = stage.connect().await;
+    fill(&client, Shape::Named).await;
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    assert_eq!(verify(&stage.launch(), &[]).1, 0);
+    let state = async || {
+        let sql = "select (select count(*) from highwater.verified_partition where source_table = 'scouter.psi_drift'),
+                          (select count(*) from highwater.covered_partition where lacks_since is not null)";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    };
+    let (all, none) = state().await;
+    assert!(all > 2 && none == 0);
+    // Of a day that is over, so that nobody merges it meanwhile.
+    let day = "select to_char((now() - interval '2 days') at time zone 'UTC', 'YYYY/MM/DD')";
+    let day: String = client.query_one(day, &[]).await.unwrap().get(0);
+    let (month, day) = day.split_at("YYYY/MM/".len());
+    let mut files = std::fs::read_dir(stage.storage().join("psi").join(month)).unwrap();
+    let of_day = |path: &std::path::Path| {
+        path.is_file() && path.file_name().unwrap().to_str().unwrap().starts_with(&format!("{day}-"))
+    };
+    let file = files.find_map(|entry| Some(entry.unwrap().path()).filter(|path| of_day(path))).unwrap();
+    let whole = std::fs::read(&file).unwrap();
+    let mut cut = whole.clone();
+    cut.truncate(whole.len() / 2);
+    for damaged in [None, Some(cut)] {
+        match &damaged {
+            None => std::fs::remove_file(&file).unwrap(),
+            Some(bytes) => std::fs::write(&file, bytes).unwrap(),
+        }
+        let (report, code) = verify(&stage.launch(), &[]);
+        let psi = table(&report, "scouter.psi_drift");
+        let why = psi["not_compared"].as_str().unwrap_or_else(|| panic!("{report:#}"));
+        assert!(
+            why.contains("1 files") && why.contains(file.file_name().unwrap().to_str().unwrap()),
+            "{why}"
+        );
+        assert_eq!((code, &table(&report, "scouter.spc_drift")["not_compared"]), (1, &Value::Null));
+        // The default partition may hold rows of any time.
+        let (verified, lacking) = state().await;
+        assert!(verified > 0 && verified <= all - 2 && lacking == all - verified, "{verified} {lacking}");
+        std::fs::write(&file, &whole).unwrap();
+        assert_eq!(verify(&stage.launch(), &[]).1, 0);
+        assert_eq!(state().await, (all, 0));
+    }
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repair_that_is_killed_is_finished_by_the_next() {
     let stage = Stage::partitioned(Shape::Named).await;
