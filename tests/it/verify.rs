@@ -8,7 +8,7 @@ use tokio_postgres::Client;
 use crate::support::archive::{archived_rows, damage};
 use crate::support::load::create_entities;
 use crate::support::schema::{Shape, entity_id};
-use crate::support::sidecar::Launch;
+use crate::support::sidecar::{Launch, Sidecar};
 use crate::support::stage::Stage;
 use crate::support::wait::until;
 
@@ -140,13 +140,19 @@ async fn entity_rows_are_equal_while_more_are_written() {
     is_equal_under_load(Shape::Entity).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missing_is_added() {
+/// A stage whose rows are archived, and its sidecar.
+async fn archived() -> (Stage, Client, Sidecar) {
     let stage = Stage::partitioned(Shape::Named).await;
     let client = stage.connect().await;
     fill(&client, Shape::Named).await;
-    let mut sidecar = stage.start().await;
+    let sidecar = stage.start().await;
     stage.assert_archived(DEADLINE).await;
+    (stage, client, sidecar)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missing_is_added() {
+    let (stage, client, mut sidecar) = archived().await;
     assert_eq!(verify(&stage.launch(), &[]).1, 0);
 
     let custom = stage.storage().join("custom");
@@ -221,11 +227,7 @@ async fn a_row_deleted_a_row_doubled_and_a_last_bit_are_found_and_what_is_missin
 /// What cannot be read back is not purged, whatever an earlier verification said.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_is_gone_or_damaged_takes_back_what_was_verified() {
-    let stage = Stage::partitioned(Shape::Named).await;
-    let client = stage.connect().await;
-    fill(&client, Shape::Named).await;
-    let mut sidecar = stage.start().await;
-    stage.assert_archived(DEADLINE).await;
+    let (stage, client, mut sidecar) = archived().await;
     assert_eq!(verify(&stage.launch(), &[]).1, 0);
     let state = async || {
         let sql = "select (select count(*) from highwater.verified_partition where source_table = 'scouter.psi_drift'),
@@ -272,11 +274,7 @@ async fn a_file_that_is_gone_or_damaged_takes_back_what_was_verified() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repair_that_is_killed_is_finished_by_the_next() {
-    let stage = Stage::partitioned(Shape::Named).await;
-    let client = stage.connect().await;
-    fill(&client, Shape::Named).await;
-    let mut sidecar = stage.start().await;
-    stage.assert_archived(DEADLINE).await;
+    let (stage, client, mut sidecar) = archived().await;
     let lost = ["hour 5", "hour 30", "hour 31", "hour 50", "hour 70"];
     for metric in lost {
         damage(&stage.storage().join("custom"), "delete", metric);
