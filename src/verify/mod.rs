@@ -12,6 +12,7 @@
 //! nothing more is read. Where not, and where rows of the hour are in the quarantine, the hour is compared row by row, which
 //! also tells the missing rows that a repair adds.
 
+mod damage;
 mod report;
 mod rows;
 mod tail;
@@ -44,9 +45,6 @@ const HOLDER_WAIT: Duration = Duration::from_secs(15);
 
 /// How long the log of a table may be behind its watermark.
 const ARCHIVE_WAIT: Duration = Duration::from_secs(15);
-
-/// Damaged files that a message names.
-const DAMAGED_SHOWN: usize = 10;
 
 /// Added to twice the staleness bound: how long the archive may take to pass the point.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
@@ -197,14 +195,6 @@ fn is_about_table(error: &Error) -> bool {
     }
 }
 
-/// Whether an error says of a file that it is gone, or not whole.
-const fn is_damage(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::Encode { .. } | Error::Storage { source: object_store::Error::NotFound { .. }, .. }
-    )
-}
-
 /// Waits until the watermarks of these tables have passed `lsn`.
 async fn wait_until_archived(
     config: &Config,
@@ -328,7 +318,7 @@ impl Table<'_> {
         let postgres = self.postgres_sums(&sums, tail);
         let archive = match self.archive_sums(&leaves, &postgres).await {
             Ok(sums) => sums,
-            Err(error) if is_damage(&error) => {
+            Err(error) if damage::is_told_by(&error) => {
                 report.not_compared = Some(self.take_back(&leaves, error, sql).await?);
                 return Ok(());
             }
@@ -475,52 +465,6 @@ impl Table<'_> {
             *all.entry(hour).or_default() += sum;
         }
         all
-    }
-
-    /// Looks for the files that can't be read, and says which. Whatever they may hold rows of is not verified any more, and
-    /// its purge is blocked until a comparison of all of it finds no row missing.
-    ///
-    /// # Errors
-    ///
-    /// `error`, if every file can be read after all; the first that is not about a file.
-    async fn take_back(&self, leaves: &[Partition], error: Error, sql: &mut Session) -> Result<String> {
-        let reach = |leaf: &Partition| leaf.extent.unwrap_or((i64::MIN, i64::MAX));
-        let may_hold = |file: &TableFile, (low, high): (i64, i64)| file.may_hold(low, high);
-        let candidates = self.files.iter().filter(|file| may_hold(file, self.range));
-        let mut damaged = Vec::new();
-        for file in candidates.filter(|file| leaves.iter().any(|leaf| may_hold(file, reach(leaf)))) {
-            match archive::read_through(self.storage, self.kind, &file.path).await {
-                Err(error) if is_damage(&error) => damaged.push((file, error.chain())),
-                other => other?,
-            }
-        }
-        let Some((_, first)) = damaged.first() else { return Err(error) };
-        for leaf in leaves.iter().filter(|leaf| damaged.iter().any(|(file, _)| may_hold(file, reach(leaf)))) {
-            let verified = Verified {
-                source_table: &self.row.source_table,
-                partition_oid: leaf.oid,
-                partition_name: &leaf.name,
-                row_count: 0,
-                checksum: "",
-                horizon: self.point.xmin,
-                gap_count: self.row.gap_count,
-            };
-            sql.run(async |client| {
-                watermark::forget_verified(client, &verified).await?;
-                watermark::set_lacking(client, &verified, true).await
-            })
-            .await?;
-        }
-        let paths: Vec<&str> =
-            damaged.iter().take(DAMAGED_SHOWN).map(|(file, _)| file.path.as_str()).collect();
-        Ok(format!(
-            "{} files of its archive can't be read, so what they hold is not purged: {}{} ({first}); restore them from a \
-             backup or an older version of the objects, or have Delta forget them (`DeltaTable.repair()` in Python), and \
-             add their rows with `highwater verify --repair` while the sidecar runs",
-            damaged.len(),
-            paths.join(", "),
-            if damaged.len() > paths.len() { ", ..." } else { "" },
-        ))
     }
 
     /// What the archive holds of the hours that Postgres has rows of, or a partition for.
