@@ -111,9 +111,13 @@ pub(crate) async fn quarantined<'a>(
 ) -> Result<Settled> {
     let paths: Vec<String> = files.into_iter().map(|file| file.path.clone()).collect();
     let mut settled = Settled::default();
-    for row in archive::quarantined(storage, &paths, Some(source_table)).await? {
-        settled.add(&row.source_table, &row.row, &Lsn::ZERO.to_string());
-    }
+    let lsn = Lsn::ZERO.to_string();
+    archive::each_quarantined(storage, &paths, |row| {
+        if row.source_table == source_table {
+            settled.add(source_table, row.row, &lsn);
+        }
+    })
+    .await?;
     Ok(settled)
 }
 

@@ -340,10 +340,7 @@ async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Sett
     // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
     let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));
     let paths: Vec<String> = files.map(|file| file.path.clone()).collect();
-    let rows = archive::quarantined(storage, &paths, None).await?;
-    for row in &rows {
-        settled.add(&row.source_table, &row.row, &row.lsn);
-    }
+    archive::each_quarantined(storage, &paths, |row| settled.add(row.source_table, row.row, row.lsn)).await?;
     Ok(settled)
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::OnceLock;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
@@ -47,17 +47,45 @@ pub fn filter_text(typed: Option<&str>) -> String {
 /// The progress bars on the terminal; none where nobody looks, and where a server embeds us.
 static BARS: OnceLock<MultiProgress> = OnceLock::new();
 
-/// A new progress bar at the bottom of the terminal, if stderr is one and logs are for people; it is gone when the last handle
-/// is dropped. Its position is in rows.
-pub(crate) fn bar() -> Option<ProgressBar> {
-    let template = "{wide_msg} {bar:24} {percent}% {per_sec:>12} rows {eta} left";
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    let style = style.with_key("per_sec", |state: &ProgressState, text: &mut dyn fmt::Write| {
-        // What can't be written is not shown.
-        let _ = write!(text, "{:.0}/s", state.per_sec());
-    });
-    let bar = ProgressBar::new(0).with_style(style);
-    BARS.get().map(|bars| bars.add(bar))
+/// A progress bar at the bottom of the terminal; it is gone when it is dropped.
+pub(crate) struct Bar(ProgressBar);
+
+impl Bar {
+    /// A new bar, if stderr is a terminal and logs are for people. `unit` is what is counted: rows, hours.
+    pub(crate) fn new(unit: &'static str) -> Option<Self> {
+        let bars = BARS.get()?;
+        let style = ProgressStyle::with_template("{wide_msg} {bar:12} {pace}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).with_key(
+            "pace",
+            move |state: &ProgressState, text: &mut dyn fmt::Write| {
+                let per_second = state.per_sec();
+                // What can't be written is not shown.
+                let _ = match state.len() {
+                    Some(_) => write!(
+                        text,
+                        "{:.0}% {per_second:.0} {unit}/s, {:#} left",
+                        state.fraction() * 100.0,
+                        HumanDuration(state.eta())
+                    ),
+                    None => write!(text, "{} {unit}, {per_second:.0}/s", state.pos()),
+                };
+            },
+        );
+        Some(Self(bars.add(ProgressBar::no_length().with_style(style))))
+    }
+
+    /// Shows what is being done, and how much of `all` is done; `None` if nobody knows how much that is.
+    pub(crate) fn show(&self, step: &str, done: u64, all: Option<u64>) {
+        match all {
+            Some(all) if self.0.length() != Some(all) => self.0.set_length(all),
+            None if self.0.length().is_some() => self.0.unset_length(),
+            _ => {}
+        }
+        self.0.set_position(done);
+        if self.0.message() != step {
+            self.0.set_message(step.to_owned());
+        }
+    }
 }
 
 /// An estimate of rows, as a bar shows it.

@@ -13,9 +13,9 @@ use foldhash::fast::RandomState;
 use md5::{Digest as _, Md5};
 
 use super::entities::Strings;
-use super::object_reader::each_batch;
+use super::object_reader::each_batch_within;
 use super::stats::times;
-use super::{Storage, encode_error};
+use super::{Storage, TableFile, encode_error};
 use crate::pgoutput::POSTGRES_EPOCH_MICROS;
 use crate::record::{ColumnType, Kind};
 use crate::{Error, Result};
@@ -27,7 +27,7 @@ pub struct Multiset {
 }
 
 impl Multiset {
-    /// Takes in the rows of files (paths relative to the table) whose `created_at` lies in one of the ranges: ascending
+    /// Takes in the rows of files (of one version of a table) whose `created_at` lies in one of the ranges: ascending
     /// pairs of a first microsecond since the epoch and the one after the last.
     ///
     /// # Errors
@@ -37,30 +37,25 @@ impl Multiset {
         &mut self,
         storage: &Storage,
         kind: Kind,
-        paths: &[String],
+        files: &[&TableFile],
         ranges: &[(i64, i64)],
     ) -> Result<()> {
-        let store = storage.table_store(kind);
-        for path in paths {
-            let context = format!("reading {}{path}", storage.table_url(kind));
-            each_batch(&store, path, &context, |batch| {
-                let contains = |time: &i64| {
-                    let after = ranges.partition_point(|(start, _)| start <= time);
-                    after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)
-                };
-                let is_within: Vec<bool> = times(kind, batch)?.values().iter().map(contains).collect();
-                if !is_within.contains(&true) {
-                    return Ok(());
+        let contains = |time: &i64| {
+            let after = ranges.partition_point(|(start, _)| start <= time);
+            after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)
+        };
+        each_batch_within(storage, kind, files, ranges, None, |batch| {
+            let is_within: Vec<bool> = times(kind, batch)?.values().iter().map(contains).collect();
+            if !is_within.contains(&true) {
+                return Ok(());
+            }
+            digests(kind, batch, |row, digest| {
+                if is_within.get(row).copied().unwrap_or_default() {
+                    self.add(digest);
                 }
-                digests(kind, batch, |row, digest| {
-                    if is_within.get(row).copied().unwrap_or_default() {
-                        self.add(digest);
-                    }
-                })
             })
-            .await?;
-        }
-        Ok(())
+        })
+        .await
     }
 
     /// Takes in a row.

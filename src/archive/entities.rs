@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use arrow::array::{Array, ArrayRef, AsArray, DictionaryArray, RecordBatch, StringArray};
 use arrow::compute::{max, min};
 use arrow::datatypes::{DataType, Int32Type, UInt32Type};
-use parquet::basic::{LogicalType, TimeUnit};
 use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::statistics::Statistics;
 
 use super::Storage;
-use super::object_reader::{each_batch, each_batch_of, open};
+use super::object_reader::{column, each_batch, each_batch_of, group_times, open};
 use super::stats::{ENTITY_COLUMNS, time_column, times};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
@@ -114,28 +113,27 @@ pub struct EntityStats {
 }
 
 /// A row of the quarantine table, as far as it says why it is there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct QuarantinedText {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuarantinedText<'a> {
     /// Its `source_table`.
-    pub source_table: String,
+    pub source_table: &'a str,
     /// Its `row`.
-    pub row: String,
+    pub row: &'a str,
     /// Its `lsn`.
-    pub lsn: String,
+    pub lsn: &'a str,
 }
 
-/// Reads quarantine files (paths relative to the table): the rows of a source table, or of all.
+/// Hands the rows of quarantine files (paths relative to the table) to `seen`.
 ///
 /// # Errors
 ///
 /// [`Error::Encode`] if a file can't be read.
-pub async fn quarantined(
+pub async fn each_quarantined(
     storage: &Storage,
     paths: &[String],
-    source_table: Option<&str>,
-) -> Result<Vec<QuarantinedText>> {
+    mut seen: impl FnMut(QuarantinedText<'_>),
+) -> Result<()> {
     let store = storage.table_store(Kind::Quarantine);
-    let mut found = Vec::new();
     for path in paths {
         let context = format!("reading the quarantine file {path}");
         each_batch(&store, path, &context, |batch| {
@@ -147,17 +145,17 @@ pub async fn quarantined(
                 return Err(Error::Internal(format!("{path} is not a quarantine file")));
             };
             for ((table, row), lsn) in tables.iter().zip(texts).zip(lsns) {
-                if source_table.is_some() && table != source_table {
-                    continue;
-                }
-                let owned = |text: Option<&str>| text.unwrap_or_default().to_owned();
-                found.push(QuarantinedText { source_table: owned(table), row: owned(row), lsn: owned(lsn) });
+                seen(QuarantinedText {
+                    source_table: table.unwrap_or_default(),
+                    row: row.unwrap_or_default(),
+                    lsn: lsn.unwrap_or_default(),
+                });
             }
             Ok(())
         })
         .await?;
     }
-    Ok(found)
+    Ok(())
 }
 
 /// Says what files (paths relative to the table) hold of each entity, sorted by entity: from their footers as far as these
@@ -194,8 +192,7 @@ pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Re
 
 /// What a row group holds, if its statistics say that it is all of one entity.
 fn only_entity(kind: Kind, group: &RowGroupMetaData) -> Option<EntityStats> {
-    let column = |name: &str| group.columns().iter().find(|column| column.column_path().string() == name);
-    let only = |name: &str| match column(name)?.statistics()? {
+    let only = |name: &str| match column(group, name)?.statistics()? {
         Statistics::ByteArray(texts)
             if texts.min_is_exact() && texts.max_is_exact() && texts.null_count_opt() == Some(0) =>
         {
@@ -206,21 +203,9 @@ fn only_entity(kind: Kind, group: &RowGroupMetaData) -> Option<EntityStats> {
     };
     let [space, name, version] = ENTITY_COLUMNS;
     let entity = Entity { space: only(space)?, name: only(name)?, version: only(version)? };
-    let times = column(time_column(kind))?;
-    // Others may write times in other units.
-    let is_micros = matches!(
-        times.column_descr().logical_type_ref(),
-        Some(LogicalType::Timestamp(time)) if time.unit == TimeUnit::MICROS
-    );
-    match times.statistics()? {
-        Statistics::Int64(range) if is_micros && range.null_count_opt() == Some(0) => Some(EntityStats {
-            entity,
-            min_created_at: *range.min_opt()?,
-            max_created_at: *range.max_opt()?,
-            row_count: u64::try_from(group.num_rows()).ok()?,
-        }),
-        _ => None,
-    }
+    let (min_created_at, max_created_at) = group_times(kind, group)?;
+    let row_count = u64::try_from(group.num_rows()).ok()?;
+    Some(EntityStats { entity, min_created_at, max_created_at, row_count })
 }
 
 fn add(more: EntityStats, found: &mut BTreeMap<Entity, EntityStats>) {

@@ -15,10 +15,11 @@ use datafusion::logical_expr::{
 use futures::TryStreamExt;
 
 use super::digest::digests;
+use super::object_reader::each_batch_within;
 use super::scan::{Scan, runtime, session};
 use super::stats::{time_column, times};
 use super::{Storage, TableFile};
-use crate::record::{Kind, MICROS_PER_HOUR};
+use crate::record::{Kind, MICROS_PER_HOUR, MICROS_PER_MINUTE};
 use crate::{Error, Result};
 
 /// How many rows there are, and the sum of their digests' first 64 bits, modulo 2^64: rows in any order have the same, and
@@ -83,6 +84,40 @@ pub async fn hour_sums(
         }
     }
     Ok(sums)
+}
+
+/// Rows by minute of `created_at`: minutes since the epoch.
+pub type MinuteCounts = BTreeMap<i64, u64>;
+
+/// Counts the rows of these files (of one version of a table) whose `created_at` lies in one of the ranges (microseconds since
+/// the epoch), and some of other minutes.
+///
+/// # Errors
+///
+/// [`Error::Storage`] or [`Error::Encode`] if a file can't be read.
+pub async fn minute_counts(
+    storage: &Storage,
+    kind: Kind,
+    files: &[&TableFile],
+    ranges: &[(i64, i64)],
+) -> Result<MinuteCounts> {
+    let mut counts = MinuteCounts::new();
+    each_batch_within(storage, kind, files, ranges, Some(&[time_column(kind)]), |batch| {
+        // Rows of an entity are in the order of their times.
+        for run in
+            times(kind, batch)?.values().chunk_by(|before, after| minute_of(*before) == minute_of(*after))
+        {
+            let minute = run.first().copied().map(minute_of).unwrap_or_default();
+            *counts.entry(minute).or_default() += run.len() as u64;
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(counts)
+}
+
+const fn minute_of(micros: i64) -> i64 {
+    micros.div_euclid(MICROS_PER_MINUTE)
 }
 
 /// Adds up rows that are given by their times and digests.

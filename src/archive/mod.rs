@@ -34,8 +34,8 @@ use parquet::errors::ParquetError;
 
 pub use digest::{Multiset, each_digest};
 pub use encode::{EncodedFile, encode};
-pub use entities::{EntityStats, QuarantinedText, entity_stats, quarantined};
-pub use hours::{HourSums, RowSum, hour_sums, sums_of};
+pub use entities::{EntityStats, QuarantinedText, each_quarantined, entity_stats};
+pub use hours::{HourSums, MinuteCounts, RowSum, hour_sums, minute_counts, sums_of};
 pub use log::TableFile;
 pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};

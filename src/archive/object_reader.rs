@@ -13,10 +13,15 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
+use parquet::basic::LogicalType;
 use parquet::errors::{ParquetError, Result};
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::metadata::{
+    ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData,
+};
+use parquet::file::statistics::Statistics;
 
-use super::{Storage, encode_error, parquet_error};
+use super::stats::time_column;
+use super::{Storage, TableFile, encode_error, parquet_error};
 use crate::record::Kind;
 
 /// Bytes of a file's end that hold the footer of most files: one request instead of two.
@@ -105,6 +110,59 @@ pub(super) async fn each_batch_of(
         seen(&as_ours(batch).map_err(encode_error(context))?)?;
     }
     Ok(())
+}
+
+/// Hands rows of these files (of one version of a table) to `seen`, batch by batch: all columns, or the ones that are named, of
+/// all rows whose time is in one of the ranges (microseconds since the epoch, the first and the one after the last). Other
+/// rows of their row groups are among them.
+pub(super) async fn each_batch_within(
+    storage: &Storage,
+    kind: Kind,
+    files: &[&TableFile],
+    ranges: &[(i64, i64)],
+    columns: Option<&[&str]>,
+    mut seen: impl FnMut(&RecordBatch) -> crate::Result<()>,
+) -> crate::Result<()> {
+    let store = storage.table_store(kind);
+    for file in files {
+        if !ranges.iter().any(|(start, end)| file.may_hold(*start, *end)) {
+            continue;
+        }
+        let context = format!("reading {}{}", storage.table_url(kind), file.path);
+        let open = open(&store, &file.path, &context).await?;
+        let may_hold = |group: &RowGroupMetaData| {
+            let times = group_times(kind, group);
+            times.is_none_or(|(low, high)| ranges.iter().any(|(start, end)| low < *end && *start <= high))
+        };
+        let groups = open.metadata().row_groups().iter().enumerate();
+        let groups: Vec<usize> =
+            groups.filter(|(_, group)| may_hold(group)).map(|(number, _)| number).collect();
+        if !groups.is_empty() {
+            each_batch_of(open.with_row_groups(groups), columns, &context, &mut seen).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The first and the last time of a row group, if its statistics tell and none is missing.
+pub(super) fn group_times(kind: Kind, group: &RowGroupMetaData) -> Option<(i64, i64)> {
+    let times = column(group, time_column(kind))?;
+    // Others may write times in other units.
+    let is_micros = matches!(
+        times.column_descr().logical_type_ref(),
+        Some(LogicalType::Timestamp(time)) if time.unit == parquet::basic::TimeUnit::MICROS
+    );
+    match times.statistics()? {
+        Statistics::Int64(range) if is_micros && range.null_count_opt() == Some(0) => {
+            Some((*range.min_opt()?, *range.max_opt()?))
+        }
+        _ => None,
+    }
+}
+
+/// A column of a row group.
+pub(super) fn column<'a>(group: &'a RowGroupMetaData, name: &str) -> Option<&'a ColumnChunkMetaData> {
+    group.columns().iter().find(|column| column.column_path().string() == name)
 }
 
 /// Reads all of a file (its path relative to the table), and drops it.

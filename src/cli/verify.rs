@@ -11,7 +11,7 @@ use clap::Args;
 use super::{Format, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::telemetry;
+use crate::telemetry::Bar;
 use crate::verify::{Difference, Options, Progress, RepairMode, Report, TableReport};
 
 /// How often progress is logged where there is no terminal.
@@ -83,31 +83,42 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
         },
         accept_surplus: flags.accept_surplus,
     };
-    let bar = telemetry::bar();
-    let logged = Mutex::new(Instant::now());
-    let tell = |progress: Progress| match &bar {
-        Some(bar) => {
-            bar.set_length(progress.rows.1);
-            bar.set_position(progress.rows.0);
-            bar.set_message(format!("{}: {}", progress.table, progress.step));
-        }
-        None => {
-            let mut logged = logged.lock().unwrap_or_else(PoisonError::into_inner);
-            if logged.elapsed() >= LOG_INTERVAL {
-                *logged = Instant::now();
-                let (done, all) = progress.rows;
-                tracing::info!(table = progress.table, done, all, "{}", progress.step);
-            }
-        }
+    let shown = Mutex::new(Shown { bar: None, unit: "", logged: Instant::now() });
+    let tell = |progress: Progress| {
+        shown.lock().unwrap_or_else(PoisonError::into_inner).tell(&progress);
     };
     let report = crate::verify::verify(config, &options, &tell).await;
-    drop(bar);
+    drop(shown);
     let report = report?;
     print(&match format {
         Format::Table => text(&report),
         Format::Json => json(&report)?,
     })?;
     Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// How far it is: a bar on the terminal, or told in the log from time to time.
+struct Shown {
+    bar: Option<Bar>,
+    /// What the bar counts.
+    unit: &'static str,
+    logged: Instant,
+}
+
+impl Shown {
+    fn tell(&mut self, progress: &Progress) {
+        let Progress { table, step, done, all, unit } = progress;
+        if self.unit != *unit {
+            self.unit = unit;
+            self.bar = Bar::new(unit);
+        }
+        if let Some(bar) = &self.bar {
+            bar.show(&format!("{table}: {step}"), *done, (*all > 0).then_some(*all));
+        } else if self.logged.elapsed() >= LOG_INTERVAL {
+            self.logged = Instant::now();
+            tracing::info!(table, done, all, unit, "{step}");
+        }
+    }
 }
 
 fn text(report: &Report) -> String {
@@ -126,7 +137,10 @@ fn text(report: &Report) -> String {
         let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
         table.not_compared.is_none() && table.differences.iter().all(mended)
     };
-    text.push_str(if report.equal {
+    let is_empty = |table: &TableReport| table.postgres_rows + table.archive_rows == 0;
+    text.push_str(if report.equal && report.tables.iter().all(is_empty) {
+        "\nequal: neither side has rows of that time"
+    } else if report.equal {
         "\nequal"
     } else if report.tables.iter().all(is_mended) {
         "\nNOT equal before, and all that was missing was added: verify again"

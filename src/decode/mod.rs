@@ -16,6 +16,7 @@ mod value;
 
 use std::collections::HashMap;
 
+use md5::{Digest as _, Md5};
 use serde_json::Value as Json;
 
 use crate::batch::{Batches, EntityId, QuarantinedRow, SeriesId};
@@ -255,9 +256,10 @@ fn texts(
 
 /// Quarantined rows, by the position of their transaction's commit record, and how many of each there are.
 ///
-/// They are told by the columns that are archived: others may be written to later (`archived`, `updated_at`), come and go.
+/// They are told by the columns that are archived: others may be written to later (`archived`, `updated_at`), come and go. Of
+/// each only the digest is kept, so that millions of them take little memory.
 #[derive(Debug, Default)]
-pub(crate) struct Settled(HashMap<Lsn, HashMap<(String, String), u64>>);
+pub(crate) struct Settled(HashMap<Lsn, HashMap<u128, u64>>);
 
 impl Settled {
     /// Adds a row as the quarantine has it. A row of another origin, which has no position, is passed over: it
@@ -266,17 +268,16 @@ impl Settled {
         // Parsed, so that the text does not have to be what this version would write.
         if let (Ok(lsn), Ok(Json::Object(mut row))) = (lsn.parse(), serde_json::from_str::<Json>(row)) {
             row.retain(|column, _| relation::is_archived(column));
-            let row = Json::Object(row);
-            let rows = self.0.entry(lsn).or_default();
-            *rows.entry((source_table.to_owned(), row.to_string())).or_default() += 1;
+            let digest = digest(source_table, row);
+            *self.0.entry(lsn).or_default().entry(digest).or_default() += 1;
         }
     }
 
     /// Whether the row is one of them, which then is used up.
     fn take(&mut self, lsn: Lsn, table: &Table, tuple: Tuple<'_>) -> Result<bool, DecodeError> {
         let Some(rows) = self.0.get_mut(&lsn) else { return Ok(false) };
-        let row = Json::Object(texts(table, tuple, relation::is_archived)?).to_string();
-        Ok(match rows.get_mut(&(table.name.clone(), row)) {
+        let digest = digest(&table.name, texts(table, tuple, relation::is_archived)?);
+        Ok(match rows.get_mut(&digest) {
             Some(count) if *count > 0 => {
                 *count -= 1;
                 true
@@ -284,6 +285,13 @@ impl Settled {
             _ => false,
         })
     }
+}
+
+/// The MD5 of a table's name and a row's texts, which come in the order of the columns' names.
+fn digest(source_table: &str, row: serde_json::Map<String, Json>) -> u128 {
+    // No name has a zero byte.
+    let text = format!("{source_table}\0{}", Json::Object(row));
+    u128::from_be_bytes(Md5::digest(text).into())
 }
 
 /// Sorts a row's values by role.

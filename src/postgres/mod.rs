@@ -1,10 +1,13 @@
 //! PostgreSQL over the wire: sockets and TLS, plain SQL sessions, and the walsender connection.
 //!
-//! Plain SQL goes through `tokio-postgres`; it has no mode for streaming replication, so that connection is
-//! our own. Both use the same [`SourceConfig`](crate::config::SourceConfig) and the same [`Socket`].
+//! Plain SQL goes through `tokio-postgres`. It has no mode for streaming replication, so that connection is our own; and so
+//! are the sessions that read rows by the million (`copy`), where the library's work for each message counts. All use the same
+//! [`SourceConfig`](crate::config::SourceConfig) and the same [`Socket`].
 //!
 //! Must not know drift tables, batches or the archive.
 
+mod connection;
+mod copy;
 mod frame;
 mod pace;
 mod receiver;
@@ -16,6 +19,7 @@ mod startup;
 mod tls;
 mod wire;
 
+pub(crate) use copy::{CopyConnection, CopyOut};
 pub use frame::{Chunk, Frame, Frames};
 pub use receiver::Receiver;
 pub use replication::{ReplicationConnection, ReplicationStream};

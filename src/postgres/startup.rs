@@ -1,4 +1,4 @@
-//! Logging in on a walsender connection (manual 55.2.1, 55.3).
+//! Logging in on a connection of our own (manual 55.2.1, 55.3).
 
 use bytes::{Buf as _, BytesMut};
 use postgres_protocol::authentication::md5_hash;
@@ -19,18 +19,27 @@ const SASL: u32 = 10;
 const SASL_CONTINUE: u32 = 11;
 const SASL_FINAL: u32 = 12;
 
+/// Who is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Process {
+    /// A server process for SQL.
+    Backend,
+    /// One for logical replication, which understands SQL, too (manual 55.4).
+    Walsender,
+}
+
 /// Sends the start-up message and answers until the server is ready for a query. Gives the id of the server's
 /// process, or zero.
 pub(super) async fn log_in(
     wire: &mut Wire,
     config: &SourceConfig,
+    process: Process,
     password: Option<&Password>,
     context: &str,
 ) -> Result<i32> {
     let mut parameters = vec![
         ("user", config.user.as_str()),
         ("database", config.database.as_str()),
-        ("replication", "database"),
         ("application_name", config.application_name.as_str()),
         // Values may arrive as text; these make their text the same whatever the server's settings are.
         ("client_encoding", "UTF8"),
@@ -38,6 +47,9 @@ pub(super) async fn log_in(
         ("TimeZone", "UTC"),
         ("extra_float_digits", "3"),
     ];
+    if process == Process::Walsender {
+        parameters.push(("replication", "database"));
+    }
     if let Some(options) = &config.options {
         parameters.push(("options", options));
     }

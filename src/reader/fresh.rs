@@ -34,7 +34,7 @@ use crate::failpoint;
 use crate::lookup::Lookup;
 use crate::postgres::{Session, quote_identifier, sql};
 use crate::record::{Kind, MICROS_PER_HOUR};
-use crate::source::{self, Fate, Partition, SESSION_SETTINGS, Slice, Source};
+use crate::source::{self, Copier, Fate, Partition, SESSION_SETTINGS, Slice, Source};
 use crate::watermark::{self, State, Watermark};
 use crate::{Error, Result, purge};
 
@@ -109,12 +109,13 @@ impl<'a> Before<'a> {
         self.check_detached(source.oid).await?;
         let Some(entity) = self.entity_condition(&source, query).await? else { return Ok(Some(Vec::new())) };
         let (start, end) = query.range();
+        let mut copier = Copier::open(self.config, &self.client).await?;
         let mut rows = Rows::new(self.config, self.kind, &source);
         for leaf in source::holders(&self.client, &self.row.source_table, source.oid).await? {
             let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
             if low < end && start < high {
                 let condition = self.condition(&source, &leaf, &entity, (start, end));
-                rows.read(&self.client, &source, &leaf, condition).await?;
+                rows.read(&mut copier, &source, &leaf, condition).await?;
             }
         }
         let batches = rows.finish()?;
@@ -222,16 +223,21 @@ impl<'a> Rows<'a> {
         }
     }
 
-    async fn read(&mut self, client: &Client, source: &Source, leaf: &Partition, slice: Slice) -> Result<()> {
-        let mut rows = source.read(client, leaf, &slice).await?;
+    async fn read(
+        &mut self,
+        copier: &mut Copier,
+        source: &Source,
+        leaf: &Partition,
+        slice: Slice,
+    ) -> Result<()> {
+        let mut rows = source.read(copier, leaf, &slice).await?;
         while let Some(row) = rows.next().await? {
             source::insert(&mut self.decoder, row, &mut self.batches, &mut self.entities).await?;
             if self.batches.byte_count() >= self.config.batch_bytes_max() {
                 self.gather()?;
             }
         }
-        drop(rows);
-        if leaf.fate(client).await? == Fate::Unchanged {
+        if copier.end(leaf).await? == Fate::Unchanged {
             return Ok(());
         }
         // Then it looks empty to the snapshot.

@@ -1,26 +1,25 @@
 //! [`Source`]: rows by `COPY ... TO STDOUT (FORMAT binary)`, in the form in which the stream has them.
 
-use std::pin::Pin;
+use tokio_postgres::Client;
 
-use bytes::{Buf as _, Bytes, BytesMut};
-use futures::TryStreamExt as _;
-use tokio_postgres::{Client, CopyOutStream};
-
-use super::{Partition, Slice, TimeColumn};
+use super::{Copier, Partition, Slice, TimeColumn};
 use crate::batch::Batches;
 use crate::decode::{Decoder, Inserted};
 use crate::error::{Error, Result};
 use crate::lookup::Lookup;
 use crate::pgoutput::{Column, Insert, Relation, Tuple};
-use crate::postgres::quote_identifier;
+use crate::postgres::{CopyOut, quote_identifier};
 use crate::record::Kind;
 use crate::watermark::Watermark;
 
 /// How a binary copy begins (manual, `COPY`, "Binary Format").
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 
-/// How many values a row has comes before them.
-const COUNT_BYTES: usize = 2;
+/// What follows the signature: flags, and the length of an extension of the header. Those that are known have neither.
+const NO_FLAGS: [u8; 8] = [0; 8];
+
+/// What comes in place of a row's count of values, after the last row.
+const TRAILER: u16 = u16::MAX;
 
 /// A drift table, as the snapshot's catalog has it.
 #[derive(Debug)]
@@ -92,13 +91,12 @@ impl Source {
     }
 
     /// Starts reading a slice of a partition.
-    pub(crate) async fn read(
-        &self,
-        client: &Client,
+    pub(crate) async fn read<'a>(
+        &'a self,
+        copier: &'a mut Copier,
         partition: &Partition,
         slice: &Slice,
-    ) -> Result<Rows<'_>> {
-        let context = format!("copying {}", partition.name);
+    ) -> Result<Rows<'a>> {
         let list = |cast: bool| {
             let text = |(column, is_text): (&SourceColumn, &bool)| {
                 quote_identifier(&column.name) + if cast && *is_text { "::text" } else { "" }
@@ -119,26 +117,15 @@ impl Source {
             ),
         };
         let statement = format!("copy {what} to stdout (format binary)");
-        let stream = client.copy_out(&statement).await.map_err(Error::sql(&context))?;
-        Ok(Rows {
-            source: self,
-            context,
-            stream: Box::pin(stream),
-            unread: Bytes::new(),
-            given: 0,
-            has_begun: false,
-        })
+        let context = format!("copying {}", partition.name);
+        Ok(Rows { source: self, out: copier.copy_out(&statement, context).await?, has_begun: false })
     }
 }
 
 /// The rows of a copy.
 pub(crate) struct Rows<'a> {
     source: &'a Source,
-    context: String,
-    stream: Pin<Box<CopyOutStream>>,
-    unread: Bytes,
-    /// Bytes of the row that was given out last, at the front of the unread ones.
-    given: usize,
+    out: CopyOut<'a>,
     has_begun: bool,
 }
 
@@ -149,71 +136,58 @@ impl Rows<'_> {
     ///
     /// The copy was cut short, or is none.
     pub(crate) async fn next(&mut self) -> Result<Option<Insert<'_>>> {
-        self.unread.advance(std::mem::take(&mut self.given));
-        loop {
-            if !self.has_begun {
-                // Signature, flags, and an extension of the header whose length is told.
-                if let Some(header) = self.unread.get(..SIGNATURE.len() + 8) {
-                    let rest = header.get(SIGNATURE.len()..).unwrap_or_default();
-                    if !header.starts_with(SIGNATURE) || rest != [0; 8] {
-                        return Err(self.malformed("it does not begin as a binary copy"));
-                    }
-                    self.unread.advance(SIGNATURE.len() + 8);
-                    self.has_begun = true;
-                    continue;
-                }
-            } else if let Some(row) = self.cut()? {
-                let Cut::Row { column_count, length } = row else { return Ok(None) };
-                self.given = COUNT_BYTES + length;
-                let values = self.unread.get(COUNT_BYTES..self.given).unwrap_or_default();
-                let tuple = Tuple::copied(column_count, values, &self.source.is_text);
-                return Ok(Some(Insert { relation: self.source.oid, tuple }));
-            }
-            match self.stream.try_next().await.map_err(Error::sql(&self.context))? {
-                Some(more) if self.unread.is_empty() => self.unread = more,
-                Some(more) => {
-                    let mut joined = BytesMut::from(&self.unread[..]);
-                    joined.extend_from_slice(&more);
-                    self.unread = joined.freeze();
-                }
-                None => return Err(self.malformed("it ends before its end")),
-            }
+        // A message has one row (manual 55.2.6); the header is one of its own, or in front of the first.
+        let mut start = 0;
+        if !self.has_begun {
+            self.step().await?;
+            start = self.header()?;
+            self.has_begun = true;
+        }
+        if start == 0 || start == self.out.data().len() {
+            self.step().await?;
+            start = 0;
+        }
+        let Some((count, _)) = self.message(start).split_first_chunk() else {
+            return Err(self.malformed("a row is cut short"));
+        };
+        let column_count = u16::from_be_bytes(*count);
+        if column_count == TRAILER {
+            return match self.out.next().await? {
+                false => Ok(None),
+                true => Err(self.malformed("it goes on past its end")),
+            };
+        }
+        if usize::from(column_count) != self.source.columns.len() {
+            return Err(self.malformed(&format!("a row has {column_count} values")));
+        }
+        let values = self.message(start + size_of_val(&column_count));
+        let tuple = Tuple::copied(column_count, values, &self.source.is_text);
+        Ok(Some(Insert { relation: self.source.oid, tuple }))
+    }
+
+    async fn step(&mut self) -> Result<()> {
+        match self.out.next().await? {
+            true => Ok(()),
+            false => Err(self.malformed("it ends before its end")),
         }
     }
 
-    /// How far the row reaches that the bytes begin with. `None` if a part of it is still to come.
-    fn cut(&self) -> Result<Option<Cut>> {
-        let mut bytes = &self.unread[..];
-        let Ok(count) = bytes.try_get_i16() else { return Ok(None) };
-        let Ok(column_count) = u16::try_from(count) else {
-            // The trailer is -1; whatever follows it is not ours.
-            return Ok(Some(Cut::End));
-        };
-        if usize::from(column_count) != self.source.columns.len() {
-            return Err(self.malformed(&format!("a row has {count} values")));
+    /// Length of what is in front of the rows.
+    fn header(&self) -> Result<usize> {
+        let rest = self.message(0).strip_prefix(SIGNATURE);
+        match rest.is_some_and(|rest| rest.starts_with(&NO_FLAGS)) {
+            true => Ok(SIGNATURE.len() + NO_FLAGS.len()),
+            false => Err(self.malformed("it does not begin as a binary copy")),
         }
-        let whole = bytes.len();
-        for _ in 0..column_count {
-            let Ok(length) = bytes.try_get_i32() else { return Ok(None) };
-            // Null has the length -1.
-            let Some(rest) = bytes.get(usize::try_from(length).unwrap_or(0)..) else { return Ok(None) };
-            bytes = rest;
-        }
-        Ok(Some(Cut::Row { column_count, length: whole - bytes.len() }))
+    }
+
+    fn message(&self, start: usize) -> &[u8] {
+        self.out.data().get(start..).unwrap_or_default()
     }
 
     fn malformed(&self, detail: &str) -> Error {
-        Error::Protocol { context: self.context.clone(), detail: detail.to_owned() }
+        self.out.malformed(detail)
     }
-}
-
-enum Cut {
-    /// A row of so many values, which take so many bytes.
-    Row {
-        column_count: u16,
-        length: usize,
-    },
-    End,
 }
 
 /// Appends a row to the batches; looks up its entity if that is not known.

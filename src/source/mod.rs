@@ -1,12 +1,14 @@
 //! The drift tables as one snapshot has them: which tables hold their rows, and reading these, whole or by time.
 
+mod copier;
 mod copy;
 mod partition;
 mod point;
 mod sums;
 mod time;
 
-pub(crate) use copy::{Source, insert};
+pub(crate) use copier::Copier;
+pub(crate) use copy::{Rows, Source, insert};
 pub(crate) use partition::{Fate, Partition, holders, leaves, not_below};
 pub(crate) use point::{Point, SESSION_SETTINGS, TemporarySlot};
 pub(crate) use sums::PartitionSums;

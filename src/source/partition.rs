@@ -1,13 +1,10 @@
-use tokio_postgres::Client;
-use tokio_postgres::GenericClient;
+use tokio_postgres::{Client, GenericClient, SimpleQueryMessage};
 
-use super::time::{Days, Slice, TimeColumn, day_of};
+use super::time::{Days, Slice, TimeColumn, cut};
+use crate::archive::MinuteCounts;
 use crate::error::{Error, Result};
-use crate::postgres::quote_identifier;
+use crate::postgres::{quote_identifier, quote_literal};
 use crate::record::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
-
-/// Ranges of time in one condition.
-const RANGES_MAX: usize = 500;
 
 /// A table that holds rows itself: a leaf of a partition tree, or a plain table.
 #[derive(Clone, Debug)]
@@ -30,7 +27,7 @@ pub(crate) struct Partition {
     pub(crate) attachment: String,
     /// It was a partition, and still holds what was written to it.
     pub(crate) is_detached: bool,
-    /// Rows that the planner expects.
+    /// Rows that the server's statistics expect; zero also if they know nothing.
     pub(crate) rows_expected: f64,
     /// Microseconds since the epoch (first, and first after the last) that `created_at` of its rows is within; `None` for a
     /// plain table, a default partition, one that is open to a side, and a key that is not `created_at` alone.
@@ -63,7 +60,9 @@ const LEAVES: &str = r#"
           and not exists (
             select a.attname from pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
             except select a.attname from pg_attribute a where a.attrelid = p.partition_oid and not a.attisdropped))
-    select c.oid, n.nspname::text, c.relname::text, greatest(c.reltuples, 0)::float8,
+    select c.oid, n.nspname::text, c.relname::text,
+           -- Of a table that was not analyzed yet, only the statistics know something.
+           greatest(c.reltuples, pg_stat_get_live_tuples(c.oid), 0)::float8,
            is_detached or exists (
                 select from highwater.covered_partition p
                 where p.source_table = $2 and p.partition_oid = c.oid and p.detached_at is null
@@ -170,16 +169,30 @@ pub(crate) enum Fate {
 impl Partition {
     /// Asks the catalog as it is now. Under a lock that the reading has taken, the answer holds for what was read.
     pub(crate) async fn fate(&self, client: &Client) -> Result<Fate> {
-        let query = "select pg_relation_filenode($1::oid::regclass), to_regclass($2)::oid";
         let failed = || Error::sql(format!("looking for {}", self.name));
-        let row = client.query_one(query, &[&self.oid, &self.quoted]).await.map_err(failed())?;
-        let file: Option<u32> = row.try_get(0).map_err(failed())?;
-        let named: Option<u32> = row.try_get(1).map_err(failed())?;
-        Ok(match file {
+        let answer = client.simple_query(&self.fate_query()).await.map_err(failed())?;
+        let row = answer.iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        let value = |index| row.map_or(Ok(None), |row| row.try_get(index)).map_err(failed());
+        Ok(self.fate_told(value(0)?, value(1)?))
+    }
+
+    /// What to ask the catalog: the table's file, and which table has its name.
+    pub(super) fn fate_query(&self) -> String {
+        let named = quote_literal(&self.quoted);
+        format!("select pg_relation_filenode({}::oid::regclass), to_regclass({named})::oid", self.oid)
+    }
+
+    /// What the answer to [`fate_query`](Self::fate_query) says.
+    pub(super) fn fate_told(&self, file: Option<&str>, named: Option<&str>) -> Fate {
+        let is = |text: Option<&str>, oid: u32| text.and_then(|text| text.parse().ok()) == Some(oid);
+        match file {
             None => Fate::Dropped,
-            file if file == self.file && named == Some(self.oid) => Fate::Unchanged,
+            _ if self.file.is_some_and(|known| is(file, known)) && is(named, self.oid) => Fate::Unchanged,
             _ => Fate::Changed,
-        })
+        }
     }
 
     /// First and last time that the archive can hold, in microseconds since the epoch; `None` if there is no such row, or if
@@ -229,59 +242,35 @@ impl Partition {
         Ok(days)
     }
 
-    /// The rows of these days (`None`: of all), in slices of at most about `rows_max` rows, cut at minutes.
+    /// The rows of these days (`None`: of all), in slices of which neither side has more than about `rows_max` rows, cut at
+    /// minutes. `archived` is what the archive has of these days.
     pub(crate) async fn slices(
         &self,
         client: &Client,
         time: &TimeColumn,
         days: Option<&Days>,
-        rows_max: usize,
+        archived: &MinuteCounts,
+        rows_max: u64,
     ) -> Result<Vec<Slice>> {
-        let condition = days.map(|days| {
-            let mut conditions: Vec<String> = days
-                .days
-                .iter()
-                .map(|day| time.within(day * MICROS_PER_DAY, (day + 1) * MICROS_PER_DAY))
-                .collect();
-            if days.has_unfit {
-                conditions.push(format!("not coalesce({}, false)", time.is_fit()));
-            }
-            format!("({})", conditions.join(" or "))
-        });
         let query = format!(
             "select {}, count(*) from {} where {} and {} group by 1 order by 1",
             time.units(MICROS_PER_MINUTE),
             self.from,
             self.filter,
-            condition.as_deref().unwrap_or("true")
+            days.map_or_else(|| "true".to_owned(), |days| days.condition(time))
         );
         let failed = || Error::sql(format!("counting the rows of {}", self.name));
         let mut slices = Vec::new();
-        let mut open: Vec<(i64, i64)> = Vec::new();
-        let mut open_rows = 0_usize;
+        let mut counts = MinuteCounts::new();
         for row in client.query(&query, &[]).await.map_err(failed())? {
             let count: i64 = row.try_get(1).map_err(failed())?;
-            let count = usize::try_from(count).unwrap_or(usize::MAX);
-            let Some(minute) = row.try_get::<_, Option<i64>>(0).map_err(failed())? else {
+            match row.try_get::<_, Option<i64>>(0).map_err(failed())? {
+                Some(minute) => drop(counts.insert(minute, count.unsigned_abs())),
                 // They all go to the quarantine, where they are compared one by one.
-                slices.push(time.unfit());
-                continue;
-            };
-            if !open.is_empty() && (open_rows.saturating_add(count) > rows_max || open.len() > RANGES_MAX) {
-                slices.push(time.slice(std::mem::take(&mut open)));
-                open_rows = 0;
-            }
-            open_rows += count;
-            let (start, end) = (minute * MICROS_PER_MINUTE, (minute + 1) * MICROS_PER_MINUTE);
-            match open.last_mut() {
-                // Not over days: between them the archive may hold many rows of other partitions.
-                Some((_, last)) if day_of(*last - 1) == day_of(start) => *last = end,
-                _ => open.push((start, end)),
+                None => slices.push(time.unfit()),
             }
         }
-        if !open.is_empty() {
-            slices.push(time.slice(open));
-        }
+        slices.extend(cut(&counts, archived, rows_max).into_iter().map(|ranges| time.slice(ranges)));
         Ok(slices)
     }
 }

@@ -2,6 +2,7 @@
 
 use tokio_postgres::Client;
 
+use super::copier::{begin_with, not_taken_over};
 use super::{Fate, Partition};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -13,8 +14,8 @@ use crate::slot;
 /// numbers and times as the stream does.
 pub(crate) const SESSION_SETTINGS: &str =
     "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0;
-                                set lock_timeout = '10s'; set row_security = off; set datestyle = 'ISO';
-                                set timezone = 'UTC'; set extra_float_digits = 1;
+                                set idle_session_timeout = 0; set lock_timeout = '10s'; set row_security = off;
+                                set datestyle = 'ISO'; set timezone = 'UTC'; set extra_float_digits = 1;
                                 set standard_conforming_strings = on";
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
@@ -55,14 +56,8 @@ impl Point {
         let client = sql::connect(&config.source).await?;
         let failed = || Error::sql("taking over a snapshot");
         client.batch_execute(SESSION_SETTINGS).await.map_err(failed())?;
-        let begin = format!(
-            "begin isolation level repeatable read read only; set transaction snapshot '{}'",
-            snapshot.replace('\'', "''")
-        );
-        if let Err(error) = client.batch_execute(&begin).await {
-            // The session that exported it is gone, or SQL and the stream reach different servers.
-            let detail = format!("its snapshot can't be taken over: {}", failed()(error).chain());
-            return Err(Error::Slot { slot: name, detail, transient: true });
+        if let Err(error) = client.batch_execute(&begin_with(&snapshot)).await {
+            return Err(not_taken_over(&name, failed()(error)));
         }
         // The import has taken hold, so that the exporter may go.
         let query = "select pg_snapshot_xmin(pg_current_snapshot())::text";

@@ -2,7 +2,11 @@ use std::fmt;
 
 use chrono::{DateTime, Utc};
 
-use crate::record::{CALENDAR, MICROS_PER_DAY};
+use crate::archive::MinuteCounts;
+use crate::record::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
+
+/// Ranges of time in one condition.
+const RANGES_MAX: usize = 500;
 
 /// `created_at`, as SQL compares it.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +106,21 @@ impl Days {
     pub(crate) const fn is_empty(&self) -> bool {
         self.days.is_empty() && !self.has_unfit
     }
+
+    /// Each day in microseconds since the epoch: its first, and the first after it.
+    pub(crate) fn ranges(&self) -> Vec<(i64, i64)> {
+        self.days.iter().map(|day| (day * MICROS_PER_DAY, (day + 1) * MICROS_PER_DAY)).collect()
+    }
+
+    /// The condition for their rows.
+    pub(super) fn condition(&self, time: &TimeColumn) -> String {
+        let mut conditions: Vec<String> =
+            self.ranges().into_iter().map(|(start, end)| format!("({})", time.within(start, end))).collect();
+        if self.has_unfit {
+            conditions.push(format!("not coalesce({}, false)", time.is_fit()));
+        }
+        format!("({})", conditions.join(" or "))
+    }
 }
 
 impl fmt::Display for Days {
@@ -139,6 +158,74 @@ impl Slice {
     }
 }
 
-pub(super) const fn day_of(micros: i64) -> i64 {
+/// Cuts minutes with rows into slices (ranges of microseconds) of which neither side has more than about `rows_max` rows, the
+/// one that both sides are compared by as a whole. Minutes that only the archive has are in none.
+pub(super) fn cut(counts: &MinuteCounts, archived: &MinuteCounts, rows_max: u64) -> Vec<Vec<(i64, i64)>> {
+    let mut slices = Vec::new();
+    let mut open: Vec<(i64, i64)> = Vec::new();
+    let mut open_rows = 0_u64;
+    for (minute, count) in counts {
+        let rows = archived.get(minute).copied().unwrap_or_default().max(*count);
+        if !open.is_empty() && (open_rows.saturating_add(rows) > rows_max || open.len() >= RANGES_MAX) {
+            slices.push(std::mem::take(&mut open));
+            open_rows = 0;
+        }
+        open_rows = open_rows.saturating_add(rows);
+        let (start, end) = (minute * MICROS_PER_MINUTE, (minute + 1) * MICROS_PER_MINUTE);
+        match open.last_mut() {
+            Some((_, last))
+                if archived.range(*last / MICROS_PER_MINUTE..*minute).next().is_none()
+                    && day_of(*last - 1) == day_of(start) =>
+            {
+                *last = end;
+            }
+            _ => open.push((start, end)),
+        }
+    }
+    if !open.is_empty() {
+        slices.push(open);
+    }
+    slices
+}
+
+const fn day_of(micros: i64) -> i64 {
     micros.div_euclid(MICROS_PER_DAY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTES_PER_DAY: i64 = MICROS_PER_DAY / MICROS_PER_MINUTE;
+
+    /// The slices in minutes.
+    fn cut_at(rows: &[(i64, u64)], archived: &[(i64, u64)], rows_max: u64) -> Vec<Vec<(i64, i64)>> {
+        let slices = cut(&rows.iter().copied().collect(), &archived.iter().copied().collect(), rows_max);
+        let minutes = |(start, end)| (start / MICROS_PER_MINUTE, end / MICROS_PER_MINUTE);
+        slices.into_iter().map(|ranges| ranges.into_iter().map(minutes).collect()).collect()
+    }
+
+    #[test]
+    fn slices_are_bounded_by_the_rows_of_both_sides() {
+        let rows = [(-2, 5), (0, 5), (1, 5), (2, 5), (10, 5)];
+        assert_eq!(cut_at(&rows, &[], 100), [[(-2, -1), (0, 11)]]);
+        assert_eq!(cut_at(&rows, &[], 10), [vec![(-2, -1), (0, 1)], vec![(1, 3)], vec![(10, 11)]]);
+        let archived = [(1, 5), (2, 95), (10, 5)];
+        assert_eq!(cut_at(&rows, &archived, 100), [vec![(-2, -1), (0, 2)], vec![(2, 11)]]);
+        assert_eq!(cut_at(&[(7, 200)], &archived, 100), [[(7, 8)]], "a minute is not divided");
+        assert!(cut_at(&[], &archived, 100).is_empty());
+    }
+
+    #[test]
+    fn what_only_the_archive_has_is_not_read() {
+        let rows = [(0, 1), (MINUTES_PER_DAY - 1, 1), (MINUTES_PER_DAY, 1)];
+        assert_eq!(cut_at(&rows, &[], 100), [[(0, MINUTES_PER_DAY), (MINUTES_PER_DAY, MINUTES_PER_DAY + 1)]]);
+        let between = [(0, 1), (5, 1_000_000)];
+        assert_eq!(
+            cut_at(&rows, &between, 100),
+            [[(0, 1), (MINUTES_PER_DAY - 1, MINUTES_PER_DAY), (MINUTES_PER_DAY, MINUTES_PER_DAY + 1)]]
+        );
+        let many: Vec<_> = (0..=RANGES_MAX as i64).map(|day| (day * MINUTES_PER_DAY, 1)).collect();
+        assert_eq!(cut_at(&many, &[], 1_000).iter().map(Vec::len).collect::<Vec<_>>(), [RANGES_MAX, 1]);
+    }
 }

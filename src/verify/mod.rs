@@ -111,18 +111,28 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
             }
         } else {
             let state = still.map_or(row.state, |now| now.state);
-            table.not_compared = Some(match state {
-                State::Streaming => "a gap was found and mended meanwhile; verify again".to_owned(),
-                state => format!(
-                    "its state is {}: the sidecar has rows to add first (`highwater --watermarks`, `highwater check`)",
-                    state.name()
-                ),
-            });
+            let slot = slot::find(&mut sql, &config.slot).await?;
+            let is_held = slot.is_some_and(|slot| slot.active_pid.is_some());
+            table.not_compared = Some(not_steady(state, is_held));
         }
         report.equal &= table.not_compared.is_none() && table.differences.is_empty();
         report.tables.push(table);
     }
     Ok(report)
+}
+
+/// Why a table in this state is not compared; whether somebody holds the slot.
+fn not_steady(state: State, is_held: bool) -> String {
+    let name = state.name();
+    match (state, is_held) {
+        (State::Streaming, _) => "a gap was found and mended meanwhile; verify again".to_owned(),
+        (_, true) => format!(
+            "its state is {name}: the sidecar has rows to add first (`highwater --watermarks` shows when it has)"
+        ),
+        (_, false) => format!(
+            "its state is {name}, and nobody archives: start `highwater run`, which adds the rows that are missing first"
+        ),
+    }
 }
 
 /// The tables that are asked for.
@@ -378,7 +388,7 @@ impl Table<'_> {
         for (index, hour) in counted.suspect.iter().enumerate() {
             repair.keep_up().await?;
             let step = format!("comparing the rows of {}", hour_text(*hour));
-            self.told(&step, (index as u64, counted.suspect.len() as u64));
+            self.told(&step, (index as u64, counted.suspect.len() as u64), "hours");
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
             let (postgres_rows, archive_rows) = (rows(counted.postgres), rows(counted.archive));
             let mut found = comparison.hour(*hour, postgres_rows + archive_rows).await?;
@@ -437,7 +447,7 @@ impl Table<'_> {
         let mut done = 0.0;
         let mut all = Vec::new();
         for leaf in leaves {
-            self.told(&format!("adding up {}", leaf.name), (whole(done), whole(expected)));
+            self.told(&format!("adding up {}", leaf.name), (whole(done), whole(expected)), "rows");
             done += leaf.rows_expected;
             repair.keep_up().await?;
             if !is_whole
@@ -453,7 +463,7 @@ impl Table<'_> {
                 return Err(changed(self.config, leaf));
             }
         }
-        self.told("adding up the archive", (whole(done), whole(expected)));
+        self.told("adding up the archive", (whole(done), whole(expected)), "rows");
         Ok(all)
     }
 
@@ -560,8 +570,9 @@ impl Table<'_> {
         Ok(())
     }
 
-    fn told(&self, step: &str, rows: (u64, u64)) {
-        (self.tell)(Progress { table: self.row.source_table.clone(), step: step.to_owned(), rows });
+    fn told(&self, step: &str, (done, all): (u64, u64), unit: &'static str) {
+        let table = self.row.source_table.clone();
+        (self.tell)(Progress { table, step: step.to_owned(), done, all, unit });
     }
 }
 

@@ -102,8 +102,12 @@ pub struct Progress {
     pub table: String,
     /// What is being done, and to what.
     pub step: String,
-    /// Rows that are done, and all of the table; the server's estimate.
-    pub rows: (u64, u64),
+    /// How much of `all` is done.
+    pub done: u64,
+    /// How much there is; of rows, what the server expects.
+    pub all: u64,
+    /// What is counted: `rows`, or `hours` while some are compared row by row.
+    pub unit: &'static str,
 }
 
 impl TableReport {

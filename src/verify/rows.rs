@@ -12,7 +12,7 @@ use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::{Kind, MICROS_PER_HOUR};
 use crate::recover;
-use crate::source::{self, Fate, Partition, Slice, Source};
+use crate::source::{self, Copier, Fate, Partition, Slice, Source};
 use crate::watermark::{self, Watermark};
 
 /// Memory that one digest takes in a comparison, with its share of an unfilled table.
@@ -89,6 +89,7 @@ pub(super) struct Comparison<'a> {
     entities: Lookup,
     tail: &'a Tail,
     namer: Option<Arc<Namer>>,
+    copier: Copier,
 }
 
 impl<'a> Comparison<'a> {
@@ -114,6 +115,7 @@ impl<'a> Comparison<'a> {
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
             tail,
             namer: repair.namer.clone(),
+            copier: Copier::open(config, &table.point.client).await?,
         })
     }
 
@@ -139,10 +141,9 @@ impl<'a> Comparison<'a> {
 
     async fn part(&mut self, range: (i64, i64), found: &mut Found) -> Result<()> {
         let table = self.table;
-        let files = table.files.iter().filter(|file| file.may_hold(range.0, range.1));
-        let paths: Vec<String> = files.map(|file: &TableFile| file.path.clone()).collect();
+        let files: Vec<&TableFile> = table.files.iter().collect();
         let mut present = Multiset::default();
-        present.read(table.storage, table.kind, &paths, &[range]).await?;
+        present.read(table.storage, table.kind, &files, &[range]).await?;
         // What was committed after the snapshot can't be read from it; a later repair finds it.
         found.missing += self.tail.missing(table.kind, range, &mut present);
         let present = Arc::new(Mutex::new(present));
@@ -174,59 +175,21 @@ impl<'a> Comparison<'a> {
         present: Option<&Arc<Mutex<Multiset>>>,
         found: &mut Found,
     ) -> Result<()> {
-        let point = self.table.point;
-        point.savepoint().await?;
-        let mut rows = self.source.read(&point.client, leaf, slice).await?;
-        let mut batches = self.new_batches();
+        let (source, table) = (self.source, self.table);
+        let mut rows = source.read(&mut self.copier, leaf, slice).await?;
+        let new_batches = || Batches::new(table.config.window, chrono::Utc::now().timestamp_micros());
+        let mut batches = new_batches();
         while let Some(row) = rows.next().await? {
             source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
-            if batches.byte_count() >= self.table.config.batch_bytes_max() {
-                let full = std::mem::replace(&mut batches, self.new_batches());
-                self.take(full, present, found).await?;
+            if batches.byte_count() >= table.config.batch_bytes_max() {
+                let full = std::mem::replace(&mut batches, new_batches());
+                take(table, self.namer.as_ref(), full, present, found).await?;
             }
         }
-        drop(rows);
-        if point.end_part(leaf).await? != Fate::Unchanged {
-            return Err(changed(self.table.config, leaf));
+        if self.copier.end(leaf).await? != Fate::Unchanged {
+            return Err(changed(table.config, leaf));
         }
-        self.take(batches, present, found).await
-    }
-
-    fn new_batches(&self) -> Batches {
-        Batches::new(self.table.config.window, chrono::Utc::now().timestamp_micros())
-    }
-
-    /// Counts the rows that the archive lacks, and uploads them in a repair.
-    async fn take(
-        &mut self,
-        batches: Batches,
-        present: Option<&Arc<Mutex<Multiset>>>,
-        found: &mut Found,
-    ) -> Result<()> {
-        if let Some(namer) = &self.namer {
-            // Named with the point's position, which the watermark has passed: it is not a file that a watermark lacks.
-            let lsn = self.table.point.lsn;
-            let present = present.cloned();
-            let (storage, batches) = (self.table.storage, Box::new(batches));
-            let files =
-                commit::write_files(storage, namer, batches, lsn, present, Some(COPY_PATIENCE)).await?;
-            found.missing += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
-            found.repairable.extend(files);
-            return Ok(());
-        }
-        for rows in batches.files() {
-            let kind = rows.kind();
-            match present.filter(|_| kind != Kind::Quarantine) {
-                Some(present) => {
-                    for batch in rows.record_batches() {
-                        let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
-                        found.missing += present.missing(kind, &batch?)?.num_rows() as u64;
-                    }
-                }
-                None => found.missing += rows.row_count(),
-            }
-        }
-        Ok(())
+        take(table, self.namer.as_ref(), batches, present, found).await
     }
 
     /// Adds the missing rows that a comparison has found, if they are to be; returns how many.
@@ -255,4 +218,37 @@ impl<'a> Comparison<'a> {
         }
         Ok(added)
     }
+}
+
+/// Counts the rows that the archive lacks, and uploads them in a repair.
+async fn take(
+    table: &Table<'_>,
+    namer: Option<&Arc<Namer>>,
+    batches: Batches,
+    present: Option<&Arc<Mutex<Multiset>>>,
+    found: &mut Found,
+) -> Result<()> {
+    if let Some(namer) = namer {
+        // Named with the point's position, which the watermark has passed: it is not a file that a watermark lacks.
+        let lsn = table.point.lsn;
+        let present = present.cloned();
+        let (storage, batches) = (table.storage, Box::new(batches));
+        let files = commit::write_files(storage, namer, batches, lsn, present, Some(COPY_PATIENCE)).await?;
+        found.missing += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
+        found.repairable.extend(files);
+        return Ok(());
+    }
+    for rows in batches.files() {
+        let kind = rows.kind();
+        match present.filter(|_| kind != Kind::Quarantine) {
+            Some(present) => {
+                for batch in rows.record_batches() {
+                    let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
+                    found.missing += present.missing(kind, &batch?)?.num_rows() as u64;
+                }
+            }
+            None => found.missing += rows.row_count(),
+        }
+    }
+    Ok(())
 }

@@ -32,6 +32,43 @@ async fn a_crash_between_upload_and_commit_leaves_the_position() {
     assert_eq!((stats[0].min_created_at, stats[0].max_created_at, stats[0].row_count), (NOON, NOON + 9, 15));
 }
 
+/// What a copy is compared with: only what lies in its ranges, also where these are days apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_ranges_are_counted_and_taken_in() {
+    const MINUTE: i64 = 60_000_000;
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    // A row every 10 s of an hour, in the order of a file: by entity, then by time.
+    let hour = |start: i64, name| (0..360).map(move |row| (start + row * 10_000_000, name, 1));
+    let next_week = NOON + 7 * MICROS_PER_DAY;
+    for (lsn, start) in [(200, NOON), (300, next_week)] {
+        let file = place.file(psi(&hour(start, "a").chain(hour(start, "b")).collect::<Vec<_>>()), lsn).await;
+        table.commit(&[file], Lsn(lsn), &note()).await.unwrap();
+    }
+    let files: Vec<&TableFile> = table.files().collect();
+    let day = |time: i64| (time - MICROS_PER_DAY / 2, time + MICROS_PER_DAY / 2);
+    let counts =
+        minute_counts(&place.storage, Kind::Psi, &files, &[day(NOON), day(next_week)]).await.unwrap();
+    assert_eq!(counts.len(), 120);
+    assert!(counts.values().all(|count| *count == 12), "{counts:?}");
+    let counts_of_a_week = minute_counts(&place.storage, Kind::Psi, &files, &[day(next_week)]).await.unwrap();
+    assert_eq!(counts_of_a_week.len(), 60, "the other file is not read");
+    assert_eq!(counts.first_key_value(), Some((&(NOON / MINUTE), &12)));
+
+    let rows_of = async |ranges: &[(i64, i64)]| {
+        let mut found = Multiset::default();
+        found.read(&place.storage, Kind::Psi, &files, ranges).await.unwrap();
+        found.row_count()
+    };
+    assert_eq!(rows_of(&[]).await, 0);
+    assert_eq!(rows_of(&[(i64::MIN, i64::MAX)]).await, 1440);
+    assert_eq!(rows_of(&[(NOON, NOON + 1)]).await, 2);
+    assert_eq!(rows_of(&[(NOON + 1, NOON + 10_000_000)]).await, 0);
+    let apart =
+        [(NOON - MINUTE, NOON + MINUTE), (NOON + 5 * MINUTE, NOON + 6 * MINUTE), (next_week, next_week + 1)];
+    assert_eq!(rows_of(&apart).await, 26);
+}
+
 /// Groups of rows of one entity are counted by their statistics, all others by their rows: small ones that share a group,
 /// and names that statistics cut.
 #[tokio::test(flavor = "multi_thread")]

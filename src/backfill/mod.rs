@@ -14,16 +14,17 @@
 //! archive as multisets, and the rows that it lacks are added. A partition without a horizon is compared as a whole, or, if
 //! the archive holds nothing of its time, just copied.
 
+mod progress;
+
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use indicatif::ProgressBar;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
-use crate::archive::{CommitNote, DataFile, Multiset, Namer, Storage, Table, TableFile};
+use progress::Progress;
+
+use crate::archive::{self, CommitNote, DataFile, MinuteCounts, Multiset, Namer, Storage, Table, TableFile};
 use crate::batch::Batches;
 use crate::commit::{self, COPY_PATIENCE, StorageRetry};
 use crate::config::Config;
@@ -35,21 +36,17 @@ use crate::gap::{self, Incomplete};
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
-use crate::record::Kind;
+use crate::record::{CALENDAR, Kind};
 use crate::recover;
 use crate::slot;
-use crate::source::{self, Fate, Partition, Point, Slice, Source};
-use crate::telemetry::{self, whole};
+use crate::source::{self, Copier, Fate, Partition, Point, Rows, Slice, Source};
 use crate::watermark::Watermark;
-
-/// How often progress is told.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Memory that one digest of a row takes in a comparison, with its share of an unfilled table.
 const DIGEST_BYTES: usize = 64;
 
 /// Most rows that are read between two looks at the clock.
-const STRIDE_MAX: u32 = 256;
+const STRIDE_MAX: NonZeroU32 = NonZeroU32::new(256).unwrap();
 
 /// What a backfill works with: the session's own tables, while it holds the slot and does not decode yet.
 pub(crate) struct Backfill<'a> {
@@ -134,7 +131,8 @@ impl Backfill<'_> {
             "making the archive complete: rows that it lacks are copied, the stream waits meanwhile"
         );
         let mut work = Work::new(self, point, kind, &source, &partitions).await?;
-        let read = self.read_all(&mut work, &partitions, horizons).await;
+        let mut copier = Copier::open(self.config, &point.client).await?;
+        let read = self.read_all(&mut work, &mut copier, &partitions, horizons).await;
         // Also after a failure: what is whole need not be read again.
         let settled = work.settle(self).await;
         let covered = read?;
@@ -155,9 +153,9 @@ impl Backfill<'_> {
         }
         tracing::info!(
             table,
-            read = progress.read,
+            read = progress.read(),
             added = progress.added,
-            seconds = progress.begun.elapsed().as_secs(),
+            seconds = progress.elapsed().as_secs(),
             "the archive is complete; state streaming"
         );
         Ok(())
@@ -168,17 +166,18 @@ impl Backfill<'_> {
     async fn read_all(
         &mut self,
         work: &mut Work<'_>,
+        copier: &mut Copier,
         partitions: &[Partition],
         horizons: Vec<Option<u64>>,
     ) -> Result<Vec<Partition>> {
         let mut covered = Vec::new();
         for (partition, horizon) in partitions.iter().zip(horizons) {
-            let fate = match work.complete(self, partition, horizon).await {
+            let fate = match work.complete(self, copier, partition, horizon).await {
                 Ok(fate) => fate,
                 Err(error) => {
                     // Between two parts there is none; and a session that is gone says no more.
                     let _ = work.point.rollback_to_savepoint().await;
-                    match partition.fate(&work.point.client).await {
+                    match copier.end_refused(partition).await {
                         Ok(Fate::Unchanged) | Err(_) => return Err(error),
                         Ok(fate) => fate,
                     }
@@ -283,8 +282,10 @@ impl<'a> Work<'a> {
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
             decoder,
             is_fresh: table_of(backfill.tables, kind)?.files().next().is_none(),
-            limiter: rate.map(|rate| RateLimiter::direct(Quota::per_second(rate))),
-            stride: rate.map_or(STRIDE_MAX, |rate| rate.get().min(STRIDE_MAX)),
+            // What is let through at once, too: else the first second would have twice the rate.
+            limiter: rate
+                .map(|rate| RateLimiter::direct(Quota::per_second(rate).allow_burst(rate.min(STRIDE_MAX)))),
+            stride: rate.map_or(STRIDE_MAX, |rate| rate.min(STRIDE_MAX)).get(),
             batch_bytes_max: config.batch_bytes_max(),
             progress: Progress::new(&source.name, partitions),
             unsettled: None,
@@ -296,14 +297,15 @@ impl<'a> Work<'a> {
     async fn complete(
         &mut self,
         backfill: &mut Backfill<'_>,
+        copier: &mut Copier,
         partition: &Partition,
         horizon: Option<u64>,
     ) -> Result<Fate> {
-        self.progress.partition(partition);
+        self.progress.begin(partition);
         let memory = backfill.config.memory_bytes;
         // What waits for a lock of ours may keep others waiting: it is held for one part at a time.
         self.point.savepoint().await?;
-        let slices = self.slices(backfill, partition, horizon, memory / 3 / DIGEST_BYTES).await?;
+        let slices = self.slices(backfill, partition, horizon, (memory / 3 / DIGEST_BYTES) as u64).await?;
         let mut fate = self.point.end_part(partition).await?;
         let mut unsettled = Unsettled {
             name: partition.name.clone(),
@@ -311,15 +313,18 @@ impl<'a> Work<'a> {
             writing: Writing::new(),
             files: Vec::new(),
         };
+        let is_compared = slices.iter().any(|slice| !slice.ranges.is_empty());
+        self.progress.step(if is_compared { "comparing" } else { "copying" });
         for slice in &slices {
             if fate != Fate::Unchanged {
                 return Ok(fate);
             }
-            self.point.savepoint().await?;
-            self.copy(backfill, partition, slice, &mut unsettled).await?;
-            fate = self.point.end_part(partition).await?;
+            let present = self.present(backfill, slice).await?;
+            let rows = self.source.read(copier, partition, slice).await?;
+            self.copy(backfill, rows, present, &mut unsettled).await?;
+            fate = copier.end(partition).await?;
         }
-        self.progress.partition_done(partition);
+        self.progress.end();
         if !slices.is_empty() && fate == Fate::Unchanged {
             self.unsettled = Some(unsettled);
         }
@@ -368,29 +373,28 @@ impl<'a> Work<'a> {
         backfill: &mut Backfill<'_>,
         partition: &Partition,
         horizon: Option<u64>,
-        rows_max: usize,
+        rows_max: u64,
     ) -> Result<Vec<Slice>> {
         let client = &self.point.client;
         let time = &self.source.time;
-        let days = match horizon {
+        let files: Vec<&TableFile> = table_of(backfill.tables, self.kind)?.files().collect();
+        let (days, ranges) = match horizon {
             None if self.is_fresh => return Ok(vec![Slice::whole()]),
             None => {
-                let table = table_of(backfill.tables, self.kind)?;
-                match partition.range(client, time).await? {
-                    Some((low, high))
-                        if !table.files().any(|file| file.may_hold(low, high.saturating_add(1))) =>
-                    {
-                        return Ok(vec![Slice::whole()]);
-                    }
-                    _ => None,
+                let range = partition.range(client, time).await?;
+                let range = range.map(|(low, high)| (low, high.saturating_add(1)));
+                if range.is_some_and(|(low, high)| !files.iter().any(|file| file.may_hold(low, high))) {
+                    return Ok(vec![Slice::whole()]);
                 }
+                (None, vec![range.unwrap_or((CALENDAR.start, CALENDAR.end))])
             }
             Some(horizon) => {
                 let days = partition.touched_days(client, time, horizon).await?;
                 if days.is_empty() {
                     return Ok(Vec::new());
                 }
-                Some(days)
+                let ranges = days.ranges();
+                (Some(days), ranges)
             }
         };
         tracing::info!(
@@ -399,18 +403,27 @@ impl<'a> Work<'a> {
             days = %days.as_ref().map_or_else(|| "all".to_owned(), |days| days.to_string()),
             "comparing with the archive"
         );
-        partition.slices(client, time, days.as_ref(), rows_max).await
+        let files: Vec<&TableFile> = files
+            .into_iter()
+            .filter(|file| ranges.iter().any(|range| file.may_hold(range.0, range.1)))
+            .collect();
+        let held: Option<u64> = files.iter().map(|file| file.row_count).sum();
+        let archived = match held {
+            // What the archive has is no matter then.
+            Some(rows) if rows <= rows_max => MinuteCounts::new(),
+            _ => archive::minute_counts(backfill.storage, self.kind, &files, &ranges).await?,
+        };
+        partition.slices(client, time, days.as_ref(), &archived, rows_max).await
     }
 
-    /// Reads a slice and uploads the rows of it that the archive lacks. The last of them may still be on their way then.
+    /// Reads rows and uploads those of them that the archive lacks. The last of them may still be on their way then.
     async fn copy(
         &mut self,
         backfill: &mut Backfill<'_>,
-        partition: &Partition,
-        slice: &Slice,
+        mut rows: Rows<'_>,
+        present: Option<Arc<Mutex<Multiset>>>,
         unsettled: &mut Unsettled,
     ) -> Result<()> {
-        let present = self.present(backfill, slice).await?;
         let is_compared = present.is_some();
         let lsn = self.point.lsn;
         let (storage, namer) = (backfill.storage.clone(), Arc::clone(backfill.namer));
@@ -423,8 +436,6 @@ impl<'a> Work<'a> {
         };
         let window = backfill.config.window;
         let new_batches = || Batches::new(window, chrono::Utc::now().timestamp_micros());
-        let (source, point) = (self.source, self.point);
-        let mut rows = source.read(&point.client, partition, slice).await?;
         let mut batches = new_batches();
         let mut stride = 0;
         while let Some(row) = rows.next().await? {
@@ -466,17 +477,15 @@ impl<'a> Work<'a> {
         if slice.ranges.is_empty() {
             return Ok(None);
         }
-        let table = table_of(backfill.tables, self.kind)?;
-        let may_hold = |file: &&TableFile| slice.ranges.iter().any(|range| file.may_hold(range.0, range.1));
-        let paths: Vec<String> = table.files().filter(may_hold).map(|file| file.path.clone()).collect();
+        let files: Vec<&TableFile> = table_of(backfill.tables, self.kind)?.files().collect();
         let mut present = Multiset::default();
-        present.read(backfill.storage, self.kind, &paths, &slice.ranges).await?;
+        present.read(backfill.storage, self.kind, &files, &slice.ranges).await?;
         Ok(Some(Arc::new(Mutex::new(present))))
     }
 
     async fn throttle(&self, rows: u32) {
         if let (Some(limiter), Some(rows)) = (&self.limiter, NonZeroU32::new(rows)) {
-            // Never more than the limiter lets through at once: the stride is at most its rate.
+            // Never more than the limiter lets through at once: that is the stride.
             let _ = limiter.until_n_ready(rows).await;
         }
     }
@@ -498,80 +507,4 @@ fn named(files: Vec<(Kind, DataFile)>, at: Lsn) -> (Vec<DataFile>, CommitNote) {
     let files: Vec<DataFile> = files.into_iter().map(|(_, file)| file).collect();
     let row_count = files.iter().map(|file| file.stats.row_count).sum();
     (files, CommitNote { last_lsn: at, row_count, ..CommitNote::default() })
-}
-
-/// How far a table is: a bar on the terminal, or told in the log from time to time.
-struct Progress {
-    bar: Option<ProgressBar>,
-    table: String,
-    begun: Instant,
-    told: Instant,
-    /// Rows that Postgres expects, of all partitions and of those done.
-    expected: f64,
-    done: f64,
-    read: u64,
-    added: u64,
-    read_before: u64,
-    partition: String,
-}
-
-impl Progress {
-    fn new(table: &str, partitions: &[Partition]) -> Self {
-        let now = Instant::now();
-        let expected: f64 = partitions.iter().map(|partition| partition.rows_expected).sum();
-        let bar = telemetry::bar();
-        if let Some(bar) = &bar {
-            bar.set_length(whole(expected));
-        }
-        Self {
-            bar,
-            table: table.to_owned(),
-            begun: now,
-            told: now,
-            expected,
-            done: 0.0,
-            read: 0,
-            added: 0,
-            read_before: 0,
-            partition: String::new(),
-        }
-    }
-
-    fn partition(&mut self, partition: &Partition) {
-        partition.name.clone_into(&mut self.partition);
-        self.read_before = self.read;
-        if let Some(bar) = &self.bar {
-            bar.set_message(format!("copying {}", partition.name));
-        }
-    }
-
-    fn partition_done(&mut self, partition: &Partition) {
-        self.done += partition.rows_expected;
-        self.read_before = self.read;
-        tracing::debug!(table = self.table, partition = partition.name, read = self.read, "partition done");
-    }
-
-    #[expect(clippy::cast_precision_loss, reason = "an estimate, told in per cent")]
-    fn rows(&mut self, rows: u32) {
-        self.read += u64::from(rows);
-        if let Some(bar) = &self.bar {
-            bar.set_position(whole(self.done) + self.read - self.read_before);
-            return;
-        }
-        if self.told.elapsed() < PROGRESS_INTERVAL {
-            return;
-        }
-        self.told = Instant::now();
-        let seconds = self.begun.elapsed().as_secs_f64();
-        let share = ((self.done + (self.read - self.read_before) as f64) / self.expected.max(1.0)).min(0.99);
-        tracing::info!(
-            table = self.table,
-            partition = self.partition,
-            rows = self.read,
-            rows_per_second = (self.read as f64 / seconds).round(),
-            percent = (share * 100.0).round(),
-            seconds_left = (seconds / share.max(0.001) - seconds).round(),
-            "copying"
-        );
-    }
 }

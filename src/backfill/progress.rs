@@ -1,0 +1,110 @@
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::source::Partition;
+use crate::telemetry::{Bar, whole};
+
+/// How often progress is told in the log.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How far a table is: a bar on the terminal, or told in the log from time to time.
+pub(super) struct Progress {
+    bar: Option<Bar>,
+    table: String,
+    begun: Instant,
+    told: Instant,
+    /// What is done with the partition.
+    step: &'static str,
+    partition: String,
+    /// Rows that Postgres expects: of the partitions that are done, of this one, and of all that follow it.
+    done: f64,
+    current: f64,
+    rest: f64,
+    read: u64,
+    /// Of `read`, those of this partition.
+    read_of_current: u64,
+    pub(super) added: u64,
+}
+
+impl Progress {
+    pub(super) fn new(table: &str, partitions: &[Partition]) -> Self {
+        let now = Instant::now();
+        Self {
+            bar: Bar::new("rows"),
+            table: table.to_owned(),
+            begun: now,
+            told: now,
+            step: "",
+            partition: String::new(),
+            done: 0.0,
+            current: 0.0,
+            rest: partitions.iter().map(|partition| partition.rows_expected).sum(),
+            read: 0,
+            read_of_current: 0,
+            added: 0,
+        }
+    }
+
+    pub(super) fn begin(&mut self, partition: &Partition) {
+        partition.name.clone_into(&mut self.partition);
+        self.current = partition.rows_expected;
+        self.rest -= self.current;
+        self.step("looking at");
+    }
+
+    pub(super) fn step(&mut self, step: &'static str) {
+        self.step = step;
+        self.show();
+    }
+
+    pub(super) fn end(&mut self) {
+        tracing::debug!(table = self.table, partition = self.partition, read = self.read, "partition done");
+        self.done += self.current;
+        self.current = 0.0;
+        self.read_of_current = 0;
+    }
+
+    pub(super) fn rows(&mut self, rows: u32) {
+        self.read += u64::from(rows);
+        self.read_of_current += u64::from(rows);
+        self.show();
+    }
+
+    pub(super) const fn read(&self) -> u64 {
+        self.read
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "an estimate, told in per cent")]
+    fn show(&mut self) {
+        let of_current = self.read_of_current as f64;
+        let done = self.done + of_current;
+        // Nothing is known of a partition that was never analyzed since the server has lost its statistics.
+        let is_known = self.current > 0.0 || self.read_of_current == 0;
+        let all = is_known.then(|| self.done + self.current.max(of_current) + self.rest.max(0.0));
+        if let Some(bar) = &self.bar {
+            bar.show(&format!("{} {}", self.step, self.partition), whole(done), all.map(whole));
+            return;
+        }
+        if self.told.elapsed() < LOG_INTERVAL {
+            return;
+        }
+        self.told = Instant::now();
+        let seconds = self.begun.elapsed().as_secs_f64();
+        let share = all.map(|all| (done / all.max(1.0)).min(0.99));
+        tracing::info!(
+            table = self.table,
+            partition = self.partition,
+            rows = self.read,
+            rows_per_second = (self.read as f64 / seconds).round(),
+            percent = share.map(|share| (share * 100.0).round()),
+            seconds_left = share.map(|share| (seconds / share.max(0.001) - seconds).round()),
+            "{}",
+            self.step
+        );
+    }
+}
