@@ -44,6 +44,7 @@ pub(crate) use scan::{Scan, runtime, session};
 pub use snapshot::Snapshot;
 pub use stats::FileStats;
 pub use storage::Storage;
+pub(crate) use storage::nothing_in;
 pub use table::{CommitNote, Table, Totals};
 pub use upload::{DataFile, upload};
 pub use view::View;

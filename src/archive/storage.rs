@@ -33,6 +33,15 @@ impl fmt::Debug for Storage {
     }
 }
 
+/// The error of a place without an archive.
+pub(crate) fn nothing_in(uri: &str) -> Error {
+    Error::Setting {
+        setting: "storage URI".to_owned(),
+        value: uri.to_owned(),
+        accepted: "the place of an archive: nothing was archived there".to_owned(),
+    }
+}
+
 impl Storage {
     /// Opens the storage that the settings name; a local folder is created, and no other is written to in its
     /// place later on. Credentials and endpoints
@@ -63,6 +72,17 @@ impl Storage {
             StorageType::Local => return Self::open_folder(FilePath::new(settings.storage_root())),
         };
         Self::from_store(root, &format!("{uri}/"))
+    }
+
+    /// As [`Storage::open`], where an archive should be already: no folder is created.
+    ///
+    /// # Errors
+    ///
+    /// Also [`Error::Setting`] if a local folder does not exist.
+    pub fn open_existing(settings: &ObjectStorageSettings) -> Result<Self> {
+        let is_missing =
+            settings.storage_type == StorageType::Local && !FilePath::new(settings.storage_root()).is_dir();
+        if is_missing { Err(nothing_in(&settings.storage_uri)) } else { Self::open(settings) }
     }
 
     fn open_folder(folder: &FilePath) -> Result<Self> {

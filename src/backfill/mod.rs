@@ -282,9 +282,7 @@ impl<'a> Work<'a> {
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
             decoder,
             is_fresh: table_of(backfill.tables, kind)?.files().next().is_none(),
-            // What is let through at once, too: else the first second would have twice the rate.
-            limiter: rate
-                .map(|rate| RateLimiter::direct(Quota::per_second(rate).allow_burst(rate.min(STRIDE_MAX)))),
+            limiter: rate.map(limiter),
             stride: rate.map_or(STRIDE_MAX, |rate| rate.min(STRIDE_MAX)).get(),
             batch_bytes_max: config.batch_bytes_max(),
             progress: Progress::new(&source.name, partitions),
@@ -485,10 +483,18 @@ impl<'a> Work<'a> {
 
     async fn throttle(&self, rows: u32) {
         if let (Some(limiter), Some(rows)) = (&self.limiter, NonZeroU32::new(rows)) {
-            // Never more than the limiter lets through at once: that is the stride.
+            // Never more than the limiter lets through at once.
             let _ = limiter.until_n_ready(rows).await;
         }
     }
+}
+
+/// Lets through so many rows a second. What it lets through at once is a tenth of a second's: with less, the delays of timers
+/// would add up; with all of a second's, the first one would have twice the rate.
+fn limiter(rate: NonZeroU32) -> DefaultDirectRateLimiter {
+    let tenth = NonZeroU32::new(rate.get() / 10).unwrap_or(NonZeroU32::MIN);
+    let burst = tenth.max(rate.min(STRIDE_MAX));
+    RateLimiter::direct(Quota::per_second(rate).allow_burst(burst))
 }
 
 impl Unsettled {

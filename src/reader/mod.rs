@@ -23,7 +23,6 @@ mod spc;
 mod tests;
 
 use std::fmt;
-use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -44,7 +43,7 @@ pub use query::BinnedQuery;
 pub use spc::{SpcFeature, SpcFeatures};
 
 use crate::archive::{self, Scan, Storage, View};
-use crate::config::{Config, ObjectStorageSettings, StorageType};
+use crate::config::{Config, ObjectStorageSettings};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
 
@@ -125,11 +124,7 @@ impl Archive {
     ///
     /// [`Error::Setting`] if there is no archive, [`Error::Storage`] and [`Error::Delta`] if it can't be read.
     pub async fn open(settings: &ObjectStorageSettings) -> Result<Self> {
-        // To open the storage would make the folder.
-        if settings.storage_type == StorageType::Local && !Path::new(settings.storage_root()).is_dir() {
-            return Err(nothing_in(&settings.storage_uri));
-        }
-        Self::open_in(Storage::open(settings)?).await
+        Self::open_in(Storage::open_existing(settings)?).await
     }
 
     /// The same in a storage that is open already: over a store of your own, say, that counts, caches or limits requests.
@@ -140,7 +135,7 @@ impl Archive {
     pub async fn open_in(storage: Storage) -> Result<Self> {
         let views = all_of(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
         if views.iter().all(|view| view.version().is_none()) {
-            return Err(nothing_in(storage.url()));
+            return Err(archive::nothing_in(storage.url()));
         }
         let runtime = archive::runtime(&storage).map_err(Error::query("preparing to read"))?;
         let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
@@ -391,14 +386,6 @@ impl Tables {
 /// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up.
 async fn all_of<T>(reads: impl IntoIterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
     join_all(reads).await.into_iter().collect()
-}
-
-fn nothing_in(uri: &str) -> Error {
-    Error::Setting {
-        setting: "storage URI".to_owned(),
-        value: uri.to_owned(),
-        accepted: "the place of an archive: nothing was archived there".to_owned(),
-    }
 }
 
 fn planning(kind: Kind) -> impl FnOnce(DataFusionError) -> Error {

@@ -57,11 +57,11 @@ const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
 /// then stays.
 pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress) + Sync)) -> Result<Report> {
     let mut sql = Session::new(config.source.clone());
-    let storage = Storage::open(&config.storage)?;
     let (point, mut slot) = Point::take(config).await?;
     let identity = slot::identify(&mut slot.connection).await?;
     let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
     let chosen = choose(config, options, &identity.system_identifier, sql.run(watermark::read).await?)?;
+    let storage = Storage::open_existing(&config.storage)?;
     sql.run(slot::ask_for_checkpoint).await?;
     wait_until_archived(config, &mut sql, &chosen, point.lsn).await?;
     let mut repair = Repair::default();

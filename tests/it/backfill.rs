@@ -444,6 +444,36 @@ async fn partitions_that_change_during_a_copy() {
     assert_counted(&client).await;
 }
 
+/// The rows come by another session than the snapshot's. Each of the two is ended while the other goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_loses_one_of_its_sessions_begins_again() {
+    let stage = stage_with_rows().await;
+    let client = stage.connect().await;
+    stage.launch().must(&["setup"]);
+    let launch = stage.launch().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", "20000");
+    let mut sidecar = launch.start();
+    for session in ["query like 'copy %'", "state = 'idle in transaction' and query not like 'copy %'"] {
+        let snapshots = || sidecar.log().matches("taking a snapshot").count();
+        let before = snapshots();
+        let end = format!(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and application_name = 'highwater' and {session}
+               and exists (select from pg_stat_activity
+                           where datname = current_database() and application_name = 'highwater' and query like 'copy %')"
+        );
+        until("a session is ended during a copy", DEADLINE, async || {
+            (!client.query(&end, &[]).await.unwrap().is_empty()).then_some(())
+        })
+        .await;
+        until("another snapshot", DEADLINE, async || (snapshots() > before).then_some(())).await;
+    }
+    stage.assert_archived(DEADLINE).await;
+    complete(&client).await;
+    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+    assert!(sidecar.terminate(DEADLINE).await.success());
+    assert_counted(&client).await;
+}
+
 /// Rights on a table don't reach its partitions.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_that_may_read_only_the_roots() {

@@ -333,6 +333,11 @@ async fn without_a_sidecar_or_a_table_it_says_so() {
     let elsewhere = stage.folder().join("elsewhere");
     let launch = stage.launch().with("SCOUTER_STORAGE_URI", elsewhere.to_str().unwrap());
     let mut sidecar = stage.start().await;
+    let output = launch.output(&["verify"]);
+    let missing = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && missing.contains("nothing was archived there"), "{missing}");
+    assert!(!elsewhere.exists());
+    std::fs::create_dir(&elsewhere).unwrap();
     let output = launch.output(&["verify", "--repair"]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(!elsewhere.join("psi").exists());
