@@ -164,6 +164,11 @@ impl Error {
         }
     }
 
+    /// The server knows no such column.
+    pub(crate) fn is_undefined_column(&self) -> bool {
+        matches!(self, Self::Server { code, .. } if code == SqlState::UNDEFINED_COLUMN.code())
+    }
+
     /// Whether the error may pass by itself.
     #[must_use]
     pub fn is_transient(&self) -> bool {

@@ -29,7 +29,7 @@ use crate::batch::Batches;
 use crate::commit::{self, COPY_PATIENCE, StorageRetry};
 use crate::config::Config;
 use crate::coverage;
-use crate::decode::Decoder;
+use crate::decode::{Decoder, Inserted};
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::gap::{self, Incomplete};
@@ -39,7 +39,7 @@ use crate::postgres::Session;
 use crate::record::{CALENDAR, Kind};
 use crate::recover;
 use crate::slot;
-use crate::source::{self, Copier, Fate, Partition, Point, Rows, Slice, Source};
+use crate::source::{self, Copier, Days, Fate, Partition, Point, Rows, Slice, Source};
 use crate::watermark::Watermark;
 
 /// Memory that one digest of a row takes in a comparison, with its share of an unfilled table.
@@ -115,7 +115,7 @@ impl Backfill<'_> {
             tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());
             return Ok(());
         };
-        let partitions = source::holders(&point.client, table, source.oid).await?;
+        let partitions = point.holders(table, source.oid).await?;
         let mut horizons = self.marks(kind, &partitions).await?;
         for (horizon, partition) in horizons.iter_mut().zip(&partitions) {
             let covered = row.archived_before.filter(|_| partition.is_covered);
@@ -151,6 +151,13 @@ impl Backfill<'_> {
             let detail = format!("another gap was found while {table} was completed; it is looked at again");
             return Err(Error::Slot { slot: slot.to_owned(), detail, transient: true });
         }
+        if progress.quarantined > 0 {
+            tracing::warn!(
+                table,
+                rows = progress.quarantined,
+                "rows that the archive can't hold went to its quarantine table, with the reason"
+            );
+        }
         tracing::info!(
             table,
             read = progress.read(),
@@ -172,18 +179,7 @@ impl Backfill<'_> {
     ) -> Result<Vec<Partition>> {
         let mut covered = Vec::new();
         for (partition, horizon) in partitions.iter().zip(horizons) {
-            let fate = match work.complete(self, copier, partition, horizon).await {
-                Ok(fate) => fate,
-                Err(error) => {
-                    // Between two parts there is none; and a session that is gone says no more.
-                    let _ = work.point.rollback_to_savepoint().await;
-                    match copier.end_refused(partition).await {
-                        Ok(Fate::Unchanged) | Err(_) => return Err(error),
-                        Ok(fate) => fate,
-                    }
-                }
-            };
-            match fate {
+            match work.complete(self, copier, partition, horizon).await? {
                 Fate::Unchanged => covered.push(partition.clone()),
                 Fate::Changed => return Err(changed(self.config, partition)),
                 Fate::Dropped => tracing::error!(
@@ -214,10 +210,21 @@ impl Backfill<'_> {
     }
 }
 
+/// The server has not let us begin to read a partition: because of what has become of it, or for another reason, which is the
+/// error then. Not to be asked of an error in mid-copy: by then the partition is locked, and something else has failed.
+async fn refused(copier: &mut Copier, partition: &Partition, error: Error) -> Result<Fate> {
+    match copier.end_refused(partition).await {
+        // A column is gone that the snapshot still sees.
+        Ok(Fate::Unchanged) if error.is_undefined_column() => Ok(Fate::Changed),
+        Ok(Fate::Unchanged) | Err(_) => Err(error),
+        Ok(fate) => Ok(fate),
+    }
+}
+
 /// The error that ends a session which can't go on with its snapshot; the next one takes another.
 fn changed(config: &Config, partition: &Partition) -> Error {
     let detail = format!(
-        "{} was renamed or rewritten while it was read; it is read again with a new snapshot",
+        "{} was renamed, rewritten or altered while it was read; it is read again with a new snapshot",
         partition.name
     );
     Error::Slot { slot: config.slot.clone(), detail, transient: true }
@@ -255,6 +262,18 @@ struct Unsettled {
     mark: String,
     writing: Writing,
     files: Vec<(Kind, DataFile)>,
+}
+
+/// What of a partition the archive may lack.
+enum Touched {
+    Nothing,
+    /// All of it, and it holds nothing of that time.
+    Whole,
+    /// These days (`None`: all), which are compared; `ranges` are their times, in microseconds since the epoch.
+    Days {
+        days: Option<Days>,
+        ranges: Vec<(i64, i64)>,
+    },
 }
 
 impl<'a> Work<'a> {
@@ -300,11 +319,30 @@ impl<'a> Work<'a> {
         horizon: Option<u64>,
     ) -> Result<Fate> {
         self.progress.begin(partition);
-        let memory = backfill.config.memory_bytes;
         // What waits for a lock of ours may keep others waiting: it is held for one part at a time.
         self.point.savepoint().await?;
-        let slices = self.slices(backfill, partition, horizon, (memory / 3 / DIGEST_BYTES) as u64).await?;
+        let touched = match self.touched(backfill, partition, horizon).await {
+            Ok(touched) => touched,
+            Err(error) => return self.refused(copier, partition, error).await,
+        };
         let mut fate = self.point.end_part(partition).await?;
+        let slices = match touched {
+            _ if fate != Fate::Unchanged => return Ok(fate),
+            Touched::Nothing => Vec::new(),
+            Touched::Whole => vec![Slice::whole()],
+            Touched::Days { days, ranges } => {
+                let rows_max = (backfill.config.memory_bytes / 3 / DIGEST_BYTES) as u64;
+                let archived = self.archived(backfill, &ranges, rows_max).await?;
+                self.point.savepoint().await?;
+                let (client, time) = (&self.point.client, &self.source.time);
+                let slices = match partition.slices(client, time, days.as_ref(), &archived, rows_max).await {
+                    Ok(slices) => slices,
+                    Err(error) => return self.refused(copier, partition, error).await,
+                };
+                fate = self.point.end_part(partition).await?;
+                slices
+            }
+        };
         let mut unsettled = Unsettled {
             name: partition.name.clone(),
             mark: backfill.mark(partition),
@@ -318,7 +356,10 @@ impl<'a> Work<'a> {
                 return Ok(fate);
             }
             let present = self.present(backfill, slice).await?;
-            let rows = self.source.read(copier, partition, slice).await?;
+            let rows = match self.source.read(copier, partition, slice).await {
+                Ok(rows) => rows,
+                Err(error) => return refused(copier, partition, error).await,
+            };
             self.copy(backfill, rows, present, &mut unsettled).await?;
             fate = copier.end(partition).await?;
         }
@@ -327,6 +368,15 @@ impl<'a> Work<'a> {
             self.unsettled = Some(unsettled);
         }
         Ok(fate)
+    }
+
+    /// Ends a part whose query was refused.
+    async fn refused(&self, copier: &mut Copier, partition: &Partition, error: Error) -> Result<Fate> {
+        match self.point.rollback_to_savepoint().await {
+            Ok(()) => refused(copier, partition, error).await,
+            // The session is gone.
+            Err(_) => Err(error),
+        }
     }
 
     /// Commits the partition that was read last, if that is still to be done. Once its last rows are written nothing keeps it
@@ -365,31 +415,29 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// The parts of a partition that are to be copied, with what the archive holds of them.
-    async fn slices(
+    /// What of a partition the archive may lack.
+    async fn touched(
         &self,
         backfill: &mut Backfill<'_>,
         partition: &Partition,
         horizon: Option<u64>,
-        rows_max: u64,
-    ) -> Result<Vec<Slice>> {
-        let client = &self.point.client;
-        let time = &self.source.time;
-        let files: Vec<&TableFile> = table_of(backfill.tables, self.kind)?.files().collect();
+    ) -> Result<Touched> {
+        let (client, time) = (&self.point.client, &self.source.time);
         let (days, ranges) = match horizon {
-            None if self.is_fresh => return Ok(vec![Slice::whole()]),
+            None if self.is_fresh => return Ok(Touched::Whole),
             None => {
                 let range = partition.range(client, time).await?;
-                let range = range.map(|(low, high)| (low, high.saturating_add(1)));
-                if range.is_some_and(|(low, high)| !files.iter().any(|file| file.may_hold(low, high))) {
-                    return Ok(vec![Slice::whole()]);
+                let (low, high) = range.map_or((CALENDAR.start, CALENDAR.end), |(low, high)| (low, high + 1));
+                let mut files = table_of(backfill.tables, self.kind)?.files();
+                if range.is_some() && !files.any(|file| file.may_hold(low, high)) {
+                    return Ok(Touched::Whole);
                 }
-                (None, vec![range.unwrap_or((CALENDAR.start, CALENDAR.end))])
+                (None, vec![(low, high)])
             }
             Some(horizon) => {
                 let days = partition.touched_days(client, time, horizon).await?;
                 if days.is_empty() {
-                    return Ok(Vec::new());
+                    return Ok(Touched::Nothing);
                 }
                 let ranges = days.ranges();
                 (Some(days), ranges)
@@ -401,17 +449,24 @@ impl<'a> Work<'a> {
             days = %days.as_ref().map_or_else(|| "all".to_owned(), |days| days.to_string()),
             "comparing with the archive"
         );
-        let files: Vec<&TableFile> = files
-            .into_iter()
-            .filter(|file| ranges.iter().any(|range| file.may_hold(range.0, range.1)))
-            .collect();
+        Ok(Touched::Days { days, ranges })
+    }
+
+    /// How many rows the archive has of each minute; nothing, if it has no more than `rows_max` of all.
+    async fn archived(
+        &self,
+        backfill: &mut Backfill<'_>,
+        ranges: &[(i64, i64)],
+        rows_max: u64,
+    ) -> Result<MinuteCounts> {
+        let may_hold = |file: &&TableFile| ranges.iter().any(|range| file.may_hold(range.0, range.1));
+        let files: Vec<_> = table_of(backfill.tables, self.kind)?.files().filter(may_hold).collect();
+        // A foreign writer need not have said how many its files hold.
         let held: Option<u64> = files.iter().map(|file| file.row_count).sum();
-        let archived = match held {
-            // What the archive has is no matter then.
-            Some(rows) if rows <= rows_max => MinuteCounts::new(),
-            _ => archive::minute_counts(backfill.storage, self.kind, &files, &ranges).await?,
-        };
-        partition.slices(client, time, days.as_ref(), &archived, rows_max).await
+        match held {
+            Some(rows) if rows <= rows_max => Ok(MinuteCounts::new()),
+            _ => archive::minute_counts(backfill.storage, self.kind, &files, ranges).await,
+        }
     }
 
     /// Reads rows and uploads those of them that the archive lacks. The last of them may still be on their way then.
@@ -437,9 +492,11 @@ impl<'a> Work<'a> {
         let mut batches = new_batches();
         let mut stride = 0;
         while let Some(row) = rows.next().await? {
-            source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
+            let inserted = source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
+            self.progress.quarantined += u64::from(inserted == Inserted::Quarantined);
             stride += 1;
-            if stride < self.stride {
+            // Rows may be of any size.
+            if stride < self.stride && batches.byte_count() < self.batch_bytes_max {
                 continue;
             }
             self.throttle(stride).await;

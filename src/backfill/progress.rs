@@ -17,13 +17,14 @@ pub(super) struct Progress {
     /// What is done with the partition.
     step: &'static str,
     partition: String,
-    /// Rows that Postgres expects: of the partitions that are done, of this one, and of all that follow it.
-    done: f64,
+    /// Rows that Postgres expects of this partition, and of all that follow it.
     current: f64,
     rest: f64,
     read: u64,
     /// Of `read`, those of this partition.
     read_of_current: u64,
+    /// Of `read`, those that the archive can't hold, and did not have in its quarantine.
+    pub(super) quarantined: u64,
     pub(super) added: u64,
 }
 
@@ -37,11 +38,11 @@ impl Progress {
             told: now,
             step: "",
             partition: String::new(),
-            done: 0.0,
             current: 0.0,
             rest: partitions.iter().map(|partition| partition.rows_expected).sum(),
             read: 0,
             read_of_current: 0,
+            quarantined: 0,
             added: 0,
         }
     }
@@ -60,7 +61,6 @@ impl Progress {
 
     pub(super) fn end(&mut self) {
         tracing::debug!(table = self.table, partition = self.partition, read = self.read, "partition done");
-        self.done += self.current;
         self.current = 0.0;
         self.read_of_current = 0;
     }
@@ -81,13 +81,11 @@ impl Progress {
 
     #[expect(clippy::cast_precision_loss, reason = "an estimate, told in per cent")]
     fn show(&mut self) {
-        let of_current = self.read_of_current as f64;
-        let done = self.done + of_current;
-        // Nothing is known of a partition that was never analyzed since the server has lost its statistics.
-        let is_known = self.current > 0.0 || self.read_of_current == 0;
-        let all = is_known.then(|| self.done + self.current.max(of_current) + self.rest.max(0.0));
+        let left = (self.current - self.read_of_current as f64).max(0.0) + self.rest.max(0.0);
+        // Of a partition that was never analyzed nothing is known once the server has lost its statistics.
+        let all = (self.current > 0.0).then(|| self.read + whole(left));
         if let Some(bar) = &self.bar {
-            bar.show(&format!("{} {}", self.step, self.partition), whole(done), all.map(whole));
+            bar.show(&format!("{} {}", self.step, self.partition), self.read, all);
             return;
         }
         if self.told.elapsed() < LOG_INTERVAL {
@@ -95,7 +93,7 @@ impl Progress {
         }
         self.told = Instant::now();
         let seconds = self.begun.elapsed().as_secs_f64();
-        let share = all.map(|all| (done / all.max(1.0)).min(0.99));
+        let share = all.map(|all| (self.read as f64 / all.max(1) as f64).min(0.99));
         tracing::info!(
             table = self.table,
             partition = self.partition,

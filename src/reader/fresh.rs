@@ -111,7 +111,12 @@ impl<'a> Before<'a> {
         let (start, end) = query.range();
         let mut copier = Copier::open(self.config, &self.client).await?;
         let mut rows = Rows::new(self.config, self.kind, &source);
-        for leaf in source::holders(&self.client, &self.row.source_table, source.oid).await? {
+        let failed = || Error::sql("looking for partitions");
+        // Without the lock on the table that this may take: who waits for that would keep the copies waiting.
+        self.client.batch_execute("savepoint part").await.map_err(failed())?;
+        let leaves = source::holders(&self.client, &self.row.source_table, source.oid).await?;
+        self.client.batch_execute("rollback to savepoint part").await.map_err(failed())?;
+        for leaf in leaves {
             let (low, high) = leaf.bounds.unwrap_or((i64::MIN, i64::MAX));
             if low < end && start < high {
                 let condition = self.condition(&source, &leaf, &entity, (start, end));

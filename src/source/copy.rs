@@ -190,21 +190,21 @@ impl Rows<'_> {
     }
 }
 
-/// Appends a row to the batches; looks up its entity if that is not known.
+/// Appends a row to the batches; looks up its entity if that is not known. Says where it is now.
 #[inline]
 pub(crate) async fn insert(
     decoder: &mut Decoder,
     row: Insert<'_>,
     batches: &mut Batches,
     entities: &mut Lookup,
-) -> Result<()> {
+) -> Result<Inserted> {
     loop {
         let inserted = decoder.insert(&row, batches).map_err(|error| Error::Protocol {
             context: "decoding a copied row".to_owned(),
             detail: error.to_string(),
         })?;
         match inserted {
-            Inserted::Done | Inserted::Quarantined => return Ok(()),
+            Inserted::Done | Inserted::Quarantined => return Ok(inserted),
             Inserted::NotArchived => return Err(Error::Internal("a copied row has no table".to_owned())),
             Inserted::UnknownEntity(id) => {
                 let entity = entities.entity(id).await?;

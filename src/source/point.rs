@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 
 use super::copier::{begin_with, not_taken_over};
-use super::{Fate, Partition};
+use super::{Fate, Partition, holders};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
@@ -11,12 +11,16 @@ use crate::postgres::{ReplicationConnection, sql};
 use crate::slot;
 
 /// Nothing may cut a copy short, and no row may be hidden from it: a policy that would is an error instead. A copy shows
-/// numbers and times as the stream does.
-pub(crate) const SESSION_SETTINGS: &str =
-    "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0;
-                                set idle_session_timeout = 0; set lock_timeout = '10s'; set row_security = off;
-                                set datestyle = 'ISO'; set timezone = 'UTC'; set extra_float_digits = 1;
-                                set standard_conforming_strings = on";
+/// numbers and times as the stream does. Its server process ends soon after us, with its locks, also while it has nothing to
+/// send (where the server's system can tell).
+pub(crate) const SESSION_SETTINGS: &str = "
+    set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; set idle_session_timeout = 0;
+    set lock_timeout = '10s'; set row_security = off; set datestyle = 'ISO'; set timezone = 'UTC';
+    set extra_float_digits = 1; set standard_conforming_strings = on;
+    do $$ begin
+        set client_connection_check_interval = '10s';
+    exception when others then null;
+    end $$";
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]
@@ -45,6 +49,8 @@ impl Point {
     /// No slot is free, or the connection was lost.
     pub(crate) async fn take(config: &Config) -> Result<(Self, TemporarySlot)> {
         let mut replication = ReplicationConnection::connect(&config.source).await?;
+        // It waits for its stream, if it is to have one.
+        replication.query("set idle_session_timeout = 0").await?;
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
         tracing::info!("taking a snapshot; this waits for transactions that are running now");
@@ -65,6 +71,15 @@ impl Point {
         let xmin: String = row.try_get(0).map_err(failed())?;
         let xmin = xmin.parse().map_err(|_| Error::Internal(format!("{xmin:?} is not a transaction id")))?;
         Ok((Self { client, lsn, xmin }, TemporarySlot { connection: replication, name }))
+    }
+
+    /// The tables that the rows of a drift table are in, whose oid is `root`; without the lock on it that telling them apart may
+    /// take ([`super::holders`]), or whoever waits for that would keep the copies waiting.
+    pub(crate) async fn holders(&self, source_table: &str, root: u32) -> Result<Vec<Partition>> {
+        self.savepoint().await?;
+        let found = holders(&self.client, source_table, root).await?;
+        self.rollback_to_savepoint().await?;
+        Ok(found)
     }
 
     /// Begins a part of the work whose locks [`Point::rollback_to_savepoint`] gives back.

@@ -30,7 +30,7 @@ use crate::postgres::Session;
 use crate::purge;
 use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
 use crate::slot;
-use crate::source::{self, Fate, Partition, PartitionSums, Point, Source};
+use crate::source::{Fate, Partition, PartitionSums, Point, Source};
 use crate::telemetry::whole;
 use crate::watermark::{self, State, Verified, Watermark};
 pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};
@@ -199,8 +199,8 @@ async fn archive_of(
 fn is_about_table(error: &Error) -> bool {
     match error {
         Error::Slot { transient, .. } => *transient,
-        // Gone, or locked by somebody.
-        Error::Server { code, .. } => ["42P01", "55P03"].contains(&code.as_str()),
+        // The table or a column is gone, or locked by somebody.
+        Error::Server { code, .. } => ["42P01", "42703", "55P03"].contains(&code.as_str()),
         _ => false,
     }
 }
@@ -361,7 +361,7 @@ impl Table<'_> {
     /// What holds the table's rows; of detached partitions also from when to when.
     async fn holders(&self, source: &Source) -> Result<Vec<Partition>> {
         let client = &self.point.client;
-        let mut holders = source::holders(client, &self.row.source_table, source.oid).await?;
+        let mut holders = self.point.holders(&self.row.source_table, source.oid).await?;
         for holder in holders.iter_mut().filter(|holder| holder.is_detached) {
             self.point.savepoint().await?;
             let range = holder.range(client, &source.time).await?;
@@ -444,11 +444,11 @@ impl Table<'_> {
     ) -> Result<Vec<PartitionSums>> {
         let is_whole = self.range == (i64::MIN, i64::MAX);
         let expected = leaves.iter().map(|leaf| leaf.rows_expected).sum::<f64>();
-        let mut done = 0.0;
+        let (mut done, mut rest) = (0, expected);
         let mut all = Vec::new();
         for leaf in leaves {
-            self.told(&format!("adding up {}", leaf.name), (whole(done), whole(expected)), "rows");
-            done += leaf.rows_expected;
+            self.told(&format!("adding up {}", leaf.name), (done, done + whole(rest)), "rows");
+            rest -= leaf.rows_expected;
             repair.keep_up().await?;
             if !is_whole
                 && leaf.extent.is_some_and(|extent| extent.1 <= self.range.0 || extent.0 >= self.range.1)
@@ -458,12 +458,14 @@ impl Table<'_> {
             }
             self.point.savepoint().await?;
             let client = &self.point.client;
-            all.push(source.sums(client, leaf, self.kind, (!is_whole).then_some(self.range)).await?);
+            let sums = source.sums(client, leaf, self.kind, (!is_whole).then_some(self.range)).await?;
+            done += sums.rows;
+            all.push(sums);
             if self.point.end_part(leaf).await? != Fate::Unchanged {
                 return Err(changed(self.config, leaf));
             }
         }
-        self.told("adding up the archive", (whole(done), whole(expected)), "rows");
+        self.told("adding up the archive", (done, done), "rows");
         Ok(all)
     }
 

@@ -435,13 +435,87 @@ async fn partitions_that_change_during_a_copy() {
     for statement in ["drop table scouter.y1", "vacuum full scouter.y2"] {
         client.batch_execute(statement).await.unwrap();
     }
-    sidecar.says("scouter.y2 was renamed or rewritten", DEADLINE).await;
+    sidecar.says("scouter.y2 was renamed, rewritten", DEADLINE).await;
     sidecar.says("scouter.y1", DEADLINE).await;
     stage.assert_archived(DEADLINE).await;
     complete(&client).await;
     assert!(sidecar.ended().is_none(), "{}", sidecar.log());
     assert!(sidecar.terminate(DEADLINE).await.success());
     assert_counted(&client).await;
+}
+
+/// The copy waits for the lock of somebody who drops the partition, or drops a column that the snapshot sees.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_is_dropped_while_its_copy_waits() {
+    let stage = stage_with_years().await;
+    let (client, other) = (stage.connect().await, stage.connect().await);
+    stage.launch().must(&["setup"]);
+    // Slow enough that somebody can come in between: a snapshot would wait for who came before.
+    let launch = stage.launch().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", "100");
+    let mut sidecar = launch.start();
+    sidecar.says("making the archive complete", DEADLINE).await;
+    other.batch_execute("begin; drop table scouter.y2").await.unwrap();
+    let waits = async |query: &str| {
+        let sql = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'
+                       and application_name = 'highwater' and query like $1";
+        (client.query_one(sql, &[&query]).await.unwrap().get::<_, i64>(0) > 0).then_some(())
+    };
+    until("the copy waits", DEADLINE, async || waits("copy %").await).await;
+    other.batch_execute("commit").await.unwrap();
+    sidecar.says("the partition was dropped before it was copied", DEADLINE).await;
+    stage.assert_archived(DEADLINE).await;
+    complete(&client).await;
+
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    stage.launch().must(&["resync", "custom_drift"]);
+    let mut sidecar = launch.start();
+    sidecar.says("partition=\"scouter.y1\" days=all", DEADLINE).await;
+    other.batch_execute("begin; alter table scouter.custom_drift drop column archived").await.unwrap();
+    until("the comparison waits", DEADLINE, async || waits("%").await).await;
+    other.batch_execute("commit").await.unwrap();
+    sidecar.says("scouter.y3 was renamed, rewritten or altered", DEADLINE).await;
+    complete(&client).await;
+    assert!(sidecar.ended().is_none(), "{}", sidecar.log());
+    assert!(sidecar.terminate(DEADLINE).await.success());
+}
+
+/// The entry of a partition is written while the next one is read. When that fails, and the next one is dropped, the first is
+/// copied again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_is_not_forgotten_when_the_next_one_is_dropped() {
+    let stage = stage_with_years().await;
+    let (client, other) = (stage.connect().await, stage.connect().await);
+    stage.launch().must(&["setup"]);
+    let sidecar = stage.launch().with("HIGHWATER_BACKFILL_ROWS_PER_SECOND", "100").start();
+    let locked = "select count(*) from pg_locks where relation = to_regclass('scouter.y2') and granted and pid <> pg_backend_pid()";
+    let locked = async || (client.query_one(locked, &[]).await.unwrap().get::<_, i64>(0) > 0).then_some(());
+    until("the second is read", DEADLINE, locked).await;
+    let (log, aside) = (stage.storage().join("custom/_delta_log"), stage.storage().join("custom/aside"));
+    std::fs::rename(&log, &aside).unwrap();
+    let drops = tokio::spawn(async move { other.batch_execute("drop table scouter.y2").await });
+    sidecar.says("committing scouter.y1 failed", DEADLINE).await;
+    drops.await.unwrap().unwrap();
+    std::fs::rename(&aside, &log).unwrap();
+    // The process may have taken that for an archive that was deleted.
+    drop(sidecar);
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    complete(&client).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    assert_counted(&client).await;
+}
+
+/// Three partitions of few rows each.
+async fn stage_with_years() -> Stage {
+    let stage = Stage::partitioned(Shape::Named).await;
+    let years = "create table scouter.y1 partition of scouter.custom_drift for values from ('2021-01-01') to ('2022-01-01');
+                 create table scouter.y2 partition of scouter.custom_drift for values from ('2022-01-01') to ('2023-01-01');
+                 create table scouter.y3 partition of scouter.custom_drift for values from ('2023-01-01') to ('2024-01-01');
+                 insert into scouter.custom_drift (created_at, space, name, version, metric, value)
+                 select y + n * interval '1 second', 's', 'n', '1', 'm', n from generate_series(1, 500) n,
+                 unnest(array['2021-02-03', '2022-02-03', '2023-02-03']::timestamptz[]) y";
+    stage.connect().await.batch_execute(years).await.unwrap();
+    stage
 }
 
 /// The rows come by another session than the snapshot's. Each of the two is ended while the other goes on.
