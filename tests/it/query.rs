@@ -243,7 +243,8 @@ async fn answers_are_those_of_postgres() {
             None => archive.insert(open(&stage).await),
             Some(archive) => {
                 assert!(archive.refresh().await.unwrap());
-                assert!(!archive.refresh().await.unwrap());
+                // Merges may still bring newer versions.
+                while archive.refresh().await.unwrap() {}
                 archive
             }
         };

@@ -17,6 +17,7 @@
 pub mod archive;
 pub mod cluster;
 pub mod load;
+pub mod proxy;
 pub mod schema;
 pub mod shadow;
 pub mod sidecar;
