@@ -14,6 +14,7 @@ use tokio_postgres::Client;
 
 use crate::support::schema::{Shape, Source};
 use crate::support::stage::Stage;
+use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -244,7 +245,10 @@ async fn answers_are_those_of_postgres() {
             Some(archive) => {
                 assert!(archive.refresh().await.unwrap());
                 // Merges may still bring newer versions.
-                while archive.refresh().await.unwrap() {}
+                until("nothing is newer", DEADLINE, async || {
+                    (!archive.refresh().await.unwrap()).then_some(())
+                })
+                .await;
                 archive
             }
         };
