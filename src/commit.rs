@@ -15,12 +15,14 @@ use crate::archive::{
     self, CommitNote, DataFile, EncodedFile, MergeTurns, Merged, Multiset, Namer, Storage, Table, Totals,
 };
 use crate::batch::{Batches, EntitySpan};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::foreign;
 use crate::gap;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
-use crate::record::{Kind, Window, WindowWidth};
+use crate::record::{Kind, Window};
 use crate::watermark::{self, Advance, Horizon};
 
 /// Uploads of one checkpoint under way at once: enough to hide a round trip, few enough for any store.
@@ -34,6 +36,10 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration:
 
 /// How often merges and maintenance are looked at.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How often, at least and at most, the files of the tables are looked for, and it is written down that the logs were looked
+/// at; in between as often as the archive is to be up to date. Lists the tables, so it costs a request or a few.
+const LOOK_INTERVAL: (Duration, Duration) = (Duration::from_secs(10), Duration::from_mins(1));
 
 /// When a session vacuums first. Not at its start: it lists the whole archive, and a session that begins has rows to
 /// catch up with.
@@ -89,16 +95,13 @@ pub(crate) struct Range {
 /// What the committer is made of.
 #[derive(Debug)]
 pub(crate) struct Parts {
+    pub(crate) config: Config,
     pub(crate) storage: Storage,
+    /// Those that can be used.
     pub(crate) tables: Vec<Table>,
     pub(crate) sql: Session,
-    pub(crate) schema: String,
-    pub(crate) slot: String,
-    pub(crate) publication: String,
     /// The server process that streams to us: who holds the slot.
     pub(crate) holder: i32,
-    pub(crate) window: WindowWidth,
-    pub(crate) max_lag: Duration,
     /// Names this session's objects.
     pub(crate) namer: Arc<Namer>,
     /// The position that everything is known to be durable up to.
@@ -121,6 +124,7 @@ pub(crate) struct Committer {
     merge: Option<(Kind, JoinHandle<Result<Merged>>)>,
     merge_turns: MergeTurns,
     vacuum_at: Instant,
+    look_at: Instant,
 }
 
 impl Drop for Committer {
@@ -142,6 +146,7 @@ impl Committer {
             merge: None,
             merge_turns: MergeTurns::default(),
             vacuum_at: Instant::now() + FIRST_VACUUM_AFTER,
+            look_at: Instant::now(),
         }
     }
 
@@ -221,7 +226,7 @@ impl Committer {
             self.commit_table(kind, files, range.last_lsn.max(at), &note).await?;
             failpoint::hit("between-tables");
         }
-        let schema = &self.parts.schema;
+        let schema = &self.parts.config.schema;
         let spans = self.spans.drain(..);
         let spans =
             spans.filter_map(|span| Some((watermark::source_table(schema, span.kind)?, span))).collect();
@@ -276,7 +281,10 @@ impl Committer {
     }
 
     async fn mirror(&mut self, lsn: Lsn) -> Result<()> {
-        gap::notice(&mut self.parts.sql, &self.parts.slot, &self.parts.publication).await?;
+        for table in &mut self.parts.tables {
+            foreign::note(&self.parts.config, &mut self.parts.sql, table).await?;
+        }
+        gap::notice(&mut self.parts.sql, &self.parts.config.slot, &self.parts.config.publication).await?;
         let tables: Vec<(String, Totals)> = self.totals();
         let mut mirrored = Lsn::ZERO;
         while let Some((at, spans)) = self.unmirrored.front() {
@@ -296,7 +304,7 @@ impl Committer {
         }
         if self.horizon.is_none() {
             // The next advance publishes it. Without it the purge waits a little longer, no more.
-            let (slot, holder) = (self.parts.slot.as_str(), self.parts.holder);
+            let (slot, holder) = (self.parts.config.slot.as_str(), self.parts.holder);
             let horizon =
                 self.parts.sql.run(async |client| watermark::horizon(client, slot, holder).await).await;
             self.horizon = horizon.unwrap_or_else(|error| {
@@ -311,7 +319,7 @@ impl Committer {
         let tables = self.parts.tables.iter();
         tables
             .filter_map(|table| {
-                Some((watermark::source_table(&self.parts.schema, table.kind())?, table.totals()))
+                Some((watermark::source_table(&self.parts.config.schema, table.kind())?, table.totals()))
             })
             .collect()
     }
@@ -330,6 +338,8 @@ impl Committer {
 
     /// Starts a merge if a window wants one, and keeps the logs short.
     async fn keep_house(&mut self) -> Result<()> {
+        // Before the logs are trimmed: who wants to go back needs the older entries.
+        self.look_at_others().await?;
         for table in &mut self.parts.tables {
             table.maintain().await;
         }
@@ -338,13 +348,58 @@ impl Committer {
         self.look_for_gaps().await
     }
 
+    /// Notices what somebody else has done to the tables. What can't be looked at now is looked at the next time; the purge
+    /// waits for that in the end.
+    async fn look_at_others(&mut self) -> Result<()> {
+        let is_due = self.look_at <= Instant::now();
+        if is_due {
+            self.look_at = Instant::now() + self.parts.config.max_lag.clamp(LOOK_INTERVAL.0, LOOK_INTERVAL.1);
+        }
+        let Parts { config, tables, sql, storage, .. } = &mut self.parts;
+        for table in tables.iter_mut() {
+            let looked = if is_due {
+                foreign::look(config, sql, table).await
+            } else {
+                match table.look().await {
+                    Ok(()) => foreign::note(config, sql, table).await,
+                    failed => failed,
+                }
+            };
+            match looked {
+                Err(error) if error.is_transient() => {
+                    tracing::debug!(
+                        table = table.kind().name(),
+                        error = error.chain(),
+                        "its log was not looked at"
+                    );
+                }
+                looked => looked?,
+            }
+        }
+        let is_left_out = |kind: &Kind| tables.iter().all(|table| table.kind() != *kind);
+        for kind in Kind::ALL.into_iter().filter(|kind| is_due && is_left_out(kind)) {
+            if foreign::is_mended(storage, kind).await {
+                let detail = format!(
+                    "the archive's table {} can be used again; the stream begins anew with it",
+                    kind.name()
+                );
+                return Err(Error::Slot { slot: config.slot.clone(), detail, transient: true });
+            }
+        }
+        Ok(())
+    }
+
     /// Ends the session if a table can be completed: its successor does that before it streams.
     async fn look_for_gaps(&mut self) -> Result<()> {
-        let (slot, publication) = (self.parts.slot.as_str(), self.parts.publication.as_str());
+        let (slot, publication) = (self.parts.config.slot.as_str(), self.parts.config.publication.as_str());
         let mut looked = gap::notice_partitions(&mut self.parts.sql, slot).await.map(|()| Vec::new());
         if looked.is_ok() {
             let incomplete = async |client: &_| gap::incomplete(client, slot, publication).await;
-            looked = self.parts.sql.run(incomplete).await.map(|incomplete| incomplete.mendable);
+            let tables = &self.parts.tables;
+            looked = self.parts.sql.run(incomplete).await.map(|mut incomplete| {
+                incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
+                incomplete.mendable
+            });
         }
         match looked {
             Ok(mendable) if mendable.is_empty() => Ok(()),
@@ -365,9 +420,9 @@ impl Committer {
         }
         let now = chrono::Utc::now().timestamp_micros();
         // Late rows come for about as long as checkpoints take.
-        let quiet = self.parts.max_lag * 2;
+        let quiet = self.parts.config.max_lag * 2;
         let tables = self.parts.tables.iter();
-        let plans = tables.flat_map(|table| table.merge_candidates(now, quiet, self.parts.window));
+        let plans = tables.flat_map(|table| table.merge_candidates(now, quiet, self.parts.config.window));
         if let Some(plan) = self.merge_turns.choose(plans, Instant::now().into_std()) {
             let (storage, namer) = (self.parts.storage.clone(), Arc::clone(&self.parts.namer));
             let kind = plan.kind;
@@ -398,7 +453,7 @@ impl Committer {
         match table.commit_merge(&merged).await {
             Ok(true) => {}
             Ok(false) => return Ok(()),
-            Err(error @ Error::Storage { .. }) => {
+            Err(error @ (Error::Storage { .. } | Error::Vanished { .. })) => {
                 tracing::warn!(error = error.chain(), "a merge was not committed, it will be tried again");
                 return Ok(());
             }
@@ -411,7 +466,7 @@ impl Committer {
             into = merged.outputs.len(),
             "merged a window"
         );
-        if let Some(name) = watermark::source_table(&self.parts.schema, kind) {
+        if let Some(name) = watermark::source_table(&self.parts.config.schema, kind) {
             let totals = table.totals();
             let written =
                 self.parts.sql.run(async |client| watermark::update_files(client, &name, totals).await).await;

@@ -95,7 +95,7 @@ pub(crate) async fn cover(
         from unnest($2::oid[], $3::text[], $4::text[]) as t (oid, name, attachment)
         on conflict (source_table, partition_oid) do update
         set partition_name = excluded.partition_name, attachment = excluded.attachment, detached_at = null,
-            lacks_since = null";
+            lacks_since = null, lacks_reason = null";
     client
         .execute(statement, &[&source_table, &oids, &names, &attachments])
         .await

@@ -105,6 +105,17 @@ pub enum Error {
         /// What was seen.
         detail: String,
     },
+    /// Files were uploaded, and were gone when the log was to name them: their rows are read from Postgres again.
+    #[error(
+        "archive table {table}: files were removed before its log named them ({detail}); does somebody vacuum without \
+         retention? Their rows are read again"
+    )]
+    Vanished {
+        /// The archived table.
+        table: String,
+        /// What was seen.
+        detail: String,
+    },
     /// Columns could not be encoded or decoded.
     #[error("{context}")]
     Encode {
@@ -150,7 +161,9 @@ impl Error {
                 Some(code) => server_policy(code.code()),
                 None => Policy::Retry,
             },
-            Self::Slot { transient: true, .. } | Self::Conflict { .. } => Policy::Retry,
+            Self::Slot { transient: true, .. } | Self::Conflict { .. } | Self::Vanished { .. } => {
+                Policy::Retry
+            }
             Self::Slot { .. } => stop("run `highwater check`"),
             Self::Protocol { .. } => {
                 stop("check that the server is PostgreSQL 15 or later; report this otherwise")
@@ -282,7 +295,7 @@ fn delta_policy(source: &deltalake_core::DeltaTableError) -> Policy {
         Delta::ObjectStore { source } => storage_policy(source),
         Delta::Kernel { .. } | Delta::KernelError(_) => Policy::Retry,
         _ => Policy::Stop {
-            advice: "the table's log can't be used as it is; report this with the error's text",
+            advice: "the table's log can't be used as it is; somebody may have changed the table: go back to a version before that",
         },
     }
 }

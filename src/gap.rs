@@ -72,6 +72,14 @@ pub(crate) struct Incomplete {
     pub(crate) unpublished: Vec<Watermark>,
 }
 
+impl Incomplete {
+    /// Leaves out the tables that are not to be had.
+    pub(crate) fn keep(&mut self, is_kept: impl Fn(&Watermark) -> bool) {
+        self.mendable.retain(&is_kept);
+        self.unpublished.retain(&is_kept);
+    }
+}
+
 /// Reads which tables lack rows.
 ///
 /// # Errors

@@ -70,6 +70,7 @@
 //! | [`purge`] | deletion of what is archived, which SQL decides |
 //! | [`setup`] | the publication, the slot, the migrations |
 //! | `gap`, `backfill` | rows that the stream did not bring |
+//! | `foreign` | what others do to the archive |
 //! | [`verify`], `retention` | the archive compared with Postgres; by itself before rows are purged |
 //! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
 //! | [`reader`] | the history: binned queries, SQL |
@@ -89,6 +90,7 @@ mod coverage;
 pub mod decode;
 pub mod error;
 mod failpoint;
+mod foreign;
 mod gap;
 mod lookup;
 pub mod lsn;

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::decode::{Decoder, Settled};
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::foreign;
 use crate::gap;
 use crate::lsn::Lsn;
 use crate::postgres::{Receiver, ReplicationConnection, Session, quote_identifier};
@@ -105,7 +106,9 @@ async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };
-        if !error.is_transient() || is_stopping(&shutdown) {
+        // A table that somebody has made unusable stops alone: the next session goes on without it.
+        let may_pass = error.is_transient() || foreign::is_broken(&error);
+        if !may_pass || is_stopping(&shutdown) {
             return Err(error);
         }
         if started.elapsed() > HEALTHY_AFTER {
@@ -229,10 +232,9 @@ async fn open(config: &Config) -> Result<Tasks> {
 
     let mut decoder = Decoder::new(&config.schema);
     decoder.settle(settled(&storage, &tables, start).await?);
-    let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
-    for (place, table) in table_lsn.iter_mut().zip(&tables) {
-        *place = table.lsn();
-    }
+    // Of a table that is not to be had the stream brings nothing.
+    let lsn_of = |kind| tables.iter().find(|table| table.kind() == kind).map_or(Lsn(u64::MAX), Table::lsn);
+    let table_lsn = Kind::ALL.map(lsn_of);
     tracing::info!(
         slot = config.slot,
         from = %start,
@@ -241,15 +243,11 @@ async fn open(config: &Config) -> Result<Tasks> {
     );
     let (work_sender, work) = mpsc::channel::<Work>(CHECKPOINTS_WAITING_MAX);
     let parts = Parts {
+        config: config.clone(),
         storage,
         tables,
         sql: Session::new(config.source.clone()),
-        schema: config.schema.clone(),
-        slot: config.slot.clone(),
-        publication: config.publication.clone(),
         holder,
-        window: config.window,
-        max_lag: config.max_lag,
         namer,
         durable: durable_sender,
     };
@@ -281,7 +279,13 @@ async fn prepare(
     let session = format!("{:032x}", rand::rng().random::<u128>());
     let mut tables = Vec::new();
     for kind in Kind::ALL {
-        tables.push(Table::claim(storage, kind, &app_id, &session, start).await?);
+        match Table::claim(storage, kind, &app_id, &session, start).await {
+            Ok(table) => tables.push(table),
+            Err(error) if foreign::is_broken(&error) => {
+                foreign::leave_out(config, sql, storage, kind, error).await?;
+            }
+            Err(error) => return Err(error),
+        }
     }
     tracing::info!(session, "claimed the archive's tables");
     match history {
@@ -307,15 +311,21 @@ async fn prepare(
             }
         }
     }
+    foreign::look_back(config, sql, &mut tables).await?;
     recover::watermarks(storage, &tables, sql, config).await?;
     check_gap(config, sql, slot).await?;
     let timeline_id = identity.timeline_id;
     sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline_id).await).await?;
     gap::notice(sql, &config.slot, &config.publication).await?;
     let (name, publication) = (config.slot.as_str(), config.publication.as_str());
-    let incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
+    let mut incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
+    incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
+    foreign::drop_damaged(sql, &mut tables, &incomplete.mendable).await?;
     let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
     backfill.run(&incomplete).await?;
+    for table in &mut tables {
+        foreign::look(config, sql, table).await?;
+    }
     Ok(tables)
 }
 

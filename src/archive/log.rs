@@ -69,6 +69,12 @@ impl TableFile {
         self.max_time.is_none_or(|max| max >= start) && self.min_time.is_none_or(|min| min < end)
     }
 
+    /// First and last time that its rows may be of, microseconds since the epoch.
+    #[must_use]
+    pub fn times(&self) -> (i64, i64) {
+        (self.min_time.unwrap_or(i64::MIN), self.max_time.unwrap_or(i64::MAX))
+    }
+
     /// The `add` action (Delta protocol, "Add File and Remove File").
     pub(super) fn add(&self, data_change: bool) -> Value {
         json!({"add": {
@@ -81,12 +87,12 @@ impl TableFile {
         }})
     }
 
-    /// The `remove` action of a merge: the rows stay, in other files.
-    pub(super) fn remove(&self, now_millis: i64) -> Value {
+    /// The `remove` action; without a change of data the rows stay, in other files.
+    pub(super) fn remove(&self, now_millis: i64, data_change: bool) -> Value {
         json!({"remove": {
             "path": self.path,
             "deletionTimestamp": now_millis,
-            "dataChange": false,
+            "dataChange": data_change,
             "extendedFileMetadata": true,
             "partitionValues": {},
             "size": self.size,
@@ -184,17 +190,20 @@ pub(super) fn schema(kind: Kind) -> Value {
     json!({"type": "struct", "fields": fields})
 }
 
-/// Columns as text, to be compared and shown: `created_at timestamp not null, ...`.
-pub(super) fn schema_text(schema: &Value) -> String {
+/// What ends the text of a column that must have a value.
+pub(super) const NOT_NULL: &str = " not null";
+
+/// Columns as text, to be compared and shown: `created_at timestamp not null`.
+pub(super) fn schema_columns(schema: &Value) -> Vec<String> {
     let text = |field: &Value| {
         let name = field.get("name").and_then(Value::as_str).unwrap_or("?").to_owned();
         let delta_type = field.get("type").cloned().unwrap_or_default();
         let delta_type = delta_type.as_str().map_or_else(|| delta_type.to_string(), str::to_owned);
         let nullable = field.get("nullable").and_then(Value::as_bool).unwrap_or(true);
-        format!("{name} {delta_type}{}", if nullable { "" } else { " not null" })
+        format!("{name} {delta_type}{}", if nullable { "" } else { NOT_NULL })
     };
     let fields = schema.get("fields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-    fields.iter().map(text).collect::<Vec<_>>().join(", ")
+    fields.iter().map(text).collect()
 }
 
 /// The bytes of a log entry: one action a line.
@@ -207,6 +216,29 @@ pub(super) fn entry_path(version: u64) -> object_store::path::Path {
     object_store::path::Path::from(format!("_delta_log/{version:020}.json"))
 }
 
+/// What a table asks of whoever reads or writes it (Delta protocol, "Protocol Evolution").
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Protocol {
+    pub(super) reader: u64,
+    pub(super) writer: u64,
+    /// Features of both kinds, of a table that lists them.
+    pub(super) features: Vec<String>,
+}
+
+impl Protocol {
+    /// Reads a `protocol` action's value.
+    pub(super) fn parse(action: &Value) -> Self {
+        let version = |key| action.get(key).and_then(Value::as_u64).unwrap_or(u64::MAX);
+        let features = ["readerFeatures", "writerFeatures"].into_iter().filter_map(|key| action.get(key));
+        let features = features.filter_map(Value::as_array).flatten().filter_map(Value::as_str);
+        Self {
+            reader: version("minReaderVersion"),
+            writer: version("minWriterVersion"),
+            features: features.map(str::to_owned).collect(),
+        }
+    }
+}
+
 /// What an entry did, as far as we care.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Entry {
@@ -217,10 +249,16 @@ pub(super) struct Entry {
     pub(super) txn_version: Option<i64>,
     /// Whether it has a `txn` of a copy or a repair, whose ids begin with that of the sidecar and a slash.
     pub(super) is_copy: bool,
+    /// Whether it has a `txn` of the sidecar, or of a copy or a repair: the entry of anybody else is foreign.
+    pub(super) is_ours: bool,
+    /// What it says that it does.
+    pub(super) operation: Option<String>,
+    /// Whether a `remove` takes rows away (`dataChange`), and does not only have them in other files.
+    pub(super) removes_rows: bool,
     /// Columns, if the entry sets them.
-    pub(super) columns: Option<String>,
-    /// Reader and writer version, if the entry sets them.
-    pub(super) protocol: Option<(u64, u64)>,
+    pub(super) columns: Option<Vec<String>>,
+    /// What it asks of readers and writers, if the entry sets that.
+    pub(super) protocol: Option<Protocol>,
     /// Whether an `add` carries a deletion vector or a partition, which we can't merge.
     pub(super) has_unknown_rows: bool,
 }
@@ -251,25 +289,29 @@ impl Entry {
             self.has_unknown_rows |= add.get("deletionVector").is_some_and(|vector| !vector.is_null());
             self.adds.push(TableFile::new(kind, path(add)?, size, modified, text(add, "stats")));
         } else if let Some(remove) = action.get("remove").filter(|remove| !remove.is_null()) {
+            self.removes_rows |= remove.get("dataChange").and_then(Value::as_bool).unwrap_or(true);
             self.removes.push(path(remove)?);
         } else if let Some(txn) = action.get("txn").filter(|txn| !txn.is_null()) {
             let id = text(txn, "appId").unwrap_or_default();
-            self.is_copy |= id.strip_prefix(sidecar_of(app_id)).is_some_and(|rest| rest.starts_with('/'));
+            let rest = id.strip_prefix(sidecar_of(app_id));
+            self.is_copy |= rest.is_some_and(|rest| rest.starts_with('/'));
+            self.is_ours |= self.is_copy || rest == Some("");
             if id == app_id {
                 self.txn_version =
                     Some(txn.get("version").and_then(Value::as_i64).ok_or("txn lacks its version")?);
             }
-        } else if let Some(info) = action.pointer("/commitInfo/highwater") {
-            self.commit = text(info, "session")
-                .zip(number(info, "commit"))
-                .map(|(session, number)| CommitId { session, number });
+        } else if let Some(info) = action.get("commitInfo").filter(|info| !info.is_null()) {
+            self.operation = text(info, "operation");
+            self.commit = info.get("highwater").and_then(|own| {
+                let (session, number) = text(own, "session").zip(number(own, "commit"))?;
+                Some(CommitId { session, number })
+            });
         } else if let Some(metadata) = action.get("metaData").filter(|metadata| !metadata.is_null()) {
             let schema = text(metadata, "schemaString").unwrap_or_default();
             let schema: Value = serde_json::from_str(&schema).map_err(|error| error.to_string())?;
-            self.columns = Some(schema_text(&schema));
+            self.columns = Some(schema_columns(&schema));
         } else if let Some(protocol) = action.get("protocol").filter(|protocol| !protocol.is_null()) {
-            let version = |key| number(protocol, key).unwrap_or(u64::MAX);
-            self.protocol = Some((version("minReaderVersion"), version("minWriterVersion")));
+            self.protocol = Some(Protocol::parse(protocol));
         }
         Ok(())
     }

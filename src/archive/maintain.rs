@@ -47,10 +47,23 @@ impl Table {
         let delta = open_delta(self.storage(), self.kind()).await?;
         let failed = || Error::delta(self.kind(), "checkpointing the log");
         create_checkpoint(&delta, None).await.map_err(failed())?;
-        let trimmed = cleanup_metadata(&delta, None).await.map_err(failed())?;
+        let trimmed = match self.keeps_history() {
+            true => 0,
+            false => cleanup_metadata(&delta, None).await.map_err(failed())?,
+        };
         let version = delta.version().unwrap_or_default();
         tracing::debug!(table = self.kind().name(), version, trimmed, "checkpointed the log");
         Ok(version)
+    }
+
+    /// Keeps every version, and the files that are not active any more, until then: somebody has taken rows out of the table,
+    /// and may want to go back.
+    pub fn keep_history(&mut self, until: SystemTime) {
+        self.history_kept_until = self.history_kept_until.max(Some(until));
+    }
+
+    fn keeps_history(&self) -> bool {
+        self.history_kept_until.is_some_and(|until| until > SystemTime::now())
     }
 
     /// Deletes the objects that no reader can need: older than `older_than`, not active, and not removed from
@@ -64,6 +77,9 @@ impl Table {
     /// if the table can't be read or an object not deleted; it may be repeated.
     pub async fn vacuum(&mut self, namer: &Namer, older_than: Duration) -> Result<u64> {
         self.check_claim().await?;
+        if self.keeps_history() {
+            return Ok(0);
+        }
         let delta = open_delta(self.storage(), self.kind()).await?;
         let horizon =
             Utc::now().timestamp_millis() - i64::try_from(older_than.as_millis()).unwrap_or(i64::MAX);

@@ -7,7 +7,7 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, PutMode};
 
-use super::log::{self, entry_path, schema_text};
+use super::log::{self, Entry, Protocol, entry_path, schema_columns};
 use super::name::ObjectName;
 use super::{Storage, unusable};
 use crate::record::Kind;
@@ -15,11 +15,20 @@ use crate::{Error, Result};
 
 /// The library's handle of a table, loaded at the end of its log. It is not used to commit.
 pub(super) async fn open_delta(storage: &Storage, kind: Kind) -> Result<DeltaTable> {
+    open_at(storage, kind, None).await
+}
+
+/// The same, at an older version; which fails if the log was trimmed past that.
+pub(super) async fn open_at(storage: &Storage, kind: Kind, version: Option<u64>) -> Result<DeltaTable> {
     let url = storage.table_url(kind);
     let log_store: LogStoreRef =
         default_logstore(storage.table_store(kind), storage.root_store(), &url, &StorageConfig::default());
     let mut delta = DeltaTable::new(log_store);
-    delta.load().await.map_err(Error::delta(kind, format!("opening {url}")))?;
+    let loaded = match version {
+        Some(version) => delta.load_version(version).await,
+        None => delta.load().await,
+    };
+    loaded.map_err(Error::delta(kind, format!("opening {url}")))?;
     Ok(delta)
 }
 
@@ -28,15 +37,14 @@ pub(super) async fn open_checked(storage: &Storage, kind: Kind) -> Result<DeltaT
     let delta = open_delta(storage, kind).await?;
     let failed = || Error::delta(kind, "reading the log");
     let state = delta.snapshot().map_err(failed())?;
-    check_protocol(kind, state.protocol().min_reader_version(), state.protocol().min_writer_version())?;
-    let schema = serde_json::to_value(state.schema().as_ref()).map_err(|source| {
-        failed()(DeltaTableError::InvalidJsonLog {
-            json_err: source,
-            line: String::new(),
-            version: state.version(),
-        })
-    })?;
-    check_columns(kind, &schema_text(&schema))?;
+    let unreadable = |source| {
+        let (line, version) = (String::new(), state.version());
+        failed()(DeltaTableError::InvalidJsonLog { json_err: source, line, version })
+    };
+    let protocol = serde_json::to_value(state.protocol()).map_err(unreadable)?;
+    check_protocol(kind, &Protocol::parse(&protocol))?;
+    let schema = serde_json::to_value(state.schema().as_ref()).map_err(unreadable)?;
+    check_columns(kind, &schema_columns(&schema))?;
     Ok(delta)
 }
 
@@ -74,19 +82,52 @@ pub(super) async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()
     }
 }
 
-pub(super) fn check_protocol(kind: Kind, reader: i32, writer: i32) -> Result<()> {
-    if reader <= 1 && writer <= 2 {
+/// Features that ask nothing of a writer of ours: it removes no row, and the constraints that somebody adds are about what
+/// they write; a row that Postgres has is archived in any case.
+const FEATURES_KEPT: [&str; 3] = ["appendOnly", "invariants", "checkConstraints"];
+
+fn check_protocol(kind: Kind, asked: &Protocol) -> Result<()> {
+    let is_known = asked.features.iter().all(|feature| FEATURES_KEPT.contains(&feature.as_str()));
+    if matches!(asked.reader, 0 | 1 | 3) && matches!(asked.writer, 0..=3 | 7) && is_known {
         return Ok(());
     }
-    let detail =
-        format!("it asks for reader {reader} and writer {writer}; reader 1 and writer 2 are supported");
+    let features = if asked.features.is_empty() {
+        String::new()
+    } else {
+        format!(" with {}", asked.features.join(", "))
+    };
+    let detail = format!(
+        "it asks for reader {} and writer {}{features}; reader 1 and writer 3, without features, are supported",
+        asked.reader, asked.writer
+    );
     Err(unusable(kind, "checking its protocol", &detail))
 }
 
-pub(super) fn check_columns(kind: Kind, found: &str) -> Result<()> {
-    let wanted = schema_text(&log::schema(kind));
-    if found == wanted {
+/// Columns that somebody has added may stay, if they may be null: our files don't have them. So may ours lose their `not null`.
+fn check_columns(kind: Kind, found: &[String]) -> Result<()> {
+    let wanted = schema_columns(&log::schema(kind));
+    let is_there = |column: &String| {
+        let nullable = column.strip_suffix(log::NOT_NULL);
+        found.iter().any(|other| other == column || Some(other.as_str()) == nullable)
+    };
+    let is_harmless = |column: &String| wanted.contains(column) || !column.ends_with(log::NOT_NULL);
+    if wanted.iter().all(is_there) && found.iter().all(is_harmless) {
         return Ok(());
     }
+    let (found, wanted) = (found.join(", "), wanted.join(", "));
     Err(unusable(kind, "checking its columns", &format!("it has ({found}), but must have ({wanted})")))
+}
+
+/// Makes sure that a table is still as we write it after an entry.
+pub(super) fn check_entry(kind: Kind, entry: &Entry) -> Result<()> {
+    if let Some(protocol) = &entry.protocol {
+        check_protocol(kind, protocol)?;
+    }
+    if let Some(columns) = &entry.columns {
+        check_columns(kind, columns)?;
+    }
+    match entry.has_unknown_rows {
+        true => Err(unusable(kind, "reading a log entry", "it has deletion vectors, or partitions")),
+        false => Ok(()),
+    }
 }

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,9 +10,10 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 use serde_json::{Map, Value, json};
 
+use super::foreign::{self, Removal};
 use super::log::{self, CommitId, Entry, TableFile, entry_path};
 use super::merge::Merged;
-use super::open::{check_columns, check_protocol, create_if_absent, open_checked, open_delta};
+use super::open::{check_entry, create_if_absent, open_checked, open_delta};
 use super::snapshot::table_files;
 use super::{DataFile, Storage, unusable};
 use crate::record::Kind;
@@ -74,6 +75,12 @@ pub struct Table {
     totals: Totals,
     /// The last entry since the claim in which somebody else has added rows that did not come by the stream.
     foreign_copy: Option<u64>,
+    /// What others took away, and nobody was told of yet.
+    pub(super) removals: Vec<Removal>,
+    /// Files that were found to be gone, by path.
+    pub(super) damaged: BTreeSet<String>,
+    /// Until when older versions, and the files that are not active any more, are kept: somebody may want to go back.
+    pub(super) history_kept_until: Option<SystemTime>,
     pub(super) checkpoint_version: u64,
     /// When the version was last known to be at the end of the log.
     pub(super) looked_at: SystemTime,
@@ -102,6 +109,8 @@ struct Change {
     marks: Vec<(String, i64)>,
     /// The rows did not come by the stream: nobody else may add such rows meanwhile.
     is_copy: bool,
+    /// What is removed is gone; else its rows are among the added ones.
+    drops_rows: bool,
     note: Map<String, Value>,
 }
 
@@ -193,6 +202,9 @@ impl Table {
             files: BTreeMap::new(),
             totals: Totals::default(),
             foreign_copy: None,
+            removals: Vec::new(),
+            damaged: BTreeSet::new(),
+            history_kept_until: None,
             checkpoint_version: 0,
             looked_at: SystemTime::now(),
         };
@@ -230,6 +242,10 @@ impl Table {
     /// The active files, by path.
     pub fn files(&self) -> impl Iterator<Item = &TableFile> {
         self.files.values()
+    }
+
+    pub(super) fn app_id(&self) -> &str {
+        &self.app_id
     }
 
     pub(super) const fn storage(&self) -> &Storage {
@@ -346,13 +362,26 @@ impl Table {
         self.entry_bytes(&self.merge_change(merged))
     }
 
+    /// Takes files out of the table that storage does not have any more: their rows can be added again only then.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`].
+    pub async fn drop_files(&mut self, paths: Vec<String>) -> Result<()> {
+        let mut change = self.change("HIGHWATER DROP", self.lsn);
+        change.removes = paths;
+        change.drops_rows = true;
+        self.land(change).await.map(drop)
+    }
+
     fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
         let (adds, removes, marks) = (Vec::new(), Vec::new(), Vec::new());
-        Change { operation, adds, removes, lsn, marks, is_copy: false, note: Map::new() }
+        Change { operation, adds, removes, lsn, marks, is_copy: false, drops_rows: false, note: Map::new() }
     }
 
     async fn land(&mut self, change: Change) -> Result<bool> {
         let mut retried = false;
+        self.check_uploaded(&change.adds).await?;
         for _ in 0..ATTEMPTS_MAX {
             if let (true, Some(version)) = (change.is_copy, self.foreign_copy) {
                 let detail = format!("version {version} of its log");
@@ -404,19 +433,9 @@ impl Table {
                 let detail = format!("version {version} of its log is by another session of {}", self.app_id);
                 return Err(Error::Fenced { table: self.kind.name().to_owned(), detail });
             }
-            if let Some((reader, writer)) = entry.protocol {
-                check_protocol(self.kind, number(reader), number(writer))?;
-            }
-            if let Some(columns) = &entry.columns {
-                check_columns(self.kind, columns)?;
-            }
-            if entry.has_unknown_rows {
-                return Err(unusable(
-                    self.kind,
-                    "reading a log entry",
-                    "a foreign writer added deletion vectors",
-                ));
-            }
+            check_entry(self.kind, &entry)
+                .map_err(|error| foreign::broken_by(&self.storage, self.kind, version, &entry, &error))?;
+            self.removals.extend(Removal::of(&entry, version, &self.files).filter(|_| ours.is_none()));
             if ours.is_none() && entry.is_copy && !entry.adds.is_empty() {
                 self.foreign_copy = Some(version);
             }
@@ -459,13 +478,8 @@ impl Table {
         self.check_end(self.version).await
     }
 
-    async fn read_entry(&self, version: u64) -> Result<Option<Bytes>> {
-        let path = entry_path(version);
-        match async { self.store.get(&path).await?.bytes().await }.await {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(Error::storage(format!("reading {path} of {}", self.kind.name()))(error)),
-        }
+    pub(super) async fn read_entry(&self, version: u64) -> Result<Option<Bytes>> {
+        foreign::read_entry(self.store.as_ref(), self.kind, version).await
     }
 
     fn entry_bytes(&self, change: &Change) -> Result<Bytes> {
@@ -475,7 +489,7 @@ impl Table {
         actions.push(log::txn(&self.app_id, to_txn(change.lsn)?, now));
         actions.extend(change.marks.iter().map(|(app_id, version)| log::txn(app_id, *version, now)));
         let removed = change.removes.iter().filter_map(|path| self.files.get(path));
-        actions.extend(removed.map(|file| file.remove(now)));
+        actions.extend(removed.map(|file| file.remove(now, change.drops_rows)));
         actions.extend(change.adds.iter().map(|file| file.add(change.removes.is_empty())));
         Ok(log::to_bytes(&actions))
     }
@@ -569,10 +583,6 @@ impl CommitNote {
         note.insert("rowCount".to_owned(), json!(self.row_count));
         note
     }
-}
-
-fn number(version: u64) -> i32 {
-    i32::try_from(version).unwrap_or(i32::MAX)
 }
 
 pub(super) fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {

@@ -3,11 +3,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
+use object_store::ObjectStore;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
 
-use super::log::{Entry, entry_path};
-use super::open::{check_columns, check_protocol, open_checked};
+use super::foreign::read_entry;
+use super::log::Entry;
+use super::open::{check_entry, open_checked};
 use super::snapshot::table_files;
 use super::{Storage, TableFile, unusable};
 use crate::record::Kind;
@@ -88,26 +89,12 @@ impl View {
 
     async fn entry(&self, version: u64) -> Result<Option<Entry>> {
         let kind = self.kind;
-        let path = entry_path(version);
         let store = self.storage.table_store(kind);
-        let bytes = match async { store.get(&path).await?.bytes().await }.await {
-            Ok(bytes) => bytes,
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(Error::storage(format!("reading {path} of {}", kind.name()))(error)),
-        };
+        let Some(bytes) = read_entry(store.as_ref(), kind, version).await? else { return Ok(None) };
         let wrong =
             |detail: &str| unusable(kind, "reading a log entry", &format!("version {version}: {detail}"));
         let entry = Entry::parse(kind, "", &bytes).map_err(|detail| wrong(&detail))?;
-        if let Some((reader, writer)) = entry.protocol {
-            let number = |version| i32::try_from(version).unwrap_or(i32::MAX);
-            check_protocol(kind, number(reader), number(writer))?;
-        }
-        if let Some(columns) = &entry.columns {
-            check_columns(kind, columns)?;
-        }
-        if entry.has_unknown_rows {
-            return Err(wrong("a foreign writer added deletion vectors"));
-        }
+        check_entry(kind, &entry)?;
         Ok(Some(entry))
     }
 

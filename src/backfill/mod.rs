@@ -120,8 +120,10 @@ impl Backfill<'_> {
         for (horizon, partition) in horizons.iter_mut().zip(&partitions) {
             let covered = row.archived_before.filter(|_| partition.is_covered);
             *horizon = horizon.filter(|mark| row.marks_void_upto.is_none_or(|void| *mark > void));
+            // What is missing may be older than either.
+            let known = covered.max(*horizon).filter(|_| !partition.lacks);
             // Ids of rows have 32 bits: they can be compared with a horizon within half of their range.
-            *horizon = covered.max(*horizon).filter(|horizon| point.xmin.saturating_sub(*horizon) < 1 << 31);
+            *horizon = known.filter(|horizon| point.xmin.saturating_sub(*horizon) < 1 << 31);
         }
         tracing::info!(
             table,

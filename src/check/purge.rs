@@ -67,7 +67,44 @@ pub(super) async fn check(client: &Client, config: &Config, report: &mut Report)
         check_cron(client, config, report).await?;
     }
     check_default_partitions(client, config, report).await?;
+    check_archive_logs(client, report).await?;
     check_runs(client, config, report).await
+}
+
+/// What others took out of the archive, and whether anybody looks.
+async fn check_archive_logs(client: &Client, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql(CONTEXT);
+    let query = "
+        select l.kind, highwater.ago(l.looked_at), l.looked_at < now() - l.purge_trust,
+               case when l.removal_at > now() - interval '7 days' then l.removal_note end, highwater.ago(l.removal_at),
+               (select string_agg(p.partition_name, ', ' order by p.partition_name) from highwater.covered_partition p
+                join highwater.watermark w using (source_table)
+                where p.lacks_reason is not null and (w.kind = l.kind or l.kind = 'quarantine'))
+        from highwater.archive_log l order by 1";
+    for row in client.query(query, &[]).await.map_err(failed())? {
+        let kind: String = row.try_get(0).map_err(failed())?;
+        let object = format!("archive table {kind}");
+        let ago: String = row.try_get(1).map_err(failed())?;
+        let note: Option<String> = row.try_get(3).map_err(failed())?;
+        let lacking: Option<String> = row.try_get(5).map_err(failed())?;
+        if let Some(note) = note {
+            let noticed: String = row.try_get(4).map_err(failed())?;
+            let blocked = lacking
+                .map_or_else(String::new, |lacking| format!("; until that is mended, not purged: {lacking}"));
+            let message = format!("{note} (noticed {noticed}){blocked}");
+            let remedy = "go back as it says, if that was not on purpose; this is shown for a week, for as long as older versions \
+                          are kept";
+            report.warning("archive-log", object, message, remedy);
+        } else if row.try_get::<_, bool>(2).map_err(failed())? {
+            let message = format!(
+                "its log was last looked at {ago}: nothing of it is purged until the sidecar has looked again"
+            );
+            report.warning("archive-log", object, message, "start `highwater run`");
+        } else {
+            report.ok("archive-log", object, format!("its log and files were looked at {ago}"));
+        }
+    }
+    Ok(())
 }
 
 /// A late row for a day whose partition is gone needs a place.

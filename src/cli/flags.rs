@@ -71,6 +71,11 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "HOURS")]
     verify_hours: Option<String>,
 
+    /// How old the sidecar's last look at the archive's logs may be for a purge, 1m to 365d [env:
+    /// HIGHWATER_PURGE_TRUST] [default: 1d]
+    #[arg(long, global = true, value_name = "DURATION")]
+    purge_trust: Option<String>,
+
     /// Address of the HTTP server; not used yet [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
     #[arg(long, global = true, value_name = "ADDRESS")]
     http: Option<String>,
@@ -100,6 +105,7 @@ impl SettingFlags {
             Setting::Publication => &self.publication,
             Setting::BackfillRowsPerSecond => &self.backfill_rows_per_second,
             Setting::VerifyHours => &self.verify_hours,
+            Setting::PurgeTrust => &self.purge_trust,
             Setting::Http => &self.http,
         }
     }

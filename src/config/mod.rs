@@ -40,6 +40,10 @@ use raw::setting_error;
 /// day the slot holds WAL that nobody planned for.
 pub const MAX_LAG_RANGE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
 
+/// What [`Config::purge_trust`] may be. The sidecar looks several times a minute, and says so once a minute.
+pub const PURGE_TRUST_RANGE: RangeInclusive<Duration> =
+    Duration::from_mins(1)..=Duration::from_hours(365 * 24);
+
 /// The most bytes of a checkpoint, whatever memory there is: an Arrow string column holds 2 GiB, and the row
 /// that passes the bound may have 1 GiB.
 const BATCH_BYTES_MAX: usize = 512 << 20;
@@ -76,6 +80,9 @@ pub struct Config {
     pub backfill_rows_per_second: Option<NonZeroU32>,
     /// When the sidecar verifies partitions that near their retention.
     pub verify_hours: HoursOfDay,
+    /// How old the sidecar's last look at the archive's logs may be for a purge, in [`PURGE_TRUST_RANGE`]: somebody else may
+    /// have taken rows out of them since.
+    pub purge_trust: Duration,
     /// Where the HTTP server listens.
     pub http: SocketAddr,
     /// Whether a server of another history (restored, promoted) takes the place of the one that was archived so far: its
@@ -99,6 +106,7 @@ impl Config {
             publication: "highwater".to_owned(),
             backfill_rows_per_second: None,
             verify_hours: HoursOfDay::ALL,
+            purge_trust: Duration::from_hours(24),
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 9808)),
             accept_new_system: false,
         }
@@ -140,6 +148,7 @@ impl Config {
             publication: layers.text(Setting::Publication).to_owned(),
             backfill_rows_per_second: parse::rate(layers)?,
             verify_hours: parse::whole_number(layers, Setting::VerifyHours, hours::ACCEPTED)?,
+            purge_trust: parse::duration(layers, Setting::PurgeTrust, PURGE_TRUST_ACCEPTED)?,
             http: parse::address(layers)?,
             accept_new_system: false,
         };
@@ -174,6 +183,12 @@ impl Config {
             MAX_LAG_ACCEPTED,
         )?;
         ensure(
+            PURGE_TRUST_RANGE.contains(&self.purge_trust),
+            Setting::PurgeTrust,
+            &|| humantime::format_duration(self.purge_trust).to_string(),
+            PURGE_TRUST_ACCEPTED,
+        )?;
+        ensure(
             self.memory_bytes >= MEMORY_BYTES_MIN,
             Setting::Memory,
             &|| format!("{} bytes", self.memory_bytes),
@@ -187,6 +202,7 @@ impl Config {
     }
 }
 
+const PURGE_TRUST_ACCEPTED: &str = "a duration from 1m to 365d, such as 6h or 1d";
 const MAX_LAG_ACCEPTED: &str = "a duration from 100ms to 1d, such as 60s or 5m";
 const MEMORY_ACCEPTED: &str = "16MiB or more: a number of bytes, or one with KiB, MiB, GiB, kB, MB or GB";
 const SLOT_ACCEPTED: &str = "1 to 63 of a-z, 0-9 and _";

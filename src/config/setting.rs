@@ -27,13 +27,15 @@ pub enum Setting {
     BackfillRowsPerSecond,
     /// Hours of the day in which the sidecar verifies by itself.
     VerifyHours,
+    /// How old the last look at the archive's logs may be for a purge.
+    PurgeTrust,
     /// Address of the HTTP server.
     Http,
 }
 
 impl Setting {
     /// Every setting, in the order of the documentation.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::DatabaseUri,
         Self::StorageUri,
         Self::Region,
@@ -46,6 +48,7 @@ impl Setting {
         Self::Publication,
         Self::BackfillRowsPerSecond,
         Self::VerifyHours,
+        Self::PurgeTrust,
         Self::Http,
     ];
 
@@ -65,6 +68,7 @@ impl Setting {
             Self::Publication => "publication",
             Self::BackfillRowsPerSecond => "backfill_rows_per_second",
             Self::VerifyHours => "verify_hours",
+            Self::PurgeTrust => "purge_trust",
             Self::Http => "http",
         }
     }
@@ -85,6 +89,7 @@ impl Setting {
             Self::Publication => "HIGHWATER_PUBLICATION",
             Self::BackfillRowsPerSecond => "HIGHWATER_BACKFILL_ROWS_PER_SECOND",
             Self::VerifyHours => "HIGHWATER_VERIFY_HOURS",
+            Self::PurgeTrust => "HIGHWATER_PURGE_TRUST",
             Self::Http => "HIGHWATER_HTTP",
         }
     }
@@ -105,6 +110,7 @@ impl Setting {
             Self::Slot | Self::Publication => Some("highwater"),
             Self::BackfillRowsPerSecond => Some("unlimited"),
             Self::VerifyHours => Some("all"),
+            Self::PurgeTrust => Some("1d"),
             Self::Http => Some("127.0.0.1:9808"),
         }
     }

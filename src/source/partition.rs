@@ -23,6 +23,8 @@ pub(crate) struct Partition {
     file: Option<u32>,
     /// It is in `highwater.covered_partition`, and was attached all the time since.
     pub(crate) is_covered: bool,
+    /// The archive is known to lack rows of it, or may.
+    pub(crate) lacks: bool,
     /// `highwater.attachment()`: another one means that rows may have come that did not pass the stream.
     pub(crate) attachment: String,
     /// It was a partition, and still holds what was written to it.
@@ -73,7 +75,9 @@ const LEAVES: &str = r#"
            $1::oid::regclass::text,
            (extract(epoch from low::timestamptz) * 1000000)::bigint,
            (extract(epoch from high::timestamptz) * 1000000)::bigint,
-           coalesce(highwater.attachment(c.oid), ''), is_detached
+           coalesce(highwater.attachment(c.oid), ''), is_detached,
+           exists (select from highwater.covered_partition p
+                   where p.source_table = $2 and p.partition_oid = c.oid and p.lacks_since is not null)
     from holder join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
     where c.relkind = 'r'
     order by coalesce(pg_get_expr(c.relpartbound, 0), ''), c.relname"#;
@@ -143,6 +147,7 @@ async fn read(
             extent: bounds,
             attachment: row.try_get(11).map_err(failed())?,
             is_detached: row.try_get(12).map_err(failed())?,
+            lacks: row.try_get(13).map_err(failed())?,
         });
     }
     Ok(leaves)

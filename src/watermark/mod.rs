@@ -10,6 +10,7 @@
 //! comparing with a snapshot's xmin stays right.
 
 mod entity;
+mod foreign;
 mod gap;
 mod verified;
 
@@ -19,6 +20,7 @@ use tokio_postgres::{Client, Row};
 
 use entity::Spans;
 pub use entity::{EntityWatermark, add_entities, entity_row_count, read_entities, recount};
+pub use foreign::{ArchiveLog, Void, note_removal, read_archive_logs, set_looked, void_partitions};
 pub use gap::{
     Unpublished, accept, archived_root, mark_gap, mark_one_gap, mark_table_gap, mark_unpublished, rebase,
     resync, table_oid, unpublished,

@@ -75,10 +75,14 @@ pub async fn forget_verified(client: &Client, verified: &Verified<'_>) -> Result
 ///
 /// The statement failed.
 pub async fn set_lacking(client: &Client, verified: &Verified<'_>, lacks: bool) -> Result<()> {
+    // What was noticed since the comparison began is not taken back by it.
     let statement = "
-        update highwater.covered_partition set lacks_since = case when $3 then clock_timestamp() end
-        where source_table = $1 and partition_oid = $2 and (lacks_since is not null) <> $3";
+        update highwater.covered_partition set lacks_since = case when $3 then clock_timestamp() end, lacks_reason = null
+        where source_table = $1 and partition_oid = $2 and (lacks_since is not null) <> $3
+          and ($3 or exists (select from highwater.watermark w where w.source_table = $1 and w.gap_count = $4))";
     let context = format!("writing whether the archive lacks rows of {}", verified.partition_name);
-    let written = client.execute(statement, &[&verified.source_table, &verified.partition_oid, &lacks]).await;
+    let written = client
+        .execute(statement, &[&verified.source_table, &verified.partition_oid, &lacks, &verified.gap_count])
+        .await;
     written.map_err(Error::sql(context)).map(drop)
 }

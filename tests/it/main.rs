@@ -17,6 +17,7 @@ mod check;
 mod connection;
 mod crash;
 mod embed;
+mod foreign;
 mod fuzz;
 mod gap;
 mod horizon;

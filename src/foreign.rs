@@ -1,0 +1,285 @@
+//! What somebody else does to the archive, noticed and told to the purge: log entries that take rows away, files that are
+//! gone, tables that can't be used any more.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::archive::{self, Removal, Storage, Table};
+use crate::config::Config;
+use crate::error::{Error, Policy, Result};
+use crate::postgres::Session;
+use crate::record::Kind;
+use crate::source;
+use crate::watermark::{self, Void, Watermark};
+
+/// How long after a removal nothing is vacuumed or trimmed, so that the table can be taken back; Delta's own default.
+const HISTORY_KEPT: Duration = Duration::from_hours(7 * 24);
+
+/// A file that is gone so soon after it was written was never read by anybody: somebody has vacuumed without retention.
+/// Postgres still has its rows, unless retention is as short.
+const SOON: Duration = Duration::from_hours(24);
+
+/// Files that a message names.
+const SHOWN: usize = 5;
+
+/// Looks for what others did while nobody ran; must come before anything is published that a purge relies on.
+///
+/// # Errors
+///
+/// The logs are not the ones that were looked at; they, or the database, can't be read.
+pub(crate) async fn look_back(config: &Config, sql: &mut Session, tables: &mut [Table]) -> Result<()> {
+    let logs = sql.run(watermark::read_archive_logs).await?;
+    for table in tables.iter_mut() {
+        let Some(log) = logs.get(table.kind().name()) else { continue };
+        if let Some(at) = log.removal_at {
+            table.keep_history(at + HISTORY_KEPT);
+        }
+        if let Err(error @ Error::Setting { .. }) = table.look_back(log.version).await {
+            // What the watermarks say is not to be relied on: nothing more may be purged.
+            sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
+            return Err(error);
+        }
+        note(config, sql, table).await?;
+    }
+    Ok(())
+}
+
+/// Writes down what a table's handle has noticed, and takes back what was verified of the rows.
+///
+/// # Errors
+///
+/// The database can't be read or written; then it is noted the next time.
+pub(crate) async fn note(config: &Config, sql: &mut Session, table: &mut Table) -> Result<()> {
+    let removals = table.removals().to_vec();
+    for removal in &removals {
+        let kind = table.kind();
+        let description = removal.describe(table);
+        let reason = removal.is_loss.then_some(description.as_str());
+        if removal.is_loss {
+            tracing::error!(table = kind.name(), "{description}; what it concerns is not purged");
+            let version = removal.version;
+            sql.run(async |client| watermark::note_removal(client, kind, version, &description).await)
+                .await?;
+            table.keep_history(SystemTime::now() + HISTORY_KEPT);
+        } else {
+            let (version, operation) = (removal.version, removal.operation.as_str());
+            tracing::info!(
+                table = kind.name(),
+                version,
+                operation,
+                "somebody else wrote the files anew; they are read back before a purge"
+            );
+        }
+        void(config, sql, table, removal, reason).await?;
+    }
+    table.forget_removals(removals.len());
+    Ok(())
+}
+
+/// Takes back what was verified of the partitions that a removal may concern. Of a removal from the quarantine, whose rows
+/// may be of any table and time, of all.
+async fn void(
+    config: &Config,
+    sql: &mut Session,
+    table: &Table,
+    removal: &Removal,
+    reason: Option<&str>,
+) -> Result<()> {
+    let kind = table.kind();
+    for row in sql.run(watermark::read).await?.iter().filter(|row| row.slot_name == config.slot) {
+        if kind != Kind::Quarantine && row.kind != kind.name() {
+            continue;
+        }
+        let partitions =
+            concerned(sql, row, |low, high| kind == Kind::Quarantine || removal.may_concern(low, high))
+                .await?;
+        let row_count = (kind != Kind::Quarantine).then_some(table.totals().row_count);
+        let void = Void { source_table: &row.source_table, partitions: &partitions, reason, row_count };
+        sql.run(async |client| watermark::void_partitions(client, &void).await).await?;
+    }
+    Ok(())
+}
+
+/// The partitions of a drift table that may have rows of certain times.
+async fn concerned(
+    sql: &mut Session,
+    row: &Watermark,
+    is_concerned: impl Fn(i64, i64) -> bool,
+) -> Result<Vec<u32>> {
+    let name = row.source_table.as_str();
+    let Some(oid) = sql.run(async |client| watermark::table_oid(client, name).await).await? else {
+        return Ok(Vec::new());
+    };
+    let holders = sql.run(async |client| source::holders(client, name, oid).await).await?;
+    let concerned = holders.iter().filter(|holder| {
+        let (low, high) = holder.extent.unwrap_or((i64::MIN, i64::MAX));
+        is_concerned(low, high)
+    });
+    Ok(concerned.map(|holder| holder.oid).collect())
+}
+
+/// Looks at all of a table: entries of others, and whether the files are there. Writes down that it has.
+///
+/// Where young files are gone, the table becomes a gap: its rows are compared with Postgres, and written again.
+///
+/// # Errors
+///
+/// As [`Table::look`], and if the database can't be written.
+pub(crate) async fn look(config: &Config, sql: &mut Session, table: &mut Table) -> Result<()> {
+    let begun = Instant::now();
+    table.look().await?;
+    note(config, sql, table).await?;
+    let damaged = table.damaged().await?;
+    if !damaged.is_empty() {
+        note_damage(config, sql, table, &damaged).await?;
+    }
+    let (kind, version, trust) = (table.kind(), table.version(), config.purge_trust);
+    sql.run(async |client| watermark::set_looked(client, kind, version, begun.elapsed(), trust).await).await
+}
+
+async fn note_damage(
+    config: &Config,
+    sql: &mut Session,
+    table: &mut Table,
+    damaged: &[archive::Damaged],
+) -> Result<()> {
+    let kind = table.kind();
+    let is_young = |file: &archive::Damaged| {
+        let written = u64::try_from(file.file.modified_millis).unwrap_or_default();
+        let age = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + Duration::from_millis(written));
+        age.unwrap_or_default() < SOON
+    };
+    let names: Vec<&str> = damaged.iter().take(SHOWN).map(|one| one.file.path.as_str()).collect();
+    let reason = format!(
+        "{} files of the archive's table {} are gone, or not as they were written ({}{}): restore them from a backup or an older \
+         version of the objects, and run `highwater verify`; or have the rows that Postgres still has written again with \
+         `highwater resync`",
+        damaged.len(),
+        kind.name(),
+        names.join(", "),
+        if damaged.len() > names.len() { ", ..." } else { "" },
+    );
+    let removal = Removal {
+        version: table.version(),
+        operation: "files that are gone".to_owned(),
+        row_count: damaged
+            .iter()
+            .map(|one| one.file.row_count.and_then(|count| i64::try_from(count).ok()))
+            .sum(),
+        is_loss: true,
+        times: damaged.iter().map(|one| one.file.times()).collect(),
+    };
+    let is_new = table.set_damaged(damaged);
+    if is_new {
+        tracing::error!(table = kind.name(), "{reason}; what they hold is not purged");
+        let version = table.version();
+        sql.run(async |client| watermark::note_removal(client, kind, version, &reason).await).await?;
+        void(config, sql, table, &removal, Some(&reason)).await?;
+    }
+    if is_new && damaged.iter().any(is_young) {
+        rewrite(config, sql, kind).await?;
+    }
+    Ok(())
+}
+
+/// Makes the tables whose rows a table may have held gaps, so that what is missing is added.
+async fn rewrite(config: &Config, sql: &mut Session, kind: Kind) -> Result<()> {
+    for row in sql.run(watermark::read).await?.iter().filter(|row| row.slot_name == config.slot) {
+        if kind == Kind::Quarantine || row.kind == kind.name() {
+            let table = row.source_table.as_str();
+            tracing::warn!(
+                table,
+                "gap: files are gone soon after they were written; what Postgres still has is written again"
+            );
+            sql.run(async |client| watermark::resync(client, table).await).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the files that are gone out of the logs of tables that are about to be completed, so that their rows can be read and
+/// added: a comparison reads every file.
+///
+/// # Errors
+///
+/// The log, or the database, can't be written.
+pub(crate) async fn drop_damaged(
+    sql: &mut Session,
+    tables: &mut [Table],
+    incomplete: &[Watermark],
+) -> Result<()> {
+    for table in tables.iter_mut() {
+        let kind = table.kind();
+        let row = incomplete.iter().find(|row| row.kind == kind.name());
+        if incomplete.is_empty() || (row.is_none() && kind != Kind::Quarantine) {
+            continue;
+        }
+        let damaged = table.damaged().await?;
+        if damaged.is_empty() {
+            continue;
+        }
+        let lost: u64 = damaged.iter().filter_map(|one| one.file.row_count).sum();
+        let paths: Vec<String> = damaged.into_iter().map(|one| one.file.path).collect();
+        tracing::error!(
+            table = kind.name(),
+            version = table.version(),
+            files = paths.len(),
+            rows = lost,
+            first = paths.first(),
+            "files that are gone are taken out of the log; what Postgres still has of their rows is added again, and that version \
+             of the table names them, should they come back"
+        );
+        if let Some(row) = row {
+            // Before the entry: the watermark must never say more than the archive has.
+            let name = row.source_table.as_str();
+            let held = table.totals().row_count.saturating_sub(lost);
+            let void = Void { source_table: name, partitions: &[], reason: None, row_count: Some(held) };
+            sql.run(async |client| watermark::void_partitions(client, &void).await).await?;
+        }
+        table.keep_history(SystemTime::now() + HISTORY_KEPT);
+        table.drop_files(paths).await?;
+    }
+    Ok(())
+}
+
+/// Whether an error says that a table can't be used as it is: the others can go on without it. Not so without the quarantine,
+/// which they need.
+pub(crate) fn is_broken(error: &Error) -> bool {
+    let is_one = matches!(error, Error::Delta { table, .. } if table != Kind::Quarantine.name());
+    is_one && error.policy() != Policy::Retry
+}
+
+/// Takes note that a table can't be used: its rows pass the stream until it can be again, and are added then.
+///
+/// # Errors
+///
+/// The database can't be written.
+pub(crate) async fn leave_out(
+    config: &Config,
+    sql: &mut Session,
+    storage: &Storage,
+    kind: Kind,
+    error: Error,
+) -> Result<()> {
+    let logs = sql.run(watermark::read_archive_logs).await?;
+    let broken = match logs.get(kind.name()) {
+        Some(log) => archive::broken_since(storage, kind, log.version).await.ok().flatten(),
+        None => None,
+    };
+    let error = broken.unwrap_or(error);
+    if let Some(name) = watermark::source_table(&config.schema, kind) {
+        sql.run(async |client| watermark::mark_one_gap(client, &name).await).await?;
+        sql.run(async |client| watermark::note_removal(client, kind, 0, &error.chain()).await).await?;
+    }
+    tracing::error!(
+        table = kind.name(),
+        error = error.chain(),
+        "this table is not archived, and its purge is blocked; the others go on. What is written meanwhile stays in Postgres, and \
+         is added when the table can be used again"
+    );
+    Ok(())
+}
+
+/// Whether a table that was left out can be used again.
+pub(crate) async fn is_mended(storage: &Storage, kind: Kind) -> bool {
+    archive::View::read(storage, kind).await.is_ok()
+}

@@ -1,0 +1,118 @@
+//! What somebody else has done to the archive, for the purge: `highwater.archive_log`, and partitions that may lack rows.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use chrono::{DateTime, Utc};
+use tokio_postgres::Client;
+
+use super::signed;
+use crate::error::{Error, Result};
+use crate::record::Kind;
+
+/// How far the log of one Delta table was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArchiveLog {
+    /// Every entry up to this version was looked at.
+    pub version: u64,
+    /// When somebody has last taken archived rows out of the table.
+    pub removal_at: Option<SystemTime>,
+}
+
+const READING: &str = "reading highwater.archive_log";
+
+/// Reads how far the logs were looked at, by the table's name.
+///
+/// # Errors
+///
+/// The query failed.
+pub async fn read_archive_logs(client: &Client) -> Result<BTreeMap<String, ArchiveLog>> {
+    let failed = || Error::sql(READING);
+    let query = "select kind, version, removal_at from highwater.archive_log";
+    let mut logs = BTreeMap::new();
+    for row in client.query(query, &[]).await.map_err(failed())? {
+        let version: i64 = row.try_get(1).map_err(failed())?;
+        let removal_at: Option<DateTime<Utc>> = row.try_get(2).map_err(failed())?;
+        let log =
+            ArchiveLog { version: version.unsigned_abs(), removal_at: removal_at.map(SystemTime::from) };
+        logs.insert(row.try_get(0).map_err(failed())?, log);
+    }
+    Ok(logs)
+}
+
+/// Writes down that a table's log was looked at up to a version, and all its files were there, `age` ago. A purge relies on
+/// it for as long as `trust`.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn set_looked(
+    client: &Client,
+    kind: Kind,
+    version: u64,
+    age: Duration,
+    trust: Duration,
+) -> Result<()> {
+    let statement = "
+        insert into highwater.archive_log as l (kind, version, looked_at, purge_trust)
+        values ($1, $2, clock_timestamp() - $3::float8 * interval '1 second', $4::float8 * interval '1 second')
+        on conflict (kind) do update
+        set version = greatest(l.version, excluded.version), looked_at = greatest(l.looked_at, excluded.looked_at),
+            purge_trust = excluded.purge_trust";
+    let (age, trust) = (age.as_secs_f64(), trust.as_secs_f64());
+    let written = client.execute(statement, &[&kind.name(), &signed(version), &age, &trust]).await;
+    written.map_err(Error::sql(format!("writing that the log of {} was looked at", kind.name()))).map(drop)
+}
+
+/// Writes down that somebody has taken archived rows out of a table.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn note_removal(client: &Client, kind: Kind, version: u64, note: &str) -> Result<()> {
+    // Without a look nobody may purge, so the row begins with one that is too old.
+    let statement = "
+        insert into highwater.archive_log as l
+            (kind, version, looked_at, purge_trust, removal_version, removal_at, removal_note)
+        values ($1, 0, to_timestamp(0), interval '0', $2, clock_timestamp(), $3)
+        on conflict (kind) do update
+        set removal_version = excluded.removal_version, removal_at = excluded.removal_at, removal_note = excluded.removal_note";
+    let written = client.execute(statement, &[&kind.name(), &signed(version), &note]).await;
+    written.map_err(Error::sql(format!("writing what was taken out of {}", kind.name()))).map(drop)
+}
+
+/// What is not to be relied on any more of a drift table.
+#[derive(Clone, Copy, Debug)]
+pub struct Void<'a> {
+    /// The drift table.
+    pub source_table: &'a str,
+    /// Its partitions whose rows may be concerned.
+    pub partitions: &'a [u32],
+    /// Why rows of them may be missing, which blocks their purge until they were compared; without it they are only to be
+    /// read back again.
+    pub reason: Option<&'a str>,
+    /// How many rows the archive holds now, if that may be fewer than before.
+    pub row_count: Option<u64>,
+}
+
+/// Takes back what verifications have said of some partitions; one that is under way is not recorded.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn void_partitions(client: &Client, void: &Void<'_>) -> Result<()> {
+    let statement = "
+        with counted as (
+            update highwater.watermark
+            set gap_count = gap_count + 1, row_count = least(row_count, coalesce($4, row_count))
+            where source_table = $1),
+        lacking as (
+            update highwater.covered_partition
+            set lacks_since = coalesce(lacks_since, clock_timestamp()), lacks_reason = $3
+            where source_table = $1 and partition_oid = any($2) and $3 is not null)
+        delete from highwater.verified_partition where source_table = $1 and partition_oid = any($2)";
+    let row_count = void.row_count.map(signed);
+    let voided =
+        client.execute(statement, &[&void.source_table, &void.partitions, &void.reason, &row_count]).await;
+    voided.map_err(Error::sql(format!("taking back what was verified of {}", void.source_table))).map(drop)
+}

@@ -1,0 +1,316 @@
+//! What others write into the archive: nothing is purged that they took away, and nothing stops that need not.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+use crate::support::archive::{assert_same, files};
+use crate::support::schema::Shape;
+use crate::support::sidecar::Launch;
+use crate::support::stage::Stage;
+use crate::support::wait::until;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Writes into a table as anybody might, by Python's `deltalake`; the version that this has made.
+fn act(stage: &Stage, table: &str, action: &[&str]) -> u64 {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = root.join("target/reader/bin/python");
+    assert!(python.exists(), "{} is missing: run `scripts/setup reader`", python.display());
+    let mut command = Command::new(python);
+    command.arg(root.join("tests/it/foreign.py")).arg(stage.storage().join(table)).args(action);
+    // Beside a sidecar an entry may come in between, which some actions don't put up with.
+    for _ in 0..10 {
+        let output = command.output().unwrap();
+        if output.status.success() {
+            return String::from_utf8_lossy(&output.stdout).trim().lines().last().unwrap().parse().unwrap();
+        }
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains("onflict") || errors.contains("oncurrent"), "{action:?}: {errors}");
+    }
+    panic!("{action:?}: conflicts every time");
+}
+
+/// With the sidecar's own verifications off, so that a test decides about them.
+fn quiet(stage: &Stage) -> Launch {
+    stage.launch().with("HIGHWATER_VERIFY_HOURS", "none")
+}
+
+/// A stage with a partition that is past retention, and rows of today.
+async fn staged() -> (Stage, Client) {
+    let stage = Stage::shared(Shape::Named).await;
+    let client = stage.connect().await;
+    let sql = "do $$ declare low timestamptz := date_trunc('day', now(), 'UTC') - 70 * interval '1 day'; begin
+                   execute format('create table scouter.old partition of scouter.psi_drift for values from (%L) to (%L)',
+                                  low, low + interval '1 day'); end $$";
+    client.batch_execute(sql).await.unwrap();
+    insert(&client, 70, 500).await;
+    insert(&client, 0, 5).await;
+    quiet(&stage).must(&["setup"]);
+    (stage, client)
+}
+
+/// Rows of so many days ago.
+async fn insert(client: &Client, days: i32, rows: i32) {
+    let sql = format!(
+        "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+         select date_trunc('day', now(), 'UTC') - {days} * interval '1 day' + n * interval '1 second', 's', 'n', '1', 'f' || n % 3, n, n
+         from generate_series(0, {rows} - 1) n"
+    );
+    client.batch_execute(&sql).await.unwrap();
+}
+
+async fn text(client: &Client, sql: &str) -> String {
+    let row = client.query_opt(sql, &[]).await.unwrap();
+    row.and_then(|row| row.get::<_, Option<String>>(0)).unwrap_or_default()
+}
+
+async fn blocked_by(client: &Client) -> String {
+    text(client, "select blocked_by from highwater.explain_purge('scouter.psi_drift') where partition_name = 'scouter.old'").await
+}
+
+/// Waits until the purge of the old partition is blocked for a reason, and tries it.
+async fn is_blocked(client: &Client, reason: &str) {
+    let sql = "call highwater.purge_all()";
+    until(&format!("the purge is blocked: {reason}"), DEADLINE, async || {
+        let found = blocked_by(client).await;
+        found.contains(reason).then_some(())
+    })
+    .await;
+    client.batch_execute(sql).await.unwrap();
+    let kept = text(client, "select to_regclass('scouter.old')::text").await;
+    assert_eq!(kept, "scouter.old", "it was dropped");
+}
+
+async fn drops(client: &Client) {
+    client.batch_execute("call highwater.purge_all()").await.unwrap();
+    let kept = text(client, "select to_regclass('scouter.old')::text").await;
+    assert_eq!(kept, "", "{}", blocked_by(client).await);
+}
+
+/// Everything that was committed is archived, and below the horizon.
+async fn settled(stage: &Stage, client: &Client) {
+    stage.assert_archived(DEADLINE).await;
+    let id =
+        client.query_one("select pg_current_xact_id()::text::bigint", &[]).await.unwrap().get::<_, i64>(0);
+    until("the horizon has passed what was committed", DEADLINE, async || {
+        client
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .await
+            .unwrap();
+        let sql = "select coalesce(min(archived_before::text::bigint), 0) from highwater.watermark";
+        (client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > id).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_somebody_removes_are_not_purged_until_they_are_back() {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    let mut rows = 0;
+    for (turn, action) in [
+        &["restore", "0"][..],
+        &["delete", "space = 's'"],
+        &["delete"],
+        &["overwrite"],
+        &["replace", "bin_id < 3"],
+        &["update", "bin_id = 3"],
+        &["merge"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        rows += 1;
+        insert(&client, 0, 1).await;
+        settled(&stage, &client).await;
+        quiet(&stage).must(&["verify"]);
+        // Every other time nobody runs while it happens.
+        let is_down = turn % 2 == 1;
+        if is_down {
+            sidecar.kill();
+        }
+        let before = act(&stage, "psi", &["version"]);
+        let version = act(&stage, "psi", action);
+        assert!(version > before, "{action:?}");
+        if is_down {
+            let sql = "update highwater.archive_log set looked_at = looked_at - interval '2 days'";
+            client.batch_execute(sql).await.unwrap();
+            is_blocked(&client, "HIGHWATER_PURGE_TRUST is 1 day").await;
+            sidecar = quiet(&stage).start();
+        }
+        is_blocked(&client, &format!("version {version} of the log of psi")).await;
+        let back = version - 1;
+        sidecar.says(&format!(".restore({back}, protocol_downgrade_allowed=True)"), DEADLINE).await;
+        let check = quiet(&stage).output(&["check"]);
+        let check = String::from_utf8_lossy(&check.stdout).into_owned();
+        assert!(check.contains(&format!(".restore({back}")), "{action:?}: {check}");
+        // What was archived since is lacking then, and nothing else.
+        insert(&client, 0, 1).await;
+        act(&stage, "psi", &["restore", &back.to_string()]);
+        is_blocked(&client, "(RESTORE, not by Highwater)").await;
+        let repaired = quiet(&stage).output(&["verify", "--repair"]);
+        let repaired = String::from_utf8_lossy(&repaired.stdout).into_owned();
+        quiet(&stage).must(&["verify"]);
+        assert_eq!(blocked_by(&client).await, "", "{action:?}: {repaired}");
+    }
+    settled(&stage, &client).await;
+    // The row counts, and those of the entities, are right after the next start.
+    sidecar.kill();
+    sidecar = quiet(&stage).start();
+    stage.streaming().await;
+    quiet(&stage).must(&["verify"]);
+    let rows_archived = 500 + 5 + 2 * rows;
+    let sql = "select w.row_count::text || ' ' || (select sum(e.row_count) from highwater.entity_watermark e where e.source_table = w.source_table)
+               from highwater.watermark w where source_table = 'scouter.psi_drift'";
+    assert_eq!(text(&client, sql).await, format!("{rows_archived} {rows_archived}"));
+    drops(&client).await;
+    drop(sidecar);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_that_take_nothing_away_are_passed_over() {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    stage.streaming().await;
+    for turn in 0..2 {
+        for action in [
+            "compact",
+            "z_order",
+            "properties",
+            "constraint",
+            "column",
+            "comment",
+            "name",
+            "metadata",
+            "append",
+            "checkpoint",
+            "vacuum",
+            "repair",
+        ] {
+            let down = turn == 1;
+            if down {
+                sidecar.kill();
+            }
+            insert(&client, 0, 3).await;
+            act(&stage, "psi", &[action]);
+            insert(&client, 0, 3).await;
+            if down {
+                sidecar = quiet(&stage).start();
+            }
+            assert_eq!(sidecar.ended(), None, "{action}: {}", sidecar.log());
+        }
+        settled(&stage, &client).await;
+        let log = sidecar.log();
+        assert!(!log.contains("not by Highwater") && !log.contains("unusable"), "{log}");
+    }
+    quiet(&stage).must(&["verify"]);
+    drops(&client).await;
+}
+
+async fn breaks_alone(action: &str) {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    let version = act(&stage, "psi", &[action]);
+    insert(&client, 0, 7).await;
+    sidecar.says("this table is not archived", DEADLINE).await;
+    let back = version - 1;
+    sidecar.says(&format!(".restore({back}, protocol_downgrade_allowed=True)"), DEADLINE).await;
+    is_blocked(&client, "its state is gap").await;
+    // The others go on, also over a restart.
+    for is_restarted in [false, true] {
+        if is_restarted {
+            sidecar.kill();
+            sidecar = quiet(&stage).start();
+            sidecar.says("this table is not archived", DEADLINE).await;
+        }
+        stage.streaming().await;
+        let target = stage.insert_one(&client, "goes on", Some(1.0)).await;
+        stage.acknowledged(&client, target, DEADLINE).await;
+        insert(&client, 0, 1).await;
+    }
+    let verified = quiet(&stage).output(&["verify"]);
+    let verified =
+        format!("{}{}", String::from_utf8_lossy(&verified.stdout), String::from_utf8_lossy(&verified.stderr));
+    assert!(verified.contains("scouter.custom_drift") && verified.contains("its state is gap"), "{verified}");
+    act(&stage, "psi", &["restore", &back.to_string()]);
+    sidecar.says("can be used again", DEADLINE * 2).await;
+    settled(&stage, &client).await;
+    quiet(&stage).must(&["verify"]);
+    drops(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_with_a_feature_that_is_not_ours_stops_alone() {
+    breaks_alone("feature").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_lost_a_column_stops_alone() {
+    breaks_alone("drop").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_removed_before_the_log_names_them_are_written_again() {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    sidecar.kill();
+    let sidecar = quiet(&stage).failing("after-upload=1*return(stop)").start();
+    stage.streaming().await;
+    insert(&client, 0, 100).await;
+    sidecar.stopped(DEADLINE).await;
+    act(&stage, "psi", &["vacuum"]);
+    sidecar.signal("CONT");
+    sidecar.says("files were removed before its log named them", DEADLINE).await;
+    settled(&stage, &client).await;
+    quiet(&stage).must(&["verify"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_gone_soon_are_written_again_and_old_ones_block_the_purge() {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    quiet(&stage).must(&["verify"]);
+    let table = stage.storage().join("psi");
+    for file in files(&table).unwrap() {
+        fs::remove_file(file).unwrap();
+    }
+    sidecar.says("what Postgres still has is written again", DEADLINE).await;
+    settled(&stage, &client).await;
+    assert_same(&client, &stage.storage(), Shape::Named).await;
+    quiet(&stage).must(&["verify"]);
+
+    // The log says that the files are old.
+    sidecar.kill();
+    for entry in fs::read_dir(table.join("_delta_log")).unwrap() {
+        let entry = entry.unwrap().path();
+        let text = fs::read_to_string(&entry).unwrap();
+        fs::write(&entry, text.replace("\"modificationTime\":1", "\"modificationTime\":")).unwrap();
+    }
+    sidecar = quiet(&stage).start();
+    stage.streaming().await;
+    let all: Vec<(PathBuf, Vec<u8>)> =
+        files(&table).unwrap().into_iter().map(|file| (file.clone(), fs::read(file).unwrap())).collect();
+    for (place, (file, bytes)) in all.iter().enumerate() {
+        match place % 2 {
+            0 => fs::remove_file(file).unwrap(),
+            _ => fs::write(file, &bytes[..bytes.len() / 2]).unwrap(),
+        }
+    }
+    is_blocked(&client, "are gone, or not as they were written").await;
+    let check = quiet(&stage).output(&["check"]);
+    assert!(String::from_utf8_lossy(&check.stdout).contains("are gone, or not as they were written"));
+    for (file, bytes) in &all {
+        fs::write(file, bytes).unwrap();
+    }
+    quiet(&stage).must(&["verify"]);
+    assert!(!sidecar.log().contains("is written again"), "{}", sidecar.log());
+    settled(&stage, &client).await;
+    drops(&client).await;
+}
