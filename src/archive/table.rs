@@ -189,7 +189,8 @@ impl Table {
         let state = delta.snapshot().map_err(failed())?;
         let log_store = delta.log_store();
         let txn = async |id: &str| state.transaction_version(log_store.as_ref(), id).await.map_err(failed());
-        let doubles = txn(log::DOUBLES_REMOVED).await?.and_then(|count| u64::try_from(count).ok());
+        let (position, doubles) = futures::try_join!(txn(app_id), txn(log::DOUBLES_REMOVED))?;
+        let doubles_removed = doubles.and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
         let mut table = Self {
             storage: storage.clone(),
             store: storage.table_store(kind),
@@ -198,9 +199,9 @@ impl Table {
             session_id: session_id.to_owned(),
             version: state.version(),
             commit_number: 0,
-            lsn: txn(app_id).await?.map_or(Ok(start), |version| to_lsn(kind, version))?,
+            lsn: position.map_or(Ok(start), |version| to_lsn(kind, version))?,
             files: BTreeMap::new(),
-            totals: Totals { doubles_removed: doubles.unwrap_or_default(), ..Totals::default() },
+            totals: Totals { doubles_removed, ..Totals::default() },
             foreign_copy: None,
             checkpoint_version: 0,
             looked_at: SystemTime::now(),
