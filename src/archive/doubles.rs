@@ -319,7 +319,8 @@ fn stats_of(kind: Kind, rows: &RecordBatch) -> Result<FileStats> {
     let times = times(kind, rows)?;
     let (min_time, max_time) = min(times).zip(max(times)).ok_or_else(unfit)?;
     let range = |name: &str| {
-        let texts = rows.column_by_name(name)?.as_string_opt::<i32>().filter(|texts| texts.null_count() == 0)?;
+        let texts =
+            rows.column_by_name(name)?.as_string_opt::<i32>().filter(|texts| texts.null_count() == 0)?;
         Some((min_string(texts)?.to_owned(), max_string(texts)?.to_owned()))
     };
     let [space, name, version] = ENTITY_COLUMNS.map(|name| range(name).ok_or_else(unfit));

@@ -39,7 +39,7 @@ pub struct Totals {
     /// Upper bound of `created_at` (`quarantined_at`), microseconds since the epoch: exact for rows of this
     /// session, else up to a millisecond above. `None` for an empty table.
     pub max_created_at: Option<i64>,
-    /// Surplus copies of rows that were ever removed.
+    /// Surplus copies that were ever removed.
     pub doubles_removed: u64,
 }
 

@@ -187,7 +187,10 @@ fn line(difference: &Difference) -> String {
         parts.push(format!("the archive has {} rows that Postgres has not", difference.surplus));
     }
     if difference.doubles > 0 {
-        parts.push(format!("the archive had {} copies too many of rows that Postgres has", difference.doubles));
+        parts.push(format!(
+            "the archive had {} copies too many of rows that Postgres has",
+            difference.doubles
+        ));
     }
     format!(
         "{}  {} rows in Postgres, {} in the archive: {}",

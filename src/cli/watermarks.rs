@@ -160,7 +160,17 @@ fn table(
         ]
     });
     let heads = [
-        "TABLE", "STATE", "ROWS", "REMOVED", "FILES", "SIZE", "NEWEST", "BEFORE XID", "FLUSHED", "LAG", "UPDATED",
+        "TABLE",
+        "STATE",
+        "ROWS",
+        "REMOVED",
+        "FILES",
+        "SIZE",
+        "NEWEST",
+        "BEFORE XID",
+        "FLUSHED",
+        "LAG",
+        "UPDATED",
     ];
     align(&mut text, heads, tables.collect());
     text.push('\n');

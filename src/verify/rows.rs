@@ -96,7 +96,11 @@ impl Repair {
                 let (total, entities) = (removal.total, &removal.entities);
                 // Should we fail before this, the next session of the sidecar does it.
                 sql.run(async |client| watermark::count_removed(client, name, total, entities).await).await?;
-                tracing::info!(table = name, rows = removal.row_count, "removed surplus copies from the archive");
+                tracing::info!(
+                    table = name,
+                    rows = removal.row_count,
+                    "removed surplus copies from the archive"
+                );
                 return Ok(removal.row_count);
             }
         }

@@ -87,7 +87,10 @@ async fn surplus_copies_go_and_nothing_else_does() {
         place.folder.path().join("psi").join(log::entry_path(repair.version()).as_ref()),
     );
     let entry = entry.unwrap();
-    assert!(entry.contains("\"operation\":\"DELETE\"") && entry.contains(&format!("{APP}/repair")), "{entry}");
+    assert!(
+        entry.contains("\"operation\":\"DELETE\"") && entry.contains(&format!("{APP}/repair")),
+        "{entry}"
+    );
     assert!(entry.contains("\"dataChange\":true") && !entry.contains("\"dataChange\":false"), "{entry}");
 }
 
