@@ -1,5 +1,7 @@
 //! What a session mends before it begins: the watermark rows that an earlier one left behind the logs.
 
+use std::collections::BTreeMap;
+
 use crate::archive::{self, Storage, Table, TableFile};
 use crate::batch::EntitySpan;
 use crate::config::Config;
@@ -22,6 +24,12 @@ pub(crate) async fn watermarks(
     sql: &mut Session,
     config: &Config,
 ) -> Result<()> {
+    for table in tables.iter().filter(|table| table.totals().doubles_removed > 0) {
+        let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
+        let (total, entities) = (table.totals().doubles_removed, BTreeMap::new());
+        // Whoever removed them may have died before it said so.
+        sql.run(async |client| watermark::count_removed(client, &name, total, &entities).await).await?;
+    }
     let watermarks = sql.run(watermark::read).await?;
     for table in tables {
         let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
@@ -121,8 +129,8 @@ pub(crate) async fn quarantined<'a>(
     Ok(settled)
 }
 
-/// Rows are never removed from the archive. Where it holds fewer than the watermark says, it is another one,
-/// or a part of it was deleted; to go on would let a purge delete rows that nobody has any more.
+/// Rows are never removed from the archive, but for surplus copies, which are counted. Where it holds fewer than the watermark
+/// says, it is another one, or a part of it was deleted; to go on would let a purge delete rows that nobody has any more.
 fn check_archive_is_whole(table: &Table, row: &Watermark, config: &Config) -> Result<()> {
     let held = table.totals().row_count;
     // A foreign writer that merged our files need not have said how many rows its own hold.

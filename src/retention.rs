@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::Session;
 use crate::source::{self, Source};
-use crate::verify::{self, Options, TableReport};
+use crate::verify::{self, Options, RepairMode, TableReport};
 use crate::watermark::{self, State};
 
 /// How often the catalog is looked at.
@@ -74,7 +74,7 @@ pub(crate) async fn keep_verified(config: Config) {
 /// Verifies a partition; how long it is to be left alone if it could not be.
 async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
     let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
-    let options = Options {
+    let mut options = Options {
         tables: vec![due.source_table.clone()],
         from: due.range.map(|(from, _)| from),
         to: due.range.map(|(_, to)| to),
@@ -84,7 +84,13 @@ async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
         tracing::warn!(table, partition, "not verified, so it is not purged: {why}");
         Some(FAILED_PAUSE)
     };
-    let report = match verify::verify(config, &options, &|_| {}).await {
+    let mut verified = verify::verify(config, &options, &|_| {}).await;
+    if verified.as_ref().is_ok_and(|report| report.tables.iter().any(|table| doubles(table) > 0)) {
+        // Rows that were moved. Again, because whoever removes something claims the tables before it reads them.
+        options.repair = RepairMode::RemoveDoubles;
+        verified = verify::verify(config, &options, &|_| {}).await;
+    }
+    let report = match verified {
         Ok(report) => report,
         Err(error) => return failed(error.chain()),
     };
@@ -97,12 +103,26 @@ async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
             tracing::info!(table, partition, rows = one.row_count, "read back from the archive: equal");
             None
         }
+        // It is still due: what was written anew is read back.
+        Some(_) if is_mended(found) => None,
         Some(_) if !found.differences.is_empty() => {
             tell_difference(found, partition);
             Some(DIFFERENT_PAUSE)
         }
         _ => failed("it was changed meanwhile, or is gone".to_owned()),
     }
+}
+
+fn doubles(found: &TableReport) -> u64 {
+    found.differences.iter().map(|one| one.doubles).sum()
+}
+
+/// Whether it differed by doubles alone, which were removed.
+fn is_mended(found: &TableReport) -> bool {
+    let is_double = |one: &verify::Difference| one.missing == 0 && one.surplus == 0;
+    found.doubles_removed > 0
+        && found.doubles_removed == doubles(found)
+        && found.differences.iter().all(is_double)
 }
 
 fn tell_difference(found: &TableReport, partition: &str) {
@@ -113,6 +133,7 @@ fn tell_difference(found: &TableReport, partition: &str) {
         hours = found.differences.len(),
         missing = sum(|one| one.missing),
         surplus = sum(|one| one.surplus),
+        doubles = doubles(found) - found.doubles_removed.min(doubles(found)),
         "the archive differs from Postgres, so the partition is not purged; `highwater verify --table {}` names the hours, \
          --repair adds what is missing, --accept-surplus lets it be purged although rows were deleted in Postgres",
         found.source_table

@@ -23,7 +23,16 @@ use crate::{Error, Result};
 /// Digests of rows, and how often each occurs.
 #[derive(Debug, Default)]
 pub struct Multiset {
-    counts: HashMap<u128, u32, RandomState>,
+    counts: HashMap<u128, Copies, RandomState>,
+}
+
+/// How many rows of one digest there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copies {
+    /// Those that nobody has taken.
+    pub left: u32,
+    /// Those that were.
+    pub taken: u32,
 }
 
 impl Multiset {
@@ -60,14 +69,15 @@ impl Multiset {
 
     /// Takes in a row.
     pub fn add(&mut self, digest: u128) {
-        *self.counts.entry(digest).or_default() += 1;
+        self.counts.entry(digest).or_default().left += 1;
     }
 
     /// Whether a row of this digest is in it; then it is used up, once.
     pub fn take(&mut self, digest: u128) -> bool {
         match self.counts.get_mut(&digest) {
-            Some(count) if *count > 0 => {
-                *count -= 1;
+            Some(copies) if copies.left > 0 => {
+                copies.left -= 1;
+                copies.taken += 1;
                 true
             }
             _ => false,
@@ -77,7 +87,13 @@ impl Multiset {
     /// How many rows are left.
     #[must_use]
     pub fn row_count(&self) -> u64 {
-        self.counts.values().copied().map(u64::from).sum()
+        self.counts.values().map(|copies| u64::from(copies.left)).sum()
+    }
+
+    /// The rows that are left although equal ones were taken: where the takers are all that there are, these are copies too many.
+    pub fn doubles(&self) -> impl Iterator<Item = (u128, Copies)> {
+        let doubles = self.counts.iter().filter(|(_, copies)| copies.left > 0 && copies.taken > 0);
+        doubles.map(|(digest, copies)| (*digest, *copies))
     }
 
     /// The rows of a batch that are not in it. Those that are have been used up, each once.
@@ -215,11 +231,24 @@ mod tests {
     fn what_is_there_is_used_up_once_each() {
         let mut present = Multiset::default();
         let twice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 2, None)]);
-        digests(Kind::Spc, &twice, |_, digest| *present.counts.entry(digest).or_default() += 1).unwrap();
+        digests(Kind::Spc, &twice, |_, digest| present.add(digest)).unwrap();
         let thrice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 3, None)]);
         let missing = present.missing(Kind::Spc, &thrice).unwrap();
         assert_eq!(missing.num_rows(), 2);
         assert_eq!(all(&missing), all(&spc(&[("f", 1, Some(1.0)), ("f", 3, None)])));
         assert_eq!(present.missing(Kind::Spc, &twice).unwrap().num_rows(), 2, "only the third is left");
+        assert_eq!((present.row_count(), present.doubles().count()), (0, 0));
+    }
+
+    #[test]
+    fn a_double_is_a_row_of_which_some_were_taken_and_some_are_left() {
+        let mut present = Multiset::default();
+        let rows = spc(&[("f", 1, None), ("f", 1, None), ("f", 1, None), ("f", 2, None), ("f", 3, None)]);
+        digests(Kind::Spc, &rows, |_, digest| present.add(digest)).unwrap();
+        present.missing(Kind::Spc, &spc(&[("f", 1, None), ("f", 2, None)])).unwrap();
+        let doubled = all(&spc(&[("f", 1, None)]))[0];
+        let doubles: Vec<_> = present.doubles().collect();
+        assert_eq!(doubles, [(doubled, Copies { left: 2, taken: 1 })], "not the one that nobody has taken");
+        assert_eq!(present.row_count(), 3);
     }
 }

@@ -117,6 +117,10 @@ fn sidecar_of(app_id: &str) -> &str {
 
 const REPAIR: &str = "/repair";
 
+/// The id of the `txn` whose version is how many surplus copies were ever removed from the table. No application's: it goes on
+/// whichever slot feeds the table.
+pub(super) const DOUBLES_REMOVED: &str = "highwater/doubles-removed";
+
 /// Which commit of which session an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CommitId {
@@ -247,8 +251,12 @@ pub(super) struct Entry {
     pub(super) removes: Vec<String>,
     /// Version of the `txn` of the application that was asked for.
     pub(super) txn_version: Option<i64>,
-    /// Whether it has a `txn` of a copy or a repair, whose ids begin with that of the sidecar and a slash.
-    pub(super) is_copy: bool,
+    /// Whether it has a `txn` of a repair, which may be no more than its claim.
+    is_repair: bool,
+    /// Whether it has a mark of a copy: a `txn` whose id begins with that of the sidecar and a slash.
+    has_mark: bool,
+    /// How many surplus copies were removed by then, if it removed any.
+    pub(super) doubles_removed: Option<u64>,
     /// Whether it has a `txn` of the sidecar, or of a copy or a repair: the entry of anybody else is foreign.
     pub(super) is_ours: bool,
     /// What it says that it does.
@@ -264,6 +272,11 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Whether it is of a copy that has compared rows, or of a repair that has changed some.
+    pub(super) const fn is_copy(&self) -> bool {
+        self.has_mark || (self.is_repair && !(self.adds.is_empty() && self.removes.is_empty()))
+    }
+
     /// Parses an entry; the text says what is wrong with one that is not.
     pub(super) fn parse(kind: Kind, app_id: &str, bytes: &[u8]) -> Result<Self, String> {
         let mut entry = Self::default();
@@ -293,12 +306,19 @@ impl Entry {
             self.removes.push(path(remove)?);
         } else if let Some(txn) = action.get("txn").filter(|txn| !txn.is_null()) {
             let id = text(txn, "appId").unwrap_or_default();
-            let rest = id.strip_prefix(sidecar_of(app_id));
-            self.is_copy |= rest.is_some_and(|rest| rest.starts_with('/'));
-            self.is_ours |= self.is_copy || rest == Some("");
+            match id.strip_prefix(sidecar_of(app_id)) {
+                Some("") => self.is_ours = true,
+                Some(REPAIR) => self.is_repair = true,
+                Some(rest) => self.has_mark |= rest.starts_with('/'),
+                None => {}
+            }
+            self.is_ours |= self.is_repair || self.has_mark;
             if id == app_id {
                 self.txn_version =
                     Some(txn.get("version").and_then(Value::as_i64).ok_or("txn lacks its version")?);
+            }
+            if id == DOUBLES_REMOVED {
+                self.doubles_removed = number(txn, "version");
             }
         } else if let Some(info) = action.get("commitInfo").filter(|info| !info.is_null()) {
             self.operation = text(info, "operation");

@@ -5,6 +5,7 @@
 //! take it. Must not know Postgres.
 
 mod digest;
+mod doubles;
 mod encode;
 mod entities;
 mod footers;
@@ -33,7 +34,8 @@ use std::error::Error as StdError;
 use deltalake_core::DeltaTableError;
 use parquet::errors::ParquetError;
 
-pub use digest::{Multiset, each_digest};
+pub use digest::{Copies, Multiset, each_digest};
+pub use doubles::{Doubles, Removal};
 pub use encode::{EncodedFile, encode};
 pub use entities::{EntityStats, QuarantinedText, each_quarantined, entity_stats};
 pub use foreign::{Damaged, Removal, broken_since};

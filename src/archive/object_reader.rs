@@ -178,7 +178,7 @@ pub async fn read_through(storage: &Storage, kind: Kind, path: &str) -> crate::R
 
 /// The rows with the types that our own files have: whoever else writes into a table may have texts as views, or times in
 /// other units.
-fn as_ours(batch: RecordBatch) -> std::result::Result<RecordBatch, ArrowError> {
+pub(super) fn as_ours(batch: RecordBatch) -> std::result::Result<RecordBatch, ArrowError> {
     let ours = |found: &DataType| match found {
         DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
         DataType::Timestamp(..) => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),

@@ -40,6 +40,8 @@ pub struct Totals {
     /// Upper bound of `created_at` (`quarantined_at`), microseconds since the epoch: exact for rows of this
     /// session, else up to a millisecond above. `None` for an empty table.
     pub max_created_at: Option<i64>,
+    /// Surplus copies that were ever removed.
+    pub doubles_removed: u64,
 }
 
 /// What a commit says of itself to people who read the log.
@@ -98,20 +100,23 @@ impl fmt::Debug for Table {
 }
 
 /// A change of a table that is one log entry.
-#[derive(Debug)]
-struct Change {
+#[derive(Debug, Default)]
+pub(super) struct Change {
     operation: &'static str,
-    adds: Vec<TableFile>,
-    /// Paths that the change replaces; it is void if one of them is no longer active.
-    removes: Vec<String>,
+    pub(super) adds: Vec<TableFile>,
+    /// Paths that the change replaces, and ones that it relies on; it is void if one of them is no longer active.
+    pub(super) removes: Vec<String>,
+    pub(super) keeps: Vec<String>,
     lsn: Lsn,
     /// More `txn` actions: application id and version.
     marks: Vec<(String, i64)>,
     /// The rows did not come by the stream: nobody else may add such rows meanwhile.
-    is_copy: bool,
-    /// What is removed is gone; else its rows are among the added ones.
-    drops_rows: bool,
-    note: Map<String, Value>,
+    pub(super) is_copy: bool,
+    /// It replaces files by others of the same rows.
+    is_merge: bool,
+    /// [`Totals::doubles_removed`] after it, if it removes some.
+    pub(super) doubles_removed: Option<u64>,
+    pub(super) note: Map<String, Value>,
 }
 
 /// What the entries after our version were.
@@ -189,7 +194,10 @@ impl Table {
         let delta = open_checked(storage, kind).await?;
         let failed = || Error::delta(kind, "reading the log");
         let state = delta.snapshot().map_err(failed())?;
-        let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
+        let log_store = delta.log_store();
+        let txn = async |id: &str| state.transaction_version(log_store.as_ref(), id).await.map_err(failed());
+        let (position, doubles) = futures::try_join!(txn(app_id), txn(log::DOUBLES_REMOVED))?;
+        let doubles_removed = doubles.and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
         let mut table = Self {
             storage: storage.clone(),
             store: storage.table_store(kind),
@@ -198,9 +206,9 @@ impl Table {
             session_id: session_id.to_owned(),
             version: state.version(),
             commit_number: 0,
-            lsn: txn.map_or(Ok(start), |version| to_lsn(kind, version))?,
+            lsn: position.map_or(Ok(start), |version| to_lsn(kind, version))?,
             files: BTreeMap::new(),
-            totals: Totals::default(),
+            totals: Totals { doubles_removed, ..Totals::default() },
             foreign_copy: None,
             removals: Vec::new(),
             damaged: BTreeSet::new(),
@@ -353,6 +361,7 @@ impl Table {
         let mut change = self.change("OPTIMIZE", self.lsn);
         change.adds = merged.outputs.iter().map(|file| file.to_table_file(self.kind)).collect();
         change.removes.clone_from(&merged.inputs);
+        change.is_merge = true;
         change.note.insert("window".to_owned(), json!(merged.window));
         change
     }
@@ -370,16 +379,14 @@ impl Table {
     pub async fn drop_files(&mut self, paths: Vec<String>) -> Result<()> {
         let mut change = self.change("HIGHWATER DROP", self.lsn);
         change.removes = paths;
-        change.drops_rows = true;
         self.land(change).await.map(drop)
     }
 
-    fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
-        let (adds, removes, marks) = (Vec::new(), Vec::new(), Vec::new());
-        Change { operation, adds, removes, lsn, marks, is_copy: false, drops_rows: false, note: Map::new() }
+    pub(super) fn change(&self, operation: &'static str, lsn: Lsn) -> Change {
+        Change { operation, lsn, ..Change::default() }
     }
 
-    async fn land(&mut self, change: Change) -> Result<bool> {
+    pub(super) async fn land(&mut self, change: Change) -> Result<bool> {
         let mut retried = false;
         self.check_uploaded(&change.adds).await?;
         for _ in 0..ATTEMPTS_MAX {
@@ -387,7 +394,7 @@ impl Table {
                 let detail = format!("version {version} of its log");
                 return Err(Error::Conflict { table: self.kind.name().to_owned(), detail });
             }
-            if !change.removes.iter().all(|path| self.files.contains_key(path)) {
+            if !change.removes.iter().chain(&change.keeps).all(|path| self.files.contains_key(path)) {
                 return Ok(false);
             }
             let Err(error) = self.put_entry(self.entry_bytes(&change)?).await else {
@@ -436,7 +443,7 @@ impl Table {
             check_entry(self.kind, &entry)
                 .map_err(|error| foreign::broken_by(&self.storage, self.kind, version, &entry, &error))?;
             self.removals.extend(Removal::of(&entry, version, &self.files).filter(|_| ours.is_none()));
-            if ours.is_none() && entry.is_copy && !entry.adds.is_empty() {
+            if ours.is_none() && entry.is_copy() {
                 self.foreign_copy = Some(version);
             }
             let number = ours.map(|commit| commit.number);
@@ -451,6 +458,8 @@ impl Table {
                 self.lsn.max(entry.txn_version.map_or(Ok(self.lsn), |version| to_lsn(self.kind, version))?);
             self.commit_number = self.commit_number.max(number.unwrap_or_default());
             self.version = version;
+            let doubles = entry.doubles_removed.unwrap_or_default();
+            self.totals.doubles_removed = self.totals.doubles_removed.max(doubles);
             self.replace(&entry.removes, entry.adds);
             if landed {
                 return Ok(Since::Landed);
@@ -488,9 +497,11 @@ impl Table {
         let mut actions = vec![log::commit_info(&id, change.operation, now, change.note.clone())];
         actions.push(log::txn(&self.app_id, to_txn(change.lsn)?, now));
         actions.extend(change.marks.iter().map(|(app_id, version)| log::txn(app_id, *version, now)));
+        let doubles = change.doubles_removed.and_then(|count| i64::try_from(count).ok());
+        actions.extend(doubles.map(|count| log::txn(log::DOUBLES_REMOVED, count, now)));
         let removed = change.removes.iter().filter_map(|path| self.files.get(path));
-        actions.extend(removed.map(|file| file.remove(now, change.drops_rows)));
-        actions.extend(change.adds.iter().map(|file| file.add(change.removes.is_empty())));
+        actions.extend(removed.map(|file| file.remove(now, !change.is_merge)));
+        actions.extend(change.adds.iter().map(|file| file.add(!change.is_merge)));
         Ok(log::to_bytes(&actions))
     }
 
@@ -528,6 +539,7 @@ impl Table {
         self.commit_number += 1;
         self.lsn = change.lsn;
         self.looked_at = SystemTime::now();
+        self.totals.doubles_removed = change.doubles_removed.unwrap_or(self.totals.doubles_removed);
         self.replace(&change.removes, change.adds);
     }
 

@@ -35,7 +35,8 @@ pub(super) struct VerifyFlags {
     to: Option<DateTime<Utc>>,
 
     /// Add the rows that the archive lacks, but not in hours where rows were changed in Postgres, as far as can be told: where
-    /// the archive has others, too. What it has too much is left as it is
+    /// the archive has others, too. Of rows that it has more often than Postgres, which has them, too, the surplus copies are
+    /// removed; whatever else it has too much is left as it is
     #[arg(long)]
     repair: bool,
 
@@ -135,7 +136,10 @@ fn text(report: &Report) -> String {
     }
     let is_mended = |table: &TableReport| {
         let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
-        table.not_compared.is_none() && table.differences.iter().all(mended)
+        let doubles = table.differences.iter().map(|one| one.doubles).sum::<u64>();
+        table.not_compared.is_none()
+            && table.doubles_removed == doubles
+            && table.differences.iter().all(mended)
     };
     let is_empty = |table: &TableReport| table.postgres_rows + table.archive_rows == 0;
     text.push_str(if report.equal && report.tables.iter().all(is_empty) {
@@ -143,7 +147,7 @@ fn text(report: &Report) -> String {
     } else if report.equal {
         "\nequal"
     } else if report.tables.iter().all(is_mended) {
-        "\nNOT equal before, and all that was missing was added: verify again"
+        "\nNOT equal before; what was missing was added, and what was double removed: verify again"
     } else {
         "\nNOT equal"
     });
@@ -155,8 +159,12 @@ fn summary(table: &TableReport) -> String {
         return format!("{}  not compared: {why}", table.source_table);
     }
     let verified = table.partitions.iter().filter(|partition| partition.verified).count();
+    let removed = match table.doubles_removed {
+        0 => String::new(),
+        count => format!("; {count} surplus copies removed"),
+    };
     format!(
-        "{}  {} rows in Postgres, {} in the archive, {} hours, {} different; {verified} of {} partitions verified, at {}",
+        "{}  {} rows in Postgres, {} in the archive, {} hours, {} different; {verified} of {} partitions verified, at {}{removed}",
         table.source_table,
         table.postgres_rows,
         table.archive_rows,
@@ -177,6 +185,12 @@ fn line(difference: &Difference) -> String {
     }
     if difference.surplus > 0 {
         parts.push(format!("the archive has {} rows that Postgres has not", difference.surplus));
+    }
+    if difference.doubles > 0 {
+        parts.push(format!(
+            "the archive had {} copies too many of rows that Postgres has",
+            difference.doubles
+        ));
     }
     format!(
         "{}  {} rows in Postgres, {} in the archive: {}",

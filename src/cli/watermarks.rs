@@ -42,6 +42,7 @@ struct TableObject<'a> {
     row_count: i64,
     file_count: i64,
     byte_count: i64,
+    doubles_removed: i64,
     lag_bytes: u64,
     updated_at: String,
     purge: Option<&'a Summary>,
@@ -102,6 +103,7 @@ fn table_object<'a>(row: &'a Watermark, purges: &'a [(String, Summary)], end: Ls
         row_count: row.row_count,
         file_count: row.file_count,
         byte_count: row.byte_count,
+        doubles_removed: row.doubles_removed,
         lag_bytes: end.bytes_since(row.flushed_lsn),
         updated_at: rfc3339(row.updated_at),
         purge: purges.iter().find(|(table, _)| *table == row.source_table).map(|(_, summary)| summary),
@@ -147,6 +149,7 @@ fn table(
             row.source_table.clone(),
             row.state.name().to_owned(),
             row.row_count.to_string(),
+            row.doubles_removed.to_string(),
             row.file_count.to_string(),
             bytes(row.byte_count),
             row.max_created_at.map_or_else(|| "-".to_owned(), seconds),
@@ -156,8 +159,19 @@ fn table(
             seconds(row.updated_at),
         ]
     });
-    let heads =
-        ["TABLE", "STATE", "ROWS", "FILES", "SIZE", "NEWEST", "BEFORE XID", "FLUSHED", "LAG", "UPDATED"];
+    let heads = [
+        "TABLE",
+        "STATE",
+        "ROWS",
+        "REMOVED",
+        "FILES",
+        "SIZE",
+        "NEWEST",
+        "BEFORE XID",
+        "FLUSHED",
+        "LAG",
+        "UPDATED",
+    ];
     align(&mut text, heads, tables.collect());
     text.push('\n');
     if !purges.is_empty() {

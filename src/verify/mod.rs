@@ -10,7 +10,7 @@
 //!
 //! Both are added up by hour of `created_at`: rows, and the sum of their digests (see `archive::digest`). Where they are equal,
 //! nothing more is read. Where not, and where rows of the hour are in the quarantine, the hour is compared row by row, which
-//! also tells the missing rows that a repair adds.
+//! also tells the missing rows that a repair adds, and the surplus copies that it removes (see `archive::doubles`).
 
 mod damage;
 mod report;
@@ -34,7 +34,7 @@ use crate::source::{Fate, Partition, PartitionSums, Point, Source};
 use crate::telemetry::whole;
 use crate::watermark::{self, State, Verified, Watermark};
 pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};
-use rows::{Comparison, Repair};
+use rows::{Comparison, Found, Repair};
 use tail::Tail;
 
 /// How often the watermarks are looked at while the archive is to pass the point.
@@ -391,15 +391,14 @@ impl Table<'_> {
             self.told(&step, (index as u64, counted.suspect.len() as u64), "hours");
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
             let (postgres_rows, archive_rows) = (rows(counted.postgres), rows(counted.archive));
-            let mut found = comparison.hour(*hour, postgres_rows + archive_rows).await?;
-            if !self.is_held(&bounds, purged, *hour) {
-                found.surplus = 0;
-            }
-            if found.missing + found.surplus > 0 {
+            let is_held = self.is_held(&bounds, purged, *hour);
+            let rows = postgres_rows + archive_rows;
+            let found = comparison.hour(*hour, rows, is_held, (&mut *repair, &mut *sql)).await?;
+            if found.missing + found.surplus + found.doubles > 0 {
                 if found.missing > 0 || !self.accepts_surplus {
                     different.hours.insert(*hour);
                 }
-                let (missing, surplus) = (found.missing, found.surplus);
+                let Found { missing, surplus, doubles, .. } = found;
                 let added = comparison.add(found, repair, sql).await?;
                 if added < missing {
                     different.lacking.insert(*hour);
@@ -411,10 +410,12 @@ impl Table<'_> {
                     archive_rows,
                     missing,
                     surplus,
+                    doubles,
                     added,
                 });
             }
         }
+        report.doubles_removed = comparison.removed(repair, sql).await?;
         if counted.timeless > 0 {
             let found = comparison.timeless().await?;
             if found.missing > 0 {
@@ -428,6 +429,7 @@ impl Table<'_> {
                     archive_rows: 0,
                     missing,
                     surplus: 0,
+                    doubles: 0,
                     added,
                 });
             }

@@ -11,14 +11,14 @@ pub struct Options {
     pub from: Option<i64>,
     /// First microsecond after the last; rounded up to an hour.
     pub to: Option<i64>,
-    /// What becomes of rows that the archive lacks.
+    /// What becomes of rows that the archive lacks, or has more often than Postgres.
     pub repair: RepairMode,
     /// A partition counts as verified also where the archive has rows that Postgres has not: they were deleted or changed
     /// there on purpose.
     pub accept_surplus: bool,
 }
 
-/// What becomes of rows that the archive lacks.
+/// What becomes of rows that the archive lacks, and of doubles: those that it has more often than Postgres, which has them, too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RepairMode {
     /// They are reported.
@@ -29,6 +29,8 @@ pub enum RepairMode {
     AddMissing,
     /// They are added, so that the archive has both what was inserted and what Postgres has today.
     AddChanged,
+    /// They are reported; only doubles are removed, which the other repairs do, too.
+    RemoveDoubles,
 }
 
 /// What was found.
@@ -61,6 +63,8 @@ pub struct TableReport {
     pub hours_by_row: u64,
     /// Hours that differ, oldest first.
     pub differences: Vec<Difference>,
+    /// Surplus copies that were removed from the archive: those of `doubles`, in a repair.
+    pub doubles_removed: u64,
     /// The partitions (or the table itself).
     pub partitions: Vec<PartitionReport>,
 }
@@ -78,6 +82,8 @@ pub struct Difference {
     pub missing: u64,
     /// Rows that the archive has, and Postgres does not; not counting hours that Postgres may have forgotten.
     pub surplus: u64,
+    /// Copies that the archive has too many of rows that Postgres does have, in the same hours: they were moved there.
+    pub doubles: u64,
     /// How many of the missing rows were added.
     pub added: u64,
 }
@@ -122,6 +128,7 @@ impl TableReport {
             hours: 0,
             hours_by_row: 0,
             differences: Vec::new(),
+            doubles_removed: 0,
             partitions: Vec::new(),
         }
     }

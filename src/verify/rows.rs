@@ -2,11 +2,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::tail::Tail;
 use super::{RepairMode, Table, changed};
-use crate::archive::{self, CommitNote, DataFile, Multiset, Namer, Snapshot, Storage, TableFile};
+use crate::archive::{self, CommitNote, DataFile, Doubles, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
 use crate::commit::{self, COPY_PATIENCE, StorageRetry};
-use crate::decode::Decoder;
+use crate::decode::{Decoder, Settled};
 use crate::error::Result;
+use crate::failpoint;
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
@@ -18,10 +19,14 @@ use crate::watermark::{self, Watermark};
 /// Memory that one digest takes in a comparison, with its share of an unfilled table.
 const DIGEST_BYTES: u64 = 64;
 
+/// How often a removal of surplus copies begins anew, because a merge has replaced one of its files. The sidecar merges a
+/// file a few times in its life.
+const REMOVALS_MAX: usize = 8;
+
 /// The tables of the archive as a repair may write them.
 ///
 /// It does so under an application id of its own, so that it doesn't take the tables from the sidecar, and by entries that are
-/// void if another repair, or a copy of the sidecar's, has added rows since the claim: these may be the same rows.
+/// void if another repair, or a copy of the sidecar's, has changed or compared rows since the claim: these may be the same rows.
 #[derive(Debug, Default)]
 pub(super) struct Repair {
     tables: Vec<archive::Table>,
@@ -67,6 +72,41 @@ impl Repair {
         }
         Ok(())
     }
+
+    /// Removes surplus copies from the archive of a table; how many.
+    async fn remove(&mut self, table: &Table<'_>, doubles: &Doubles, sql: &mut Session) -> Result<u64> {
+        let Some(namer) = self.namer.clone() else { return Ok(0) };
+        let of_kind = |archive: &&mut archive::Table| archive.kind() == table.kind;
+        let Some(archive) = self.tables.iter_mut().find(of_kind) else { return Ok(0) };
+        let name = table.row.source_table.as_str();
+        let what = format!("removing {} surplus copies from {}", doubles.surplus(), table.kind.name());
+        for _ in 0..REMOVALS_MAX {
+            archive.keep_up().await?;
+            let Some(removal) = archive.write_without(&namer, doubles).await? else { return Ok(0) };
+            failpoint::hit("before-removal");
+            let mut retry = StorageRetry::new(&what);
+            let has_landed = loop {
+                match archive.commit_removal(&removal).await {
+                    Ok(has_landed) => break has_landed,
+                    Err(error) => retry.wait(error).await?,
+                }
+            };
+            if has_landed {
+                failpoint::hit("after-removal");
+                let (total, entities) = (removal.total, &removal.entities);
+                // Should we fail before this, the next session of the sidecar does it.
+                sql.run(async |client| watermark::count_removed(client, name, total, entities).await).await?;
+                tracing::info!(
+                    table = name,
+                    rows = removal.row_count,
+                    "removed surplus copies from the archive"
+                );
+                return Ok(removal.row_count);
+            }
+        }
+        tracing::warn!(table = name, "merges were faster than {what}; the next verification tries again");
+        Ok(0)
+    }
 }
 
 /// What a comparison row by row has found.
@@ -74,10 +114,14 @@ impl Repair {
 pub(super) struct Found {
     /// Rows that the archive lacks.
     pub(super) missing: u64,
-    /// Rows that it has too much.
+    /// Rows that it has too much, and Postgres has not.
     pub(super) surplus: u64,
+    /// Copies that it has too many of rows that Postgres has.
+    pub(super) doubles: u64,
     /// Files of missing rows, uploaded and not yet named in a log; only in a repair.
     pub(super) repairable: Vec<(Kind, DataFile)>,
+    /// Digests of rows of the part under way that are in the quarantine, and would fit by now.
+    settled: Vec<u128>,
 }
 
 /// Compares hours of a table row by row.
@@ -86,10 +130,16 @@ pub(super) struct Comparison<'a> {
     source: &'a Source,
     leaves: &'a [Partition],
     decoder: Decoder,
+    /// For rows that are in the quarantine: they may be in the archive, too.
+    plain: Decoder,
     entities: Lookup,
     tail: &'a Tail,
+    /// Names the files of missing rows, if these are to be added.
     namer: Option<Arc<Namer>>,
     copier: Copier,
+    /// Doubles that were found, and are to be removed.
+    doubles: Option<Doubles>,
+    removed: u64,
 }
 
 impl<'a> Comparison<'a> {
@@ -101,26 +151,39 @@ impl<'a> Comparison<'a> {
         repair: &Repair,
     ) -> Result<Self> {
         let config = table.config;
-        let mut decoder = Decoder::new(&config.schema);
-        drop(decoder.relation(&source.relation(table.kind)));
-        decoder.adopt(source.oid, table.kind, &source.name);
+        let decoder = |settled| {
+            let mut decoder = Decoder::new(&config.schema);
+            drop(decoder.relation(&source.relation(table.kind)));
+            decoder.adopt(source.oid, table.kind, &source.name);
+            decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
+            decoder
+        };
         let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
         let settled = recover::quarantined(table.storage, &quarantine.files, &source.name).await?;
-        decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
         Ok(Self {
             table,
             source,
             leaves,
-            decoder,
+            decoder: decoder(settled),
+            plain: decoder(Settled::default()),
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
             tail,
-            namer: repair.namer.clone(),
+            namer: repair.namer.clone().filter(|_| repair.mode != RepairMode::RemoveDoubles),
             copier: Copier::open(config, &table.point.client).await?,
+            doubles: (repair.mode != RepairMode::Report).then(Doubles::default),
+            removed: 0,
         })
     }
 
-    /// Compares an hour, of which both sides together have about `rows` rows.
-    pub(super) async fn hour(&mut self, hour: i64, rows: u64) -> Result<Found> {
+    /// Compares an hour, of which both sides together have about `rows` rows. What the archive has too much counts if Postgres
+    /// must still have the hour whole (`is_held`).
+    pub(super) async fn hour(
+        &mut self,
+        hour: i64,
+        rows: u64,
+        is_held: bool,
+        (repair, sql): (&mut Repair, &mut Session),
+    ) -> Result<Found> {
         let memory = self.table.config.memory_bytes as u64;
         // The digests of the archive's rows are held, those of Postgres's are not.
         let parts = i64::try_from(rows * DIGEST_BYTES / (memory / 3).max(1)).unwrap_or(i64::MAX);
@@ -134,12 +197,15 @@ impl<'a> Comparison<'a> {
             if range.0 >= range.1 {
                 break;
             }
-            self.part(range, &mut found).await?;
+            self.part(range, is_held, &mut found).await?;
+            if self.doubles.as_ref().is_some_and(|doubles| doubles.copies() * DIGEST_BYTES > memory / 3) {
+                self.remove(repair, sql).await?;
+            }
         }
         Ok(found)
     }
 
-    async fn part(&mut self, range: (i64, i64), found: &mut Found) -> Result<()> {
+    async fn part(&mut self, range: (i64, i64), is_held: bool, found: &mut Found) -> Result<()> {
         let table = self.table;
         let files: Vec<&TableFile> = table.files.iter().collect();
         let mut present = Multiset::default();
@@ -154,8 +220,36 @@ impl<'a> Comparison<'a> {
                 self.read(leaf, &slice, Some(&present), found).await?;
             }
         }
-        found.surplus += present.lock().unwrap_or_else(PoisonError::into_inner).row_count();
+        let settled = std::mem::take(&mut found.settled);
+        if is_held {
+            let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
+            // Only now: a row that is not in the quarantine comes first.
+            for digest in settled {
+                present.take(digest);
+            }
+            let doubles: u64 = present.doubles().map(|(_, copies)| u64::from(copies.left)).sum();
+            found.doubles += doubles;
+            found.surplus += present.row_count() - doubles;
+            if let Some(all) = &mut self.doubles {
+                all.extend(range, present.doubles());
+            }
+        }
         Ok(())
+    }
+
+    /// Removes the doubles of the hours since the last time, in one log entry.
+    async fn remove(&mut self, repair: &mut Repair, sql: &mut Session) -> Result<()> {
+        let Some(doubles) = self.doubles.as_mut().map(std::mem::take) else { return Ok(()) };
+        if doubles.surplus() > 0 {
+            self.removed += repair.remove(self.table, &doubles, sql).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes what there still is to remove; how many copies were, in all.
+    pub(super) async fn removed(&mut self, repair: &mut Repair, sql: &mut Session) -> Result<u64> {
+        self.remove(repair, sql).await?;
+        Ok(self.removed)
     }
 
     /// The rows without a usable time: each must be in the quarantine.
@@ -178,9 +272,13 @@ impl<'a> Comparison<'a> {
         let (source, table) = (self.source, self.table);
         let mut rows = source.read(&mut self.copier, leaf, slice).await?;
         let new_batches = || Batches::new(table.config.window, chrono::Utc::now().timestamp_micros());
-        let mut batches = new_batches();
+        let (mut batches, mut settled) = (new_batches(), new_batches());
         while let Some(row) = rows.next().await? {
+            let before = batches.byte_count();
             source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
+            if batches.byte_count() == before && present.is_some() {
+                source::insert(&mut self.plain, row, &mut settled, &mut self.entities).await?;
+            }
             if batches.byte_count() >= table.config.batch_bytes_max() {
                 let full = std::mem::replace(&mut batches, new_batches());
                 take(table, self.namer.as_ref(), full, present, found).await?;
@@ -188,6 +286,11 @@ impl<'a> Comparison<'a> {
         }
         if self.copier.end(leaf).await? != Fate::Unchanged {
             return Err(changed(table.config, leaf));
+        }
+        for rows in settled.files().iter().filter(|rows| rows.kind() == table.kind) {
+            for batch in rows.record_batches() {
+                archive::each_digest(table.kind, &batch?, |_, digest| found.settled.push(digest))?;
+            }
         }
         take(table, self.namer.as_ref(), batches, present, found).await
     }

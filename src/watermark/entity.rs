@@ -1,5 +1,7 @@
 //! How many rows the archive has of each entity, and of which times.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
@@ -82,6 +84,41 @@ pub async fn add_entities(client: &Client, spans: &[(String, EntitySpan)]) -> Re
         .execute(statement, &Spans::new(spans).parameters())
         .await
         .map_err(Error::sql("counting the entities of added rows"))
+        .map(drop)
+}
+
+/// Counts surplus copies that were removed from the archive, once: `total` is how many ever were, as the table's log says, and
+/// does nothing if that is on record. `entities` are those of the last ones; with others between, or without, they add up to less,
+/// and the next session counts anew.
+///
+/// # Errors
+///
+/// The statement failed; it may be repeated.
+pub async fn count_removed(
+    client: &Client,
+    table: &str,
+    total: u64,
+    entities: &BTreeMap<Entity, u64>,
+) -> Result<()> {
+    let statement = "
+        with counted as (
+            update highwater.watermark
+            set row_count = greatest(row_count - ($2 - doubles_removed), 0), doubles_removed = $2, updated_at = clock_timestamp()
+            where source_table = $1 and doubles_removed < $2 returning source_table)
+        update highwater.entity_watermark e
+        set row_count = greatest(e.row_count - s.row_count, 0), updated_at = clock_timestamp()
+        from counted c, unnest($3::text[], $4::text[], $5::text[], $6::bigint[]) as s (space, name, version, row_count)
+        where e.source_table = c.source_table and (e.space, e.name, e.version) = (s.space, s.name, s.version)";
+    let column =
+        |of: fn(&Entity) -> &String| entities.keys().map(|entity| of(entity).as_str()).collect::<Vec<_>>();
+    let spaces = column(|entity| &entity.space);
+    let names = column(|entity| &entity.name);
+    let versions = column(|entity| &entity.version);
+    let counts: Vec<i64> = entities.values().copied().map(signed).collect();
+    client
+        .execute(statement, &[&table, &signed(total), &spaces, &names, &versions, &counts])
+        .await
+        .map_err(Error::sql(format!("counting the rows that were removed from the archive of {table}")))
         .map(drop)
 }
 

@@ -19,7 +19,7 @@ use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Row};
 
 use entity::Spans;
-pub use entity::{EntityWatermark, add_entities, entity_row_count, read_entities, recount};
+pub use entity::{EntityWatermark, add_entities, count_removed, entity_row_count, read_entities, recount};
 pub use foreign::{ArchiveLog, Void, note_removal, read_archive_logs, set_looked, void_partitions};
 pub use gap::{
     Unpublished, accept, archived_root, mark_gap, mark_one_gap, mark_table_gap, mark_unpublished, rebase,
@@ -97,6 +97,8 @@ pub struct Watermark {
     pub gap_count: i64,
     /// Marks of copies up to this transaction are void.
     pub marks_void_upto: Option<u64>,
+    /// Surplus copies of rows that were ever removed from the archive.
+    pub doubles_removed: i64,
 }
 
 /// A move of the watermark of some tables.
@@ -137,7 +139,7 @@ pub async fn read(client: &Client) -> Result<Vec<Watermark>> {
         .query(
             "select source_table, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn,
                     archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at, gap_count,
-                    marks_void_upto::text
+                    marks_void_upto::text, doubles_removed
              from highwater.watermark order by source_table",
             &[],
         )
@@ -170,6 +172,7 @@ fn watermark(row: &Row) -> Result<Watermark> {
         updated_at: row.try_get("updated_at").map_err(Error::sql(column))?,
         gap_count: row.try_get("gap_count").map_err(Error::sql(column))?,
         marks_void_upto: xid("marks_void_upto")?,
+        doubles_removed: row.try_get("doubles_removed").map_err(Error::sql(column))?,
     })
 }
 
@@ -293,6 +296,7 @@ pub async fn advance(client: &Client, advance: &Advance<'_>) -> Result<()> {
                 &spans.min_created_at,
                 &spans.max_created_at,
                 &spans.row_count,
+                &totals.doubles_removed,
             ],
         )
         .await
@@ -301,17 +305,18 @@ pub async fn advance(client: &Client, advance: &Advance<'_>) -> Result<()> {
 }
 
 /// The horizon moves only in state `streaming`: before the first copy and in a gap, transactions below it
-/// may be missing from the archive.
+/// may be missing from the archive. What was removed from the archive counts as if it were there until that is on record, too, and
+/// not a second time ([`count_removed`]).
 const ADVANCE: &str = "
 with advanced as (
     update highwater.watermark w
     set flushed_lsn = $1,
         archived_before = case when w.state = 'streaming' then greatest(w.archived_before, $2::text::xid8)
                                else w.archived_before end,
-        max_created_at = t.max_created_at, row_count = greatest(w.row_count, t.row_count), file_count = t.file_count,
-        byte_count = t.byte_count, updated_at = clock_timestamp()
-    from unnest($3::text[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[])
-         as t (source_table, max_created_at, row_count, file_count, byte_count)
+        max_created_at = t.max_created_at, file_count = t.file_count, byte_count = t.byte_count,
+        row_count = greatest(w.row_count, t.row_count + t.doubles_removed - w.doubles_removed), updated_at = clock_timestamp()
+    from unnest($3::text[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[], $15::bigint[])
+         as t (source_table, max_created_at, row_count, file_count, byte_count, doubles_removed)
     where w.source_table = t.source_table and w.flushed_lsn < $1
     returning w.source_table
 ),
@@ -339,6 +344,7 @@ struct TotalColumns {
     row_count: Vec<i64>,
     file_count: Vec<i64>,
     byte_count: Vec<i64>,
+    doubles_removed: Vec<i64>,
 }
 
 impl<'a> FromIterator<&'a Totals> for TotalColumns {
@@ -349,6 +355,7 @@ impl<'a> FromIterator<&'a Totals> for TotalColumns {
             columns.row_count.push(signed(table.row_count));
             columns.file_count.push(signed(table.file_count));
             columns.byte_count.push(signed(table.byte_count));
+            columns.doubles_removed.push(signed(table.doubles_removed));
         }
         columns
     }

@@ -22,6 +22,7 @@ mod fuzz;
 mod gap;
 mod horizon;
 mod idle;
+mod moved;
 mod partition;
 mod purge;
 mod purge_load;

@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const ENGINES: [&str; 3] = ["deltalake", "polars", "duckdb"];
 
 /// The rows as `reader.py` prints them.
-fn read_by_python(table: &Path, engine: &str) -> Vec<String> {
+pub(crate) fn read_by_python(table: &Path, engine: &str) -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = root.join("target/reader/bin/python");
     assert!(python.exists(), "{} is missing: run `scripts/setup reader`", python.display());
@@ -26,7 +26,7 @@ fn read_by_python(table: &Path, engine: &str) -> Vec<String> {
 }
 
 /// The source's rows in the same form, rendered by Postgres.
-async fn rendered_by_postgres(stage: &Stage, kind: Source) -> Vec<String> {
+pub(crate) async fn rendered_by_postgres(stage: &Stage, kind: Source) -> Vec<String> {
     let values: Vec<String> = kind
         .value_columns()
         .iter()
