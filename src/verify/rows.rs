@@ -101,11 +101,11 @@ impl<'a> Comparison<'a> {
         repair: &Repair,
     ) -> Result<Self> {
         let config = table.config;
-        let mut decoder = Decoder::new(&config.schema);
-        drop(decoder.relation(&source.relation(table.kind)));
-        decoder.adopt(source.oid, table.kind, &source.name);
+        let (mut decoder, _) = source.decoder(&config.schema, table.kind);
         let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
-        let settled = recover::quarantined(table.storage, &quarantine.files, &source.name).await?;
+        let settled =
+            recover::quarantined(table.storage, &quarantine.files, &source.name, source.is_fit(table.kind))
+                .await?;
         decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
         Ok(Self {
             table,
