@@ -58,20 +58,17 @@ const PARTS: &str = "
                case when not t.is_published then 'child'
                     when c.relkind = 'f' then 'foreign'
                     when c.relkind <> 'r' then null
-                    when c.relpersistence = 'u' then 'unlogged'
-                    when c.relpersistence = 't' then 'temporary'
+                    when c.relpersistence <> 'p' then 'unlogged'
                     when m.amname <> 'heap' then 'method' end as why
         from tree t join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace left join pg_am m on m.oid = c.relam)
     select part,
            case why when 'child' then 'is a child by inheritance and no partition, so its rows are not published with those of the table'
                     when 'foreign' then 'is a foreign table, so its rows are not in the log of this server'
                     when 'unlogged' then 'is unlogged, so its rows are in no log'
-                    when 'temporary' then 'is temporary, so its rows are in no log, and only its own session can read them'
                     else 'has the access method ' || amname || ', which need not write rows to the log as a table of the method heap does' end,
            case why when 'child' then 'make it a partition of a partitioned table, or move its rows into the table'
                     when 'foreign' then 'keep its rows in a partition of this server until they are archived; detach it then'
                     when 'unlogged' then 'alter table ' || quoted || ' set logged'
-                    when 'temporary' then 'insert into a table that is not temporary'
                     else 'alter table ' || quoted || ' set access method heap' end
     from told where why is not null order by part";
 

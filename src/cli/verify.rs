@@ -139,7 +139,7 @@ fn text(report: &Report) -> String {
         for UnfitColumn { column, problem, remedy } in &table.unfit_columns {
             let _ = writeln!(
                 text,
-                "  no row of it can be archived but in the quarantine: column {column} {problem}; to have them archived:                  {remedy}{}",
+                "  only its quarantine has its rows: column {column} {problem}; to have them archived: {remedy}{}",
                 if table.quarantine_accepted { " (accepted)" } else { "; --accept-quarantine accepts it" }
             );
         }

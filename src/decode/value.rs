@@ -58,7 +58,7 @@ pub(super) enum Unfit {
     OutsideCalendar,
     #[error("does not fit 32 bits")]
     TooWide,
-    #[error("has bytes that are not UTF-8, and no characters that can be written in it")]
+    #[error("has bytes that are not UTF-8, and can't be converted to it")]
     NotUtf8,
     #[error("has a type (oid {0}) that is not supported")]
     Type(u32),

@@ -79,7 +79,7 @@ async fn a_bad_text_keeps_nothing_but_its_row(encoding: &str, good: &str, bad: &
     let entity = format!("'s', {good}, '1'");
     let mut turn = 0;
     let mut all = async || {
-        for text in [&[good], bad].concat() {
+        for text in [&[good][..], bad].concat() {
             turn += 1;
             insert(&client, shape, &entity, text, turn).await;
         }

@@ -36,8 +36,8 @@ async fn archived(stage: &Stage, client: &Client) {
 }
 
 /// A day of PSI, so many days ago, as `for values` wants it.
-fn day(days: i32) -> String {
-    let day = chrono::Utc::now().date_naive() - chrono::Days::new(days as u64);
+fn day(days: u64) -> String {
+    let day = chrono::Utc::now().date_naive() - chrono::Days::new(days);
     format!("from ('{day} 00:00+00') to ('{} 00:00+00')", day + chrono::Days::new(1))
 }
 
