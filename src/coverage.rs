@@ -32,7 +32,7 @@ pub(crate) async fn uncovered(client: &Client, slot: &str) -> Result<Vec<Uncover
             select w.source_table, w.table_oid as oid from highwater.watermark w where w.slot_name = $1
             union all
             select t.source_table, i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid
-            where not i.inhdetachpending),
+            join pg_class c on c.oid = i.inhrelid where not i.inhdetachpending and c.relispartition),
         known as (
             select p.source_table, p.partition_oid, t.oid is not null as is_attached,
                    p.detached_at is null and p.attachment = highwater.attachment(p.partition_oid) as is_steady,

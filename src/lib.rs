@@ -107,6 +107,7 @@ mod slot;
 mod source;
 mod stream;
 pub mod telemetry;
+pub mod unarchived;
 pub mod verify;
 pub mod watermark;
 

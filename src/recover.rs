@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::archive::{self, Storage, Table, TableFile};
 use crate::batch::EntitySpan;
 use crate::config::Config;
-use crate::decode::Settled;
+use crate::decode::{self, Settled};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::Session;
@@ -107,6 +107,9 @@ pub(crate) async fn spans(
 
 /// The rows of a table that are in the quarantine, of which these are the files; for [`Decoder::begin_copy`].
 ///
+/// Without those that are there because of a column that could not be archived, and can be now (`is_fit`): they are not odd rows,
+/// and belong into the table itself.
+///
 /// [`Decoder::begin_copy`]: crate::decode::Decoder::begin_copy
 ///
 /// # Errors
@@ -116,12 +119,13 @@ pub(crate) async fn quarantined<'a>(
     storage: &Storage,
     files: impl IntoIterator<Item = &'a TableFile>,
     source_table: &str,
+    is_fit: bool,
 ) -> Result<Settled> {
     let paths: Vec<String> = files.into_iter().map(|file| file.path.clone()).collect();
     let mut settled = Settled::default();
     let lsn = Lsn::ZERO.to_string();
     archive::each_quarantined(storage, &paths, |row| {
-        if row.source_table == source_table {
+        if row.source_table == source_table && !(is_fit && decode::is_about_column(row.reason)) {
             settled.add(source_table, row.row, &lsn);
         }
     })

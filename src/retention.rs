@@ -13,7 +13,12 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::Session;
 use crate::source::{self, Source};
+<<<<<<< HEAD
 use crate::verify::{self, Options, RepairMode, TableReport};
+=======
+use crate::unarchived::{self, Told};
+use crate::verify::{self, Options, TableReport};
+>>>>>>> parts
 use crate::watermark::{self, State};
 
 /// How often the catalog is looked at.
@@ -44,7 +49,9 @@ pub(crate) async fn keep_verified(config: Config) {
     let mut sql = Session::new(config.source.clone());
     let mut not_before: HashMap<u32, Instant> = HashMap::new();
     let mut pause = LOOK_INTERVAL;
+    let mut told = Told::default();
     loop {
+        tell_unarchived(&config, &mut sql, &mut told).await;
         let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
         sleep(jittered).await;
         pause = LOOK_INTERVAL;
@@ -68,6 +75,20 @@ pub(crate) async fn keep_verified(config: Config) {
         }
         // There may be more.
         pause = now.elapsed() * REST;
+    }
+}
+
+/// Says what can't be archived, once each.
+async fn tell_unarchived(config: &Config, sql: &mut Session, told: &mut Told) {
+    let told = async |client: &Client| {
+        for row in watermark::read(client).await?.iter().filter(|row| row.slot_name == config.slot) {
+            told.tell(client, &row.source_table).await?;
+        }
+        Ok(())
+    };
+    if let Err(error) = sql.run(told).await {
+        // The session of the stream says the same, louder.
+        tracing::debug!(error = error.chain(), "looking for what can't be archived");
     }
 }
 
@@ -168,6 +189,11 @@ async fn due_of(client: &Client, row: &watermark::Watermark) -> Result<Vec<Due>>
         wanted.push(found.try_get(0).map_err(failed())?);
     }
     if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let unarchived = unarchived::read(client, &row.source_table).await?;
+    if !unarchived.columns.is_empty() && !unarchived.accepts_quarantine {
+        // Whatever a comparison says, the table is not purged.
         return Ok(Vec::new());
     }
     let Some(source) = Source::find(client, row).await? else { return Ok(Vec::new()) };

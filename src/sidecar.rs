@@ -2,6 +2,7 @@
 //! calls.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rand::RngExt;
@@ -19,13 +20,14 @@ use crate::failpoint;
 use crate::foreign;
 use crate::gap;
 use crate::lsn::Lsn;
-use crate::postgres::{Receiver, ReplicationConnection, Session, quote_identifier};
+use crate::postgres::{Encoding, Receiver, ReplicationConnection, Session, quote_identifier};
 use crate::record::Kind;
 use crate::recover;
 use crate::retention;
 use crate::setup;
 use crate::slot::{self, Identity, Slot};
-use crate::stream::Builder;
+use crate::source;
+use crate::stream::{Builder, Texts};
 use crate::watermark::{self, Watermark};
 
 /// First and longest pause between sessions.
@@ -98,11 +100,12 @@ impl Drop for Archiver {
 
 async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
     let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone())));
+    let wants_text = Arc::new(AtomicBool::new(false));
     let mut pause = RETRY_PAUSE.0;
     loop {
         let started = Instant::now();
         // The session sees the change in its own copy, so that this one still shows it afterwards.
-        let error = match session(&config, &shutdown).await {
+        let error = match session(&config, &shutdown, &wants_text).await {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };
@@ -154,11 +157,15 @@ impl<T> Drop for Owned<T> {
 }
 
 /// One hold of the slot.
-async fn session(config: &Config, shutdown: &watch::Receiver<()>) -> Result<()> {
+async fn session(
+    config: &Config,
+    shutdown: &watch::Receiver<()>,
+    wants_text: &Arc<AtomicBool>,
+) -> Result<()> {
     let opened = tokio::select! {
         biased;
         () = stop(shutdown) => return Ok(()),
-        opened = open(config) => opened?,
+        opened = open(config, wants_text) => opened?,
     };
     let Tasks { mut receiver, chunks, mut committer, builder } = opened;
     let outcome = tokio::select! {
@@ -203,7 +210,7 @@ fn committer_ended(result: Result<Result<()>, tokio::task::JoinError>) -> Error 
 
 /// Gets the slot, claims the tables, brings the watermarks up to them, adds what the archive lacks, and starts the tasks.
 /// The order matters, see ARCHITECTURE.md ("One writer", "Gaps").
-async fn open(config: &Config) -> Result<Tasks> {
+async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
     sql.run(setup::check_schema).await?;
@@ -213,7 +220,15 @@ async fn open(config: &Config) -> Result<Tasks> {
     let watermarks = sql.run(watermark::read).await?;
     let history = history(config, &mut connection, &watermarks, &identity, found.as_ref()).await?;
     ensure_slot(config, &mut sql, &mut connection, found).await?;
-    let stream = connection.start(&config.slot, &config.publication).await?;
+    let encoding = sql.run(Encoding::of_database).await?;
+    let (statement, encoding) = encoding.streamed(&config.publication);
+    if let Some(statement) = statement {
+        connection.query(statement).await?;
+    }
+    let slot = config.slot.as_str();
+    let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
+    let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
+    let stream = connection.start(&config.slot, &config.publication, is_all).await?;
 
     // Only now nobody else moves the slot or the archive.
     let (slot, holder) = held_slot(config, &mut sql).await?;
@@ -231,6 +246,9 @@ async fn open(config: &Config) -> Result<Tasks> {
     };
 
     let mut decoder = Decoder::new(&config.schema);
+    if encoding == Encoding::Other {
+        decoder.ask_for_texts();
+    }
     decoder.settle(settled(&storage, &tables, start).await?);
     // Of a table that is not to be had the stream brings nothing.
     let lsn_of = |kind| tables.iter().find(|table| table.kind() == kind).map_or(Lsn(u64::MAX), Table::lsn);
@@ -241,6 +259,7 @@ async fn open(config: &Config) -> Result<Tasks> {
         storage = config.storage.storage_uri,
         "archiving"
     );
+    let texts = Texts { encoding, is_all, wants_all: Arc::clone(wants_text) };
     let (work_sender, work) = mpsc::channel::<Work>(CHECKPOINTS_WAITING_MAX);
     let parts = Parts {
         config: config.clone(),
@@ -255,7 +274,7 @@ async fn open(config: &Config) -> Result<Tasks> {
         receiver,
         chunks,
         committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
-        builder: Builder::new(config, sql, table_lsn, start, work_sender, decoder),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts)),
     })
 }
 

@@ -19,6 +19,8 @@
 
 use std::collections::HashSet;
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -32,7 +34,7 @@ use crate::error::{Error, Result};
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
-use crate::postgres::{Chunk, Frame, Session};
+use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::record::{Kind, Window, WindowWidth};
 use crate::slot::CHECKPOINT_REQUEST;
 use crate::watermark;
@@ -77,9 +79,22 @@ pub(crate) struct Builder {
     /// Where the last transaction that asked for a checkpoint ends, until it is answered.
     wanted: Option<Lsn>,
     quarantined: u64,
+    slot: String,
     publication: String,
     /// Tables that are none of ours.
     foreign: HashSet<u32>,
+    texts: Texts,
+}
+
+/// How the stream sends texts.
+#[derive(Clone, Debug)]
+pub(crate) struct Texts {
+    /// How names are to be read; values are read by the decoder.
+    pub(crate) encoding: Encoding,
+    /// All values come as text.
+    pub(crate) is_all: bool,
+    /// Whether they are to, from the next session on.
+    pub(crate) wants_all: Arc<AtomicBool>,
 }
 
 impl Builder {
@@ -91,7 +106,7 @@ impl Builder {
         table_lsn: [Lsn; Kind::ALL.len()],
         start: Lsn,
         work: mpsc::Sender<Work>,
-        decoder: Decoder,
+        (decoder, texts): (Decoder, Texts),
     ) -> Self {
         Self {
             lookup: Lookup::new(sql, &config.schema),
@@ -112,8 +127,10 @@ impl Builder {
             asked: false,
             wanted: None,
             quarantined: 0,
+            slot: config.slot.clone(),
             publication: config.publication.clone(),
             foreign: HashSet::new(),
+            texts,
         }
     }
 
@@ -219,10 +236,10 @@ impl Builder {
             Message::Relation(relation) => {
                 // It may be part of a drift table by now.
                 self.foreign.remove(&relation.oid);
-                for notice in self.decoder.relation(&relation) {
+                for notice in self.lookup.relation(&mut self.decoder, &relation, self.texts.encoding).await? {
                     tracing::warn!("{notice}");
                 }
-                Ok(())
+                self.check_readable(relation.oid)
             }
             Message::Logical(logical) => {
                 // Anybody's other messages come this way, too.
@@ -248,11 +265,9 @@ impl Builder {
                     if !self.adopt(insert.relation).await? {
                         break;
                     }
+                    self.check_readable(insert.relation)?;
                 }
-                Inserted::UnknownEntity(id) => {
-                    let entity = self.lookup.entity(id).await?;
-                    self.decoder.resolve(id, entity);
-                }
+                asked => self.lookup.answer(&mut self.decoder, asked).await?,
             }
         }
         if self.batches.byte_count() < self.batch_bytes_max { Ok(()) } else { self.cut_piece().await }
@@ -383,6 +398,23 @@ impl Builder {
         );
         self.decoder.adopt(relation, kind, root);
         Ok(true)
+    }
+
+    /// A column of a type that nobody here can read goes to the quarantine, where a person is to read it: so the server must
+    /// write it as text. It does that for all values or for none, and text is slower.
+    fn check_readable(&self, relation: u32) -> Result<()> {
+        if self.texts.is_all || !self.decoder.has_unreadable(relation) {
+            return Ok(());
+        }
+        self.texts.wants_all.store(true, Ordering::Relaxed);
+        let table = self.decoder.table_name(relation).unwrap_or_default();
+        Err(Error::Slot {
+            slot: self.slot.clone(),
+            detail: format!(
+                "{table} has a column of a type that is not archived; the stream begins anew, with its values as text"
+            ),
+            transient: true,
+        })
     }
 
     fn tell_quarantined(&mut self) {

@@ -117,6 +117,8 @@ pub struct EntityStats {
 pub struct QuarantinedText<'a> {
     /// Its `source_table`.
     pub source_table: &'a str,
+    /// Its `reason`.
+    pub reason: &'a str,
     /// Its `row`.
     pub row: &'a str,
     /// Its `lsn`.
@@ -139,14 +141,15 @@ pub async fn each_quarantined(
         each_batch(&store, path, &context, |batch| {
             let column =
                 |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
-            let (Some(tables), Some(texts), Some(lsns)) =
-                (column("source_table"), column("row"), column("lsn"))
+            let (Some(tables), Some(reasons), Some(texts), Some(lsns)) =
+                (column("source_table"), column("reason"), column("row"), column("lsn"))
             else {
                 return Err(Error::Internal(format!("{path} is not a quarantine file")));
             };
-            for ((table, row), lsn) in tables.iter().zip(texts).zip(lsns) {
+            for (((table, reason), row), lsn) in tables.iter().zip(reasons).zip(texts).zip(lsns) {
                 seen(QuarantinedText {
                     source_table: table.unwrap_or_default(),
+                    reason: reason.unwrap_or_default(),
                     row: row.unwrap_or_default(),
                     lsn: lsn.unwrap_or_default(),
                 });

@@ -287,13 +287,14 @@ impl<'a> Work<'a> {
         partitions: &[Partition],
     ) -> Result<Self> {
         let config = backfill.config;
-        let mut decoder = Decoder::new(&config.schema);
-        for notice in decoder.relation(&source.relation(kind)) {
+        let (mut decoder, notices) = source.decoder(&config.schema, kind);
+        for notice in notices {
             tracing::warn!("{notice}");
         }
-        decoder.adopt(source.oid, kind, &source.name);
         let quarantine = table_of(backfill.tables, Kind::Quarantine)?;
-        let settled = recover::quarantined(backfill.storage, quarantine.files(), &source.name).await?;
+        let is_fit = source.is_fit(kind);
+        let settled =
+            recover::quarantined(backfill.storage, quarantine.files(), &source.name, is_fit).await?;
         decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
         let rate = config.backfill_rows_per_second;
         Ok(Self {

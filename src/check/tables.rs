@@ -7,7 +7,9 @@ use super::server::Server;
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::lookup::BINARY_FORM;
 use crate::record::Kind;
+use crate::unarchived;
 
 /// The table that rows with an `entity_id` refer to.
 pub(super) const ENTITY_TABLE: &str = "drift_entities";
@@ -17,6 +19,7 @@ const ENTITY_COLUMNS: [&str; 3] = ["space", "name", "version"];
 /// A table that Highwater reads, as far as its catalogs tell.
 #[derive(Debug)]
 pub(super) struct Table {
+    oid: u32,
     pub(super) name: String,
     relation_kind: String,
     persistence: String,
@@ -32,6 +35,7 @@ pub(super) struct Table {
 #[derive(Debug)]
 struct Column {
     name: String,
+    /// The built-in type that has the same binary form, if there is one.
     type_oid: u32,
     type_name: String,
     is_generated: bool,
@@ -86,11 +90,6 @@ const TABLES: &str = "
      where n.nspname = $1::text and c.relname = any ($2::text[]) and c.relkind not in ('i', 'I', 'c', 't')
      order by c.relname";
 
-const COLUMNS: &str = "
-    select attname::text, atttypid, format_type(atttypid, atttypmod), attgenerated <> ''
-      from pg_attribute
-     where attrelid = $1 and attnum > 0 and not attisdropped";
-
 const CONTEXT: &str = "reading the drift tables";
 
 /// Reports on the drift tables and gives those (and the entity table) that the publication must hold.
@@ -117,17 +116,29 @@ pub(super) async fn check(
     }
     for table in &tables {
         report_table(table, config, server, report);
+        let own = format!("{}.{}", config.schema, table.name);
+        // What is wrong with the table itself was said.
+        let is_drift = table.name != ENTITY_TABLE;
+        let parts = if is_drift { unarchived::parts(client, table.oid).await? } else { Vec::new() };
+        for part in parts.into_iter().filter(|part| part.part != own) {
+            report.error("part", part.part, format!("{}: they are not archived", part.reason), part.remedy);
+        }
     }
     Ok(tables)
 }
 
 async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table>, tokio_postgres::Error> {
     let rows = client.query(TABLES, &[&schema, &names]).await?;
+    let columns_query = format!(
+        "select a.attname::text, coalesce({BINARY_FORM}, a.atttypid), format_type(a.atttypid, a.atttypmod), a.attgenerated <> ''
+         from pg_attribute a join pg_type t on t.oid = a.atttypid
+         where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped"
+    );
     let mut tables = Vec::with_capacity(rows.len());
     for row in rows {
         let oid: u32 = row.try_get(0)?;
         let mut columns = Vec::new();
-        for row in client.query(COLUMNS, &[&oid]).await? {
+        for row in client.query(&columns_query, &[&oid]).await? {
             columns.push(Column {
                 name: row.try_get(0)?,
                 type_oid: row.try_get(1)?,
@@ -136,6 +147,7 @@ async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table
             });
         }
         tables.push(Table {
+            oid,
             name: row.try_get(1)?,
             relation_kind: row.try_get(2)?,
             persistence: row.try_get(3)?,

@@ -12,6 +12,7 @@ use super::{Format, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::telemetry::Bar;
+use crate::unarchived::{Part, UnfitColumn};
 use crate::verify::{Difference, Options, Progress, RepairMode, Report, TableReport};
 
 /// How often progress is logged where there is no terminal.
@@ -48,6 +49,11 @@ pub(super) struct VerifyFlags {
     /// changed there on purpose
     #[arg(long)]
     accept_surplus: bool,
+
+    /// Call a table equal of which no row can be archived but in the quarantine, because of a column's type. (Its rows are purged
+    /// where accepts_quarantine is set in highwater.retention.)
+    #[arg(long)]
+    accept_quarantine: bool,
 }
 
 /// A time as people type it: RFC 3339, or a day, which means its start in UTC.
@@ -83,6 +89,7 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
             (false, false) => RepairMode::Report,
         },
         accept_surplus: flags.accept_surplus,
+        accept_quarantine: flags.accept_quarantine,
     };
     let shown = Mutex::new(Shown { bar: None, unit: "", logged: Instant::now() });
     let tell = |progress: Progress| {
@@ -127,6 +134,16 @@ fn text(report: &Report) -> String {
     for table in &report.tables {
         // Writing to a `String` can't fail.
         let _ = writeln!(text, "{}", summary(table));
+        for Part { part, reason, remedy } in &table.parts_not_compared {
+            let _ = writeln!(text, "  {part} was not compared: it {reason}; to have it archived: {remedy}");
+        }
+        for UnfitColumn { column, problem, remedy } in &table.unfit_columns {
+            let _ = writeln!(
+                text,
+                "  only its quarantine has its rows: column {column} {problem}; to have them archived: {remedy}{}",
+                if table.quarantine_accepted { " (accepted)" } else { "; --accept-quarantine accepts it" }
+            );
+        }
         for difference in table.differences.iter().take(DIFFERENCES_SHOWN) {
             let _ = writeln!(text, "  {}", line(difference));
         }
@@ -136,10 +153,14 @@ fn text(report: &Report) -> String {
     }
     let is_mended = |table: &TableReport| {
         let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
+<<<<<<< HEAD
         let doubles = table.differences.iter().map(|one| one.doubles).sum::<u64>();
         table.not_compared.is_none()
             && table.doubles_removed == doubles
             && table.differences.iter().all(mended)
+=======
+        table.is_whole() && table.differences.iter().all(mended)
+>>>>>>> parts
     };
     let is_empty = |table: &TableReport| table.postgres_rows + table.archive_rows == 0;
     text.push_str(if report.equal && report.tables.iter().all(is_empty) {
@@ -164,10 +185,18 @@ fn summary(table: &TableReport) -> String {
         count => format!("; {count} surplus copies removed"),
     };
     format!(
+<<<<<<< HEAD
         "{}  {} rows in Postgres, {} in the archive, {} hours, {} different; {verified} of {} partitions verified, at {}{removed}",
+=======
+        "{}  {} rows in Postgres, {} in the archive{}, {} hours, {} different; {verified} of {} partitions verified, at {}",
+>>>>>>> parts
         table.source_table,
         table.postgres_rows,
         table.archive_rows,
+        match table.quarantined_rows {
+            0 => String::new(),
+            rows => format!(", {rows} for its quarantine"),
+        },
         table.hours,
         table.differences.len(),
         table.partitions.len(),

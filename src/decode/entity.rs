@@ -2,6 +2,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
+use super::charset::Charset;
 use super::relation::Role;
 use super::{Fields, value};
 use crate::batch::{Batches, EntityId};
@@ -19,15 +20,15 @@ pub(super) struct EntityCache {
 
 #[derive(Debug)]
 struct Cached {
-    /// `None`: a look-up found nothing.
-    entity: Option<Entity>,
+    /// Or why rows can't be archived that name it.
+    entity: Result<Entity, String>,
     /// The number in the batches of a generation.
     number: Option<(u64, EntityId)>,
 }
 
 pub(super) enum Lookup {
     Known(EntityId),
-    /// There is no such entity.
+    /// There is no such entity, or none that can be archived: [`EntityCache::why`].
     None,
     /// Never looked up.
     Unknown,
@@ -45,7 +46,7 @@ impl EntityCache {
             return Lookup::Known(entity);
         }
         let Some(cached) = self.entities.get_mut(&id) else { return Lookup::Unknown };
-        let Some(entity) = &cached.entity else { return Lookup::None };
+        let Ok(entity) = &cached.entity else { return Lookup::None };
         let number = match cached.number {
             Some((number_generation, number)) if number_generation == generation => Some(number),
             _ => batches.entity(entity.space.as_bytes(), entity.name.as_bytes(), entity.version.as_bytes()),
@@ -57,7 +58,7 @@ impl EntityCache {
         Lookup::Known(number)
     }
 
-    pub(super) fn insert(&mut self, id: i64, entity: Option<Entity>) {
+    pub(super) fn insert(&mut self, id: i64, entity: Result<Entity, String>) {
         if self.entities.len() >= ENTITIES_MAX {
             self.entities.clear();
         }
@@ -65,24 +66,29 @@ impl EntityCache {
         self.entities.insert(id, Cached { entity, number: None });
     }
 
+    /// Why rows can't be archived that name this entity.
+    pub(super) fn why(&self, id: i64) -> Option<&str> {
+        self.entities.get(&id).and_then(|cached| cached.entity.as_ref().err()).map(String::as_str)
+    }
+
     /// Learns from a row of the entity table. A row without an id or a text is of no use: the look-up
     /// will say so for the rows that name it.
-    pub(super) fn learn(&mut self, fields: &Fields<'_>) {
+    pub(super) fn learn(&mut self, fields: &Fields<'_>, charset: &Charset) {
         let text = |role: Role| {
             let (value, source_type) = fields.get(role as usize).copied().flatten()?;
             let bytes = value::text(value, source_type).ok()?;
-            std::str::from_utf8(bytes).ok().map(str::to_owned)
+            charset.text(bytes).map(str::to_owned)
         };
         let id = fields.get(Role::EntityId as usize).copied().flatten();
         let id = id.and_then(|(value, source_type)| value::integer(value, source_type).ok());
         if let (Some(id), Some(space), Some(name), Some(version)) =
             (id, text(Role::Space), text(Role::Name), text(Role::Version))
         {
-            self.insert(id, Some(Entity { space, name, version }));
+            self.insert(id, Ok(Entity { space, name, version }));
         }
     }
 
     pub(super) fn forget_unresolved(&mut self) {
-        self.entities.retain(|_, cached| cached.entity.is_some());
+        self.entities.retain(|_, cached| cached.entity.is_ok());
     }
 }

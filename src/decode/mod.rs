@@ -1,8 +1,8 @@
 //! Rows of the drift tables become rows of [`Batches`]; a row that its archive column can't hold becomes a
 //! quarantined one, and nothing is dropped.
 //!
-//! Pure: an `entity_id` that is not in the cache is reported as [`Inserted::UnknownEntity`], and whoever
-//! drives the decoder looks it up and hands the row in again.
+//! Pure: an `entity_id` that is not in the cache is reported as [`Inserted::UnknownEntity`], and a text that only the server can
+//! bring to UTF-8 as [`Inserted::UnknownText`]; whoever drives the decoder looks it up and hands the row in again.
 //!
 //! # Which rows are skipped
 //!
@@ -10,6 +10,7 @@
 //! table if its commit record begins before the table's LSN (see ARCHITECTURE.md, "What is durable when").
 //! [`Decoder::begin`] takes that answer for each kind, and rows of such kinds are passed over.
 
+mod charset;
 mod entity;
 mod relation;
 mod value;
@@ -23,6 +24,7 @@ use crate::batch::{Batches, EntityId, QuarantinedRow, SeriesId};
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
 use crate::record::{Entity, Kind};
+use charset::Charset;
 use entity::EntityCache;
 pub use relation::{ENTITY_TABLE, Notice, Shape};
 use relation::{ROLE_COUNT, Role, Table, Target};
@@ -32,6 +34,9 @@ use value::{SourceType, Unfit};
 #[derive(Debug)]
 pub struct Decoder {
     schema: String,
+    charset: Charset,
+    /// Types that are known by their form only, as [`Decoder::learn_type`] was told.
+    types: HashMap<u32, SourceType>,
     tables: HashMap<u32, Table>,
     entities: EntityCache,
     transaction: Transaction,
@@ -62,6 +67,8 @@ pub enum Inserted {
     NotArchived,
     /// Nothing happened: call [`Decoder::resolve`] for this `entity_id`, then hand the row in again.
     UnknownEntity(i64),
+    /// Nothing happened: call [`Decoder::learn_text`] for [`Decoder::unknown_text`], then hand the row in again.
+    UnknownText,
 }
 
 /// Why a row can't be decoded at all; the stream must end, since rows would be lost.
@@ -105,6 +112,8 @@ impl Decoder {
     pub fn new(schema: impl Into<String>) -> Self {
         Self {
             schema: schema.into(),
+            charset: Charset::default(),
+            types: HashMap::new(),
             tables: HashMap::new(),
             entities: EntityCache::default(),
             transaction: Transaction::default(),
@@ -113,9 +122,47 @@ impl Decoder {
         }
     }
 
+    /// Texts are in the database's own encoding, which is neither UTF-8 nor unknown: the server is asked what they are.
+    pub fn ask_for_texts(&mut self) {
+        self.charset = Charset::Foreign(charset::Texts::default());
+    }
+
+    /// The types of a table's columns that are not known: for each, [`Decoder::learn_type`] is to be called before
+    /// [`Decoder::relation`].
+    #[must_use]
+    pub fn unknown_types(&self, relation: &Relation<'_>) -> Vec<u32> {
+        let types = relation.columns.iter().map(|column| column.type_oid);
+        let is_known = |oid: &u32| SourceType::is_known(*oid) || self.types.contains_key(oid);
+        types.filter(|oid| !is_known(oid)).collect()
+    }
+
+    /// Learns which built-in type has the same binary form as a type; `None` if none has.
+    pub fn learn_type(&mut self, type_oid: u32, same_as: Option<u32>) {
+        let known = same_as.filter(|oid| SourceType::is_known(*oid));
+        self.types.insert(type_oid, known.map_or(SourceType::Other(type_oid), SourceType::of));
+    }
+
+    /// Whether a table is a drift table with a column whose binary form is not known, so that a person could not read it in
+    /// the quarantine.
+    #[must_use]
+    pub fn has_unreadable(&self, relation: u32) -> bool {
+        self.tables.get(&relation).is_some_and(Table::has_unreadable)
+    }
+
+    /// The text that [`Inserted::UnknownText`] speaks of.
+    #[must_use]
+    pub fn unknown_text(&self) -> &[u8] {
+        self.charset.asked()
+    }
+
+    /// Answers [`Inserted::UnknownText`]: `None` if it can't be written in UTF-8.
+    pub fn learn_text(&mut self, text: Option<String>) {
+        self.charset.learn(text);
+    }
+
     /// Learns how a table's rows look. Returns what its operator should know, if this is new.
     pub fn relation(&mut self, relation: &Relation<'_>) -> Vec<Notice> {
-        let mut table = Table::new(&self.schema, relation);
+        let mut table = Table::new(&self.schema, relation, &self.types);
         if let Some((kind, name)) = self.adopted.get(&relation.oid) {
             table.adopt(*kind, name);
         }
@@ -169,7 +216,12 @@ impl Decoder {
 
     /// Answers [`Inserted::UnknownEntity`]: `None` if there is no such entity.
     pub fn resolve(&mut self, id: i64, entity: Option<Entity>) {
-        self.entities.insert(id, entity);
+        self.entities.insert(id, entity.ok_or_else(|| Unfit::UnknownEntity.to_string()));
+    }
+
+    /// Answers [`Inserted::UnknownEntity`] for an entity that can't be archived: `why` becomes the reason after `entity_id`.
+    pub fn resolve_unfit(&mut self, id: i64, why: String) {
+        self.entities.insert(id, Err(why));
     }
 
     /// Forgets which ids no entity had, so that they are looked up again.
@@ -192,22 +244,36 @@ impl Decoder {
             Target::Entities => None,
         };
         let fields = fields(insert.tuple, table)?;
+        if self.charset.asks(fields.iter().copied().flatten()) {
+            return Ok(Inserted::UnknownText);
+        }
         let Some(kind) = kind else {
-            self.entities.learn(&fields);
+            self.entities.learn(&fields, &self.charset);
             return Ok(Inserted::Done);
         };
-        if self.transaction.has(Kind::Quarantine)
-            && self.settled.0.contains_key(&self.transaction.final_lsn)
-            && self.settled.take(self.transaction.final_lsn, table, insert.tuple)?
+        if self.transaction.has(Kind::Quarantine) && self.settled.0.contains_key(&self.transaction.final_lsn)
         {
-            return Ok(Inserted::Done);
+            if asks_for_any(&mut self.charset, table, insert.tuple)? {
+                return Ok(Inserted::UnknownText);
+            }
+            if self.settled.take(self.transaction.final_lsn, table, insert.tuple, &self.charset)? {
+                return Ok(Inserted::Done);
+            }
         }
-        match push(kind, &fields, &mut self.entities, batches) {
-            Outcome::Pushed => Ok(Inserted::Done),
+        match push(kind, &fields, &self.charset, &mut self.entities, batches) {
+            Outcome::Pushed => {
+                self.charset.trim();
+                Ok(Inserted::Done)
+            }
             Outcome::UnknownEntity(id) => Ok(Inserted::UnknownEntity(id)),
             Outcome::Rejected(rejection) => {
-                let reason = format!("{} {}", rejection.column, rejection.why);
-                batches.push_quarantine(self.transaction.quarantined(table, insert.tuple, reason)?);
+                if asks_for_any(&mut self.charset, table, insert.tuple)? {
+                    return Ok(Inserted::UnknownText);
+                }
+                let reason = reason(rejection, &fields, &self.entities);
+                let quarantined = self.transaction.quarantined(table, insert.tuple, reason, &self.charset)?;
+                batches.push_quarantine(quarantined);
+                self.charset.trim();
                 Ok(Inserted::Quarantined)
             }
         }
@@ -225,8 +291,9 @@ impl Transaction {
         table: &Table,
         tuple: Tuple<'_>,
         reason: String,
+        charset: &Charset,
     ) -> Result<QuarantinedRow, DecodeError> {
-        let row = texts(table, tuple, |_| true)?;
+        let row = texts(table, tuple, charset, |_| true)?;
         Ok(QuarantinedRow {
             quarantined_at: self.commit_micros,
             source_table: table.name.clone(),
@@ -237,17 +304,44 @@ impl Transaction {
     }
 }
 
+/// Whether the server must be asked for a text of a row, of whatever column.
+#[cold]
+fn asks_for_any(charset: &mut Charset, table: &Table, tuple: Tuple<'_>) -> Result<bool, DecodeError> {
+    let values = tuple.values().zip(&table.columns).map(|(value, column)| Ok((value?, column.source_type)));
+    let values: Vec<(Value<'_>, SourceType)> = values.collect::<Result<_, DecodeError>>()?;
+    Ok(charset.asks(values.into_iter()))
+}
+
+/// Why a row is not archived.
+#[cold]
+fn reason(rejection: Rejection, fields: &Fields<'_>, entities: &EntityCache) -> String {
+    if rejection.why == Unfit::UnknownEntity {
+        let id = field(fields, Role::EntityId, rejection.column, value::integer);
+        if let Some(why) = id.ok().and_then(|id| entities.why(id)) {
+            return format!("{} {why}", rejection.column);
+        }
+    }
+    format!("{} {}", rejection.column, rejection.why)
+}
+
+/// Whether a quarantined row is there because of what its column was (its type, or that there was none), and not because of
+/// its value.
+pub(crate) fn is_about_column(reason: &str) -> bool {
+    value::is_about_column(reason)
+}
+
 /// The values of a row as texts, by column.
 fn texts(
     table: &Table,
     tuple: Tuple<'_>,
+    charset: &Charset,
     is_wanted: impl Fn(&str) -> bool,
 ) -> Result<serde_json::Map<String, Json>, DecodeError> {
     let mut row = serde_json::Map::new();
     for (column, value) in table.columns.iter().zip(tuple.values()) {
         let value = value?;
         if is_wanted(&column.name) {
-            let text = value::display(value, column.source_type);
+            let text = value::display(value, column.source_type, charset);
             row.insert(column.name.clone(), text.map_or(Json::Null, Json::String));
         }
     }
@@ -274,9 +368,15 @@ impl Settled {
     }
 
     /// Whether the row is one of them, which then is used up.
-    fn take(&mut self, lsn: Lsn, table: &Table, tuple: Tuple<'_>) -> Result<bool, DecodeError> {
+    fn take(
+        &mut self,
+        lsn: Lsn,
+        table: &Table,
+        tuple: Tuple<'_>,
+        charset: &Charset,
+    ) -> Result<bool, DecodeError> {
         let Some(rows) = self.0.get_mut(&lsn) else { return Ok(false) };
-        let digest = digest(&table.name, texts(table, tuple, relation::is_archived)?);
+        let digest = digest(&table.name, texts(table, tuple, charset, relation::is_archived)?);
         Ok(match rows.get_mut(&digest) {
             Some(count) if *count > 0 => {
                 *count -= 1;
@@ -329,8 +429,14 @@ fn field<'a, T>(
 }
 
 #[inline]
-fn push(kind: Kind, fields: &Fields<'_>, entities: &mut EntityCache, batches: &mut Batches) -> Outcome {
-    match try_push(kind, fields, entities, batches) {
+fn push(
+    kind: Kind,
+    fields: &Fields<'_>,
+    charset: &Charset,
+    entities: &mut EntityCache,
+    batches: &mut Batches,
+) -> Outcome {
+    match try_push(kind, fields, charset, entities, batches) {
         Ok(None) => Outcome::Pushed,
         Ok(Some(id)) => Outcome::UnknownEntity(id),
         Err(rejection) => Outcome::Rejected(rejection),
@@ -343,6 +449,7 @@ fn push(kind: Kind, fields: &Fields<'_>, entities: &mut EntityCache, batches: &m
 fn try_push(
     kind: Kind,
     fields: &Fields<'_>,
+    charset: &Charset,
     entities: &mut EntityCache,
     batches: &mut Batches,
 ) -> Result<Option<i64>, Rejection> {
@@ -355,21 +462,24 @@ fn try_push(
     };
     let not_utf8 = |column| Rejection { column, why: Unfit::NotUtf8 };
     let series = match series_text {
-        Some(text) => batches.series(text).ok_or_else(|| not_utf8(series_column))?,
+        Some(text) => {
+            let series = charset.utf8(text).and_then(|text| batches.series(text));
+            series.ok_or_else(|| not_utf8(series_column))?
+        }
         None => SeriesId::NULL,
     };
     match kind {
         Kind::Psi => {
             let bin_id = field(fields, Role::BinId, "bin_id", value::int)?;
             let bin_count = field(fields, Role::BinCount, "bin_count", value::int)?;
-            match entity(fields, entities, batches)? {
+            match entity(fields, charset, entities, batches)? {
                 Ok(entity) => batches.push_psi(entity, created_at, series, bin_id, bin_count),
                 Err(id) => return Ok(Some(id)),
             }
         }
         Kind::Custom | Kind::Spc | Kind::Quarantine => {
             let number = field(fields, Role::Value, "value", value::optional_double)?;
-            match entity(fields, entities, batches)? {
+            match entity(fields, charset, entities, batches)? {
                 Ok(entity) if kind == Kind::Custom => batches.push_custom(entity, created_at, series, number),
                 Ok(entity) => batches.push_spc(entity, created_at, series, number),
                 Err(id) => return Ok(Some(id)),
@@ -383,6 +493,7 @@ fn try_push(
 #[inline]
 fn entity(
     fields: &Fields<'_>,
+    charset: &Charset,
     entities: &mut EntityCache,
     batches: &mut Batches,
 ) -> Result<Result<EntityId, i64>, Rejection> {
@@ -394,9 +505,12 @@ fn entity(
             entity::Lookup::Unknown => Ok(Err(id)),
         };
     }
-    let space = field(fields, Role::Space, "space", value::text)?;
-    let name = field(fields, Role::Name, "name", value::text)?;
-    let version = field(fields, Role::Version, "version", value::text)?;
+    let text = |role, column| {
+        let bytes = field(fields, role, column, value::text)?;
+        charset.utf8(bytes).ok_or(Rejection { column, why: Unfit::NotUtf8 })
+    };
+    let (space, name) = (text(Role::Space, "space")?, text(Role::Name, "name")?);
+    let version = text(Role::Version, "version")?;
     let rejection = || Rejection { column: "space, name or version", why: Unfit::NotUtf8 };
     batches.entity(space, name, version).map(Ok).ok_or_else(rejection)
 }

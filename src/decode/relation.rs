@@ -1,3 +1,5 @@
+use std::collections::HashMap;
+
 use super::value::SourceType;
 use crate::pgoutput::Relation;
 use crate::record::Kind;
@@ -91,20 +93,32 @@ pub enum Notice {
 }
 
 impl Table {
-    pub(super) fn new(schema: &str, relation: &Relation<'_>) -> Self {
-        let has = |name: &str| relation.columns.iter().any(|column| column.name == name);
-        let target = match Kind::of_source_table(relation.name) {
-            _ if relation.namespace != schema => Target::Nothing,
+    pub(super) fn new(schema: &str, relation: &Relation<'_>, types: &HashMap<u32, SourceType>) -> Self {
+        let has = |name: &str| relation.columns.iter().any(|column| column.name == name.as_bytes());
+        let namespace = String::from_utf8_lossy(relation.namespace);
+        let name = String::from_utf8_lossy(relation.name);
+        let target = match Kind::of_source_table(&name) {
+            _ if namespace != schema => Target::Nothing,
             Some(kind) => Target::Drift(kind, shape(has)),
-            None if relation.name == ENTITY_TABLE => Target::Entities,
+            None if name == ENTITY_TABLE => Target::Entities,
             None => Target::Nothing,
         };
-        let columns = relation.columns.iter().map(|column| SourceColumn {
-            name: column.name.to_owned(),
-            role: role(target, column.name),
-            source_type: SourceType::of(column.type_oid),
+        let columns = relation.columns.iter().map(|column| {
+            let name = String::from_utf8_lossy(column.name).into_owned();
+            let source_type = SourceType::of(column.type_oid);
+            SourceColumn {
+                role: role(target, &name),
+                name,
+                source_type: types.get(&column.type_oid).copied().unwrap_or(source_type),
+            }
         });
-        Self { name: format!("{}.{}", relation.namespace, relation.name), target, columns: columns.collect() }
+        Self { name: format!("{namespace}.{name}"), target, columns: columns.collect() }
+    }
+
+    /// Whether it is a drift table with a column whose binary form nobody can read.
+    pub(super) fn has_unreadable(&self) -> bool {
+        let is_unreadable = |column: &SourceColumn| matches!(column.source_type, SourceType::Other(_));
+        matches!(self.target, Target::Drift(..)) && self.columns.iter().any(is_unreadable)
     }
 
     /// Takes the table for a drift table of that kind and name, whatever it is called.

@@ -134,6 +134,84 @@ fn a_table_skips_what_it_already_has() {
 }
 
 #[test]
+fn types_are_known_by_their_form_and_others_are_readable_as_text() {
+    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let columns =
+        [("created_at", 1184), ("name", 25), ("space", 70_001), ("version", 25), ("feature", 70_002)];
+    let message = relation(1, "spc_drift", &[&columns[..], &[("value", 1700)]].concat());
+    let Message::Relation(described) = Message::parse(&message).unwrap() else { panic!("a relation") };
+    assert_eq!(decoder.unknown_types(&described), [70_001, 70_002, 1700]);
+    decoder.learn_type(70_001, Some(25));
+    decoder.learn_type(70_002, None);
+    decoder.learn_type(1700, None);
+    assert!(decoder.unknown_types(&described).is_empty());
+    decoder.relation(&described);
+    assert!(decoder.has_unreadable(1) && !decoder.has_unreadable(2));
+    begin(&mut decoder, 100, [0; 4]);
+    let row = insert(1, &[TIME, Some("n"), Some("s"), Some("1"), None, Some("1.50")]);
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Quarantined));
+    let shown = format!("{batches:?}");
+    assert!(shown.contains("value has a type (oid 1700) that is not supported"), "{shown}");
+    assert!(shown.contains(r#"\"value\":\"1.50\""#), "{shown}");
+    assert!(is_about_column("value has a type (oid 1700) that is not supported"));
+    assert!(is_about_column("feature is missing from the table") && !is_about_column("feature is null"));
+    decoder.learn_type(1700, Some(701));
+    decoder.relation(&described);
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Done), "a null has no type");
+}
+
+#[test]
+fn texts_of_another_encoding_are_asked_for_once() {
+    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    decoder.ask_for_texts();
+    learn(&mut decoder, &relation(1, "psi_drift", &[PSI, &[("note", 25)]].concat()));
+    begin(&mut decoder, 100, [0; 4]);
+    let row = |name, note| {
+        let values =
+            [TIME, Some(name), Some("s"), Some("1"), Some("f"), Some("3"), Some("5"), None, Some(note)];
+        insert(1, &values)
+    };
+    // In the tests' own UTF-8, which here is any encoding.
+    let asked = |decoder: &mut Decoder, batches: &mut Batches, row: &[u8], answer: Option<&str>| {
+        assert_eq!(put(decoder, batches, row), Ok(Inserted::UnknownText));
+        let text = decoder.unknown_text().to_vec();
+        decoder.learn_text(answer.map(str::to_owned));
+        String::from_utf8(text).unwrap()
+    };
+    let good = row("é", "never archived: ü");
+    assert_eq!(asked(&mut decoder, &mut batches, &good, Some("café")), "é");
+    assert_eq!(put(&mut decoder, &mut batches, &good), Ok(Inserted::Done));
+    assert_eq!(put(&mut decoder, &mut batches, &good), Ok(Inserted::Done), "it is known");
+    assert_eq!(batches.entity_spans()[0].entity.name, "café");
+    let bad = row("ö", "ä");
+    assert_eq!(asked(&mut decoder, &mut batches, &bad, None), "ö");
+    assert_eq!(asked(&mut decoder, &mut batches, &bad, Some("what is not archived, too")), "ä");
+    assert_eq!(put(&mut decoder, &mut batches, &bad), Ok(Inserted::Quarantined));
+    let shown = format!("{batches:?}");
+    assert!(shown.contains("what is not archived, too") && shown.contains(r"\\\\xc3\\\\xb6"), "{shown}");
+    assert!(shown.contains("name has bytes that are not UTF-8"), "{shown}");
+}
+
+#[test]
+fn an_entity_that_cannot_be_archived_keeps_its_own_rows_with_the_reason() {
+    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];
+    learn(&mut decoder, &relation(1, "custom_drift", &columns));
+    begin(&mut decoder, 100, [0; 4]);
+    let row = insert(1, &[TIME, Some("7"), Some("m"), None]);
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::UnknownEntity(7)));
+    decoder.resolve_unfit(7, "names an entity whose space is null".to_owned());
+    assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Quarantined));
+    assert!(format!("{batches:?}").contains("\"entity_id names an entity whose space is null\""));
+    decoder.forget_unresolved();
+    assert_eq!(
+        put(&mut decoder, &mut batches, &row),
+        Ok(Inserted::UnknownEntity(7)),
+        "it may have been mended"
+    );
+}
+
+#[test]
 fn entities_come_from_the_stream_or_a_look_up() {
     let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
     let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];

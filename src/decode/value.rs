@@ -1,9 +1,11 @@
 use chrono::{DateTime, NaiveDateTime};
 
+use super::charset::Charset;
 use crate::pgoutput::{POSTGRES_EPOCH_MICROS, Value};
 use crate::record::is_in_calendar;
 
-/// The types (`pg_type.oid`, fixed in `pg_type.dat`) that a column of a drift table may have.
+/// The types (`pg_type.oid`, fixed in `pg_type.dat`) that a column of a drift table may have, and those whose form is the same:
+/// a domain has that of its base, an enum that of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SourceType {
     Text,
@@ -34,6 +36,11 @@ impl SourceType {
             other => Self::Other(other),
         }
     }
+
+    /// Whether the binary form of the type is known.
+    pub(super) const fn is_known(oid: u32) -> bool {
+        !matches!(Self::of(oid), Self::Other(_))
+    }
 }
 
 /// Why a value does not fit its archive column. Becomes the `reason` of a quarantined row.
@@ -51,7 +58,7 @@ pub(super) enum Unfit {
     OutsideCalendar,
     #[error("does not fit 32 bits")]
     TooWide,
-    #[error("is not UTF-8")]
+    #[error("has bytes that are not UTF-8, and can't be converted to it")]
     NotUtf8,
     #[error("has a type (oid {0}) that is not supported")]
     Type(u32),
@@ -59,6 +66,11 @@ pub(super) enum Unfit {
     Malformed,
     #[error("names no entity in drift_entities")]
     UnknownEntity,
+}
+
+/// Whether a quarantined row is there because of what its column was, and not because of its value.
+pub(super) fn is_about_column(reason: &str) -> bool {
+    reason.ends_with(" is missing from the table") || reason.ends_with(" that is not supported")
 }
 
 /// The oid to name in [`Unfit::Type`].
@@ -183,18 +195,20 @@ fn parse<T: std::str::FromStr>(bytes: &[u8]) -> Result<T, Unfit> {
     std::str::from_utf8(bytes).ok().and_then(|text| text.parse().ok()).ok_or(Unfit::Malformed)
 }
 
-/// A value as text for the quarantine: what `psql` would show where the type is known, else its
-/// bytes as `\x` and hexadecimal digits.
-pub(super) fn display(value: Value<'_>, source_type: SourceType) -> Option<String> {
-    let shown = match value {
-        Value::Null | Value::Unchanged => return None,
-        Value::Text(bytes) => std::str::from_utf8(bytes).ok().map(str::to_owned),
-        Value::Binary(bytes) => display_binary(bytes, value, source_type),
-    };
+/// A value as text for the quarantine: what `psql` would show, with bytes that are no text as `\xe9`; of a type whose binary
+/// form is not known, its bytes as `\x` and hexadecimal digits (the stream is asked for texts then, so that this is rare).
+pub(super) fn display(value: Value<'_>, source_type: SourceType, charset: &Charset) -> Option<String> {
     let (Value::Text(bytes) | Value::Binary(bytes)) = value else { return None };
-    // As many bytes of what can only be shown in hexadecimal as there will be digits.
-    let shown = shown.unwrap_or_else(|| hex(bytes.get(..SHOWN_BYTES_MAX / 2).unwrap_or(bytes)));
-    if shown.len() < SHOWN_BYTES_MAX {
+    let is_text = matches!(value, Value::Text(_)) || source_type == SourceType::Text;
+    let shown = match charset.text(bytes) {
+        text if is_text => text.map(str::to_owned),
+        _ => display_binary(bytes, value, source_type),
+    };
+    // As many bytes of what can't be shown as it is as there will be digits at most.
+    let part = bytes.get(..SHOWN_BYTES_MAX / 4).unwrap_or(bytes);
+    let is_cut = shown.is_none() && part.len() < bytes.len();
+    let shown = shown.unwrap_or_else(|| if is_text { charset.escaped(part) } else { hex(part) });
+    if shown.len() < SHOWN_BYTES_MAX && !is_cut {
         return Some(shown);
     }
     Some(format!("{}... (cut; {} bytes in all)", prefix(&shown, SHOWN_BYTES_MAX), bytes.len()))
@@ -212,7 +226,6 @@ fn prefix(text: &str, bytes_max: usize) -> &str {
 
 fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Option<String> {
     match source_type {
-        SourceType::Text => std::str::from_utf8(bytes).ok().map(str::to_owned),
         SourceType::Int2 | SourceType::Int4 | SourceType::Int8 => {
             integer(value, source_type).ok().map(|number| number.to_string())
         }
@@ -231,7 +244,7 @@ fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Op
             let zone = if source_type == SourceType::TimestampTz { "+00" } else { "" };
             Some(display_timestamp(i64::from_be_bytes(array(bytes).ok()?), zone))
         }
-        SourceType::Other(_) => None,
+        SourceType::Text | SourceType::Other(_) => None,
     }
 }
 
@@ -356,16 +369,23 @@ mod tests {
     #[test]
     fn a_huge_value_is_cut_and_says_so() {
         let huge = "é".repeat(SHOWN_BYTES_MAX);
-        let shown = display(Value::Text(huge.as_bytes()), SourceType::Text).unwrap();
+        let utf8 = &Charset::Utf8;
+        let shown = display(Value::Text(huge.as_bytes()), SourceType::Text, utf8).unwrap();
         assert!(shown.len() < SHOWN_BYTES_MAX + 64 && shown.ends_with("... (cut; 33554432 bytes in all)"));
-        let hexed = display(Value::Binary(&vec![255; SHOWN_BYTES_MAX]), SourceType::Text).unwrap();
+        let bytes = vec![255; SHOWN_BYTES_MAX];
+        let escaped = display(Value::Binary(&bytes), SourceType::Text, utf8).unwrap();
+        assert!(escaped.starts_with("\\xff\\xff") && escaped.ends_with("(cut; 16777216 bytes in all)"));
+        let hexed = display(Value::Binary(&bytes), SourceType::Other(1700), utf8).unwrap();
         assert!(hexed.starts_with("\\xffff") && hexed.ends_with("(cut; 16777216 bytes in all)"));
     }
 
     #[test]
     fn unknown_types_are_shown_as_bytes() {
-        assert_eq!(display(Value::Binary(&[1, 255]), SourceType::Other(1700)).as_deref(), Some("\\x01ff"));
-        assert_eq!(display(Value::Binary(&[1]), SourceType::Bool).as_deref(), Some("t"));
-        assert_eq!(display(Value::Null, SourceType::Bool), None);
+        let shown = |value, source_type| display(value, source_type, &Charset::Utf8);
+        assert_eq!(shown(Value::Binary(&[1, 255]), SourceType::Other(1700)).as_deref(), Some("\\x01ff"));
+        assert_eq!(shown(Value::Text(b"1.5"), SourceType::Other(1700)).as_deref(), Some("1.5"));
+        assert_eq!(shown(Value::Binary(b"caf\xe9"), SourceType::Text).as_deref(), Some("caf\\xe9"));
+        assert_eq!(shown(Value::Binary(&[1]), SourceType::Bool).as_deref(), Some("t"));
+        assert_eq!(shown(Value::Null, SourceType::Bool), None);
     }
 }

@@ -23,12 +23,6 @@ pub enum DecodeError {
         /// The byte that was there.
         tag: u8,
     },
-    /// A name that is not UTF-8, which the session's client encoding rules out.
-    #[error("{field} is not UTF-8")]
-    NotUtf8 {
-        /// The field that was being read.
-        field: &'static str,
-    },
 }
 
 /// Checked reads from the front of a slice. Every length is compared with what is there before it is
@@ -78,11 +72,6 @@ impl<'a> Reader<'a> {
 
     pub(super) fn lsn(&mut self, field: &'static str) -> Result<Lsn, DecodeError> {
         self.array(field).map(|bytes| Lsn(u64::from_be_bytes(bytes)))
-    }
-
-    /// A string that a zero byte ends.
-    pub(super) fn text(&mut self, field: &'static str) -> Result<&'a str, DecodeError> {
-        std::str::from_utf8(self.zero_ended(field)?).map_err(|_| DecodeError::NotUtf8 { field })
     }
 
     /// The bytes before a zero byte.

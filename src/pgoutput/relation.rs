@@ -6,10 +6,10 @@ use super::reader::{DecodeError, Reader};
 pub struct Relation<'a> {
     /// The table's oid; inserts name it. With `publish_via_partition_root` this is the root's.
     pub oid: u32,
-    /// The schema; empty for `pg_catalog`.
-    pub namespace: &'a str,
+    /// The schema; empty for `pg_catalog`. Names are in the encoding that the session has asked for.
+    pub namespace: &'a [u8],
     /// The table's name.
-    pub name: &'a str,
+    pub name: &'a [u8],
     /// The published columns, in the order of a row's values.
     pub columns: Vec<Column<'a>>,
 }
@@ -18,7 +18,7 @@ pub struct Relation<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Column<'a> {
     /// The column's name.
-    pub name: &'a str,
+    pub name: &'a [u8],
     /// The oid of its type (`pg_type.oid`).
     pub type_oid: u32,
 }
@@ -26,15 +26,15 @@ pub struct Column<'a> {
 impl<'a> Relation<'a> {
     pub(super) fn parse(mut reader: Reader<'a>) -> Result<Self, DecodeError> {
         let oid = reader.u32("the relation's oid")?;
-        let namespace = reader.text("the relation's schema")?;
-        let name = reader.text("the relation's name")?;
+        let namespace = reader.zero_ended("the relation's schema")?;
+        let name = reader.zero_ended("the relation's name")?;
         reader.u8("the replica identity")?;
         let column_count = reader.u16("the column count")?;
         // A u16 bounds what a hostile count can make us reserve.
         let mut columns = Vec::with_capacity(usize::from(column_count));
         for _ in 0..column_count {
             reader.u8("a column's flags")?;
-            let name = reader.text("a column's name")?;
+            let name = reader.zero_ended("a column's name")?;
             let type_oid = reader.u32("a column's type")?;
             reader.u32("a column's type modifier")?;
             columns.push(Column { name, type_oid });
@@ -55,9 +55,12 @@ mod tests {
     #[test]
     fn reads_names_and_types() {
         let Ok(Message::Relation(relation)) = Message::parse(RELATION) else { panic!("a relation") };
-        assert_eq!((relation.oid, relation.namespace, relation.name), (0x4001, "scouter", "psi_drift"));
+        assert_eq!(
+            (relation.oid, relation.namespace, relation.name),
+            (0x4001, &b"scouter"[..], &b"psi_drift"[..])
+        );
         let columns =
-            [Column { name: "created_at", type_oid: 1184 }, Column { name: "bin_id", type_oid: 23 }];
+            [Column { name: b"created_at", type_oid: 1184 }, Column { name: b"bin_id", type_oid: 23 }];
         assert_eq!(relation.columns, columns);
     }
 

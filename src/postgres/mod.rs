@@ -8,6 +8,7 @@
 
 mod connection;
 mod copy;
+mod encoding;
 mod frame;
 mod pace;
 mod receiver;
@@ -20,6 +21,7 @@ mod tls;
 mod wire;
 
 pub(crate) use copy::{CopyConnection, CopyOut};
+pub(crate) use encoding::Encoding;
 pub use frame::{Chunk, Frame, Frames};
 pub use receiver::Receiver;
 pub use replication::{ReplicationConnection, ReplicationStream};

@@ -22,6 +22,7 @@ use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::record::Kind;
 use crate::slot::{self, Identity};
 use crate::source::{self, Partition};
+use crate::unarchived::{self, Part, Told};
 use crate::watermark::{self, NewWatermark, State};
 pub use retention::schedule_purge;
 pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
@@ -56,6 +57,8 @@ struct SourceTable {
     published: bool,
     /// The tables that its rows are in.
     leaves: Vec<Partition>,
+    /// ... and those that are not archived.
+    parts: Vec<Part>,
 }
 
 /// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
@@ -108,6 +111,10 @@ pub async fn setup(config: &Config) -> Result<Report> {
     }
     retention::keep(&client, config, &mut report).await?;
     retention::stop_partman(&client, config, &mut report).await?;
+    let mut told = Told::default();
+    for row in watermark::read(&client).await?.iter().filter(|row| row.slot_name == config.slot) {
+        told.tell(&client, &row.source_table).await?;
+    }
     Ok(report)
 }
 
@@ -253,7 +260,8 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
         needs_entities |= kind.is_some() && by_id;
         if kind.is_some() || name == ENTITY_TABLE {
             let leaves = source::leaves(client, &format!("{}.{name}", config.schema), oid).await?;
-            tables.push(SourceTable { name, oid, kind, published, leaves });
+            let parts = unarchived::parts(client, oid).await?;
+            tables.push(SourceTable { name, oid, kind, published, leaves, parts });
         }
     }
     tables.retain(|table| table.kind.is_some() || needs_entities);
@@ -271,6 +279,17 @@ fn qualified(config: &Config, table: &SourceTable) -> String {
     format!("{}.{}", quote_identifier(&config.schema), quote_identifier(&table.name))
 }
 
+/// Asks whether a table holds rows; of what can't be archived that is not asked, since it may be on another server.
+fn holds_rows(config: &Config, table: &SourceTable) -> String {
+    if table.parts.is_empty() {
+        return format!("select exists (select from {})", qualified(config, table));
+    }
+    let any =
+        table.leaves.iter().map(|leaf| format!("exists (select from {} where {})", leaf.from, leaf.filter));
+    let any: Vec<String> = any.collect();
+    format!("select {}", if any.is_empty() { "false".to_owned() } else { any.join(" or ") })
+}
+
 async fn create_publication(
     client: &Client,
     config: &Config,
@@ -278,12 +297,13 @@ async fn create_publication(
     report: &mut Report,
 ) -> Result<()> {
     let names: Vec<String> = tables.iter().map(|table| qualified(config, table)).collect();
+    // A child by inheritance is not archived (`unarchived`), so it is not published; partitions are all the same.
     // Inserts only: with updates in it, every `update` of a table without a primary key would fail. No column
     // list: it would keep the server's owner from dropping a column.
     let statement = format!(
-        "create publication {} for table {} with (publish = 'insert', publish_via_partition_root = true)",
+        "create publication {} for table only {} with (publish = 'insert', publish_via_partition_root = true)",
         quote_identifier(&config.publication),
-        names.join(", ")
+        names.join(", only ")
     );
     client
         .batch_execute(&statement)
@@ -335,11 +355,11 @@ async fn alter_publication(
         let transaction = client.transaction().await.map_err(Error::sql(&context))?;
         let statement = format!(
             "set local lock_timeout = '{LOCK_TIMEOUT}'; lock table {qualified} in share row exclusive mode;
-             alter publication {name} add table {qualified}"
+             alter publication {name} add table only {qualified}"
         );
         transaction.batch_execute(&statement).await.map_err(Error::sql(&context))?;
         if let (Some(_), Some((identity, start))) = (table.kind, fed) {
-            let row = transaction.query_one(&format!("select exists (select from {qualified})"), &[]).await;
+            let row = transaction.query_one(&holds_rows(config, table), &[]).await;
             let holds_rows: bool = row.and_then(|row| row.try_get(0)).map_err(Error::sql(&context))?;
             let state = if holds_rows { State::Snapshot } else { State::Streaming };
             // A table that was archived before has been out of the publication for a while.
@@ -372,8 +392,7 @@ async fn create_slot<'a>(
     let (start, _) = slot::create(replication, &config.slot, "LOGICAL", "use").await?;
     let mut states = Vec::new();
     for table in tables {
-        let rows =
-            replication.query(&format!("select exists (select from {})", qualified(config, table))).await?;
+        let rows = replication.query(&holds_rows(config, table)).await?;
         let is_empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("f");
         states.push((table, if is_empty { State::Streaming } else { State::Snapshot }));
     }

@@ -4,11 +4,11 @@ use tokio_postgres::Client;
 
 use super::{Copier, Partition, Slice, TimeColumn};
 use crate::batch::Batches;
-use crate::decode::{Decoder, Inserted};
+use crate::decode::{Decoder, Inserted, Notice};
 use crate::error::{Error, Result};
-use crate::lookup::Lookup;
+use crate::lookup::{BINARY_FORM, Lookup};
 use crate::pgoutput::{Column, Insert, Relation, Tuple};
-use crate::postgres::{CopyOut, quote_identifier};
+use crate::postgres::{CopyOut, Encoding, quote_identifier};
 use crate::record::Kind;
 use crate::watermark::Watermark;
 
@@ -21,6 +21,26 @@ const NO_FLAGS: [u8; 8] = [0; 8];
 /// What comes in place of a row's count of values, after the last row.
 const TRAILER: u16 = u16::MAX;
 
+/// Whether values of a built-in type are texts (`text`, `varchar`, `bpchar`, `name`).
+pub(super) const fn is_text(type_oid: u32) -> bool {
+    matches!(type_oid, 25 | 1043 | 1042 | 19)
+}
+
+/// Whether an archived table has a column of a type whose binary form is not known.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn has_unreadable(client: &Client, slot: &str) -> Result<bool> {
+    let query = format!(
+        "select exists (
+             select from highwater.watermark w join pg_attribute a on a.attrelid = w.table_oid join pg_type t on t.oid = a.atttypid
+             where w.slot_name = $1 and a.attnum > 0 and not a.attisdropped and a.attgenerated = '' and {BINARY_FORM} is null)"
+    );
+    let row = client.query_one(&query, &[&slot]).await;
+    row.and_then(|row| row.try_get(0)).map_err(Error::sql("reading the types of the drift tables' columns"))
+}
+
 /// A drift table, as the snapshot's catalog has it.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -28,15 +48,21 @@ pub(crate) struct Source {
     /// As `highwater.watermark.source_table` has it.
     pub(crate) name: String,
     pub(crate) time: TimeColumn,
+    /// Of its database.
+    pub(super) encoding: Encoding,
     columns: Vec<SourceColumn>,
-    /// Which columns have a type without a binary form, so that the stream sends its text, too.
+    /// Which columns come as text, and not in their binary form: all texts, and what is of a type whose form is not known.
     is_text: Vec<bool>,
 }
 
 #[derive(Debug)]
 struct SourceColumn {
     name: String,
+    /// The built-in type that has the same binary form, if there is one.
     type_oid: u32,
+    /// The type itself.
+    own: u32,
+    has_known_form: bool,
 }
 
 impl Source {
@@ -44,32 +70,57 @@ impl Source {
     pub(crate) async fn find(client: &Client, row: &Watermark) -> Result<Option<Self>> {
         let failed = || Error::sql(format!("reading the columns of {}", row.source_table));
         // What the stream sends: generated columns are left out.
-        let query = "select w.table_oid, a.attname::text, a.atttypid, t.typsend = 0
-                     from highwater.watermark w join pg_class c on c.oid = w.table_oid
-                     join pg_attribute a on a.attrelid = w.table_oid join pg_type t on t.oid = a.atttypid
-                     where w.source_table = $1 and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
-                     order by a.attnum";
-        let mut oid = None;
-        let (mut columns, mut is_text) = (Vec::new(), Vec::new());
-        for found in client.query(query, &[&row.source_table]).await.map_err(failed())? {
-            oid = Some(found.try_get(0).map_err(failed())?);
+        let query = format!(
+            "select w.table_oid, a.attname::text, a.atttypid, {BINARY_FORM}, getdatabaseencoding()::text
+             from highwater.watermark w join pg_class c on c.oid = w.table_oid
+             join pg_attribute a on a.attrelid = w.table_oid join pg_type t on t.oid = a.atttypid
+             where w.source_table = $1 and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+             order by a.attnum"
+        );
+        let mut table = None;
+        let mut columns = Vec::new();
+        for found in client.query(&query, &[&row.source_table]).await.map_err(failed())? {
+            let encoding: String = found.try_get(4).map_err(failed())?;
+            table = Some((found.try_get(0).map_err(failed())?, Encoding::of_name(&encoding)));
+            let own: u32 = found.try_get(2).map_err(failed())?;
+            let form: Option<u32> = found.try_get(3).map_err(failed())?;
             columns.push(SourceColumn {
                 name: found.try_get(1).map_err(failed())?,
-                type_oid: found.try_get(2).map_err(failed())?,
+                type_oid: form.unwrap_or(own),
+                own,
+                has_known_form: form.is_some(),
             });
-            is_text.push(found.try_get::<_, Option<bool>>(3).map_err(failed())?.unwrap_or(true));
         }
-        Ok(oid.map(|oid| {
+        Ok(table.map(|(oid, encoding)| {
             let name = row.source_table.clone();
-            let mut source = Self { oid, name, time: TimeColumn::None, columns, is_text };
+            // Where a text may not be convertible, its bytes are asked for.
+            let is_raw = |column: &SourceColumn| encoding != Encoding::Utf8 && is_text(column.type_oid);
+            let is_text = columns.iter().map(|column| !column.has_known_form || is_raw(column)).collect();
+            let mut source = Self { oid, name, time: TimeColumn::None, encoding, columns, is_text };
             source.time = TimeColumn::of(source.type_of("created_at"));
             source
         }))
     }
 
-    /// The type (`pg_type.oid`) of a column.
+    /// The type (`pg_type.oid`) of a column, or the built-in one that has the same binary form.
     pub(super) fn type_of(&self, name: &str) -> Option<u32> {
         self.columns.iter().find(|column| column.name == name).map(|column| column.type_oid)
+    }
+
+    /// Whether a column is a text that is compared as one.
+    pub(crate) fn is_plain_text(&self, name: &str) -> bool {
+        self.columns.iter().any(|column| column.name == name && is_text(column.own))
+    }
+
+    /// A decoder for its rows, which comes to know what they look like. Returns also what its operator should know.
+    pub(crate) fn decoder(&self, schema: &str, kind: Kind) -> (Decoder, Vec<Notice>) {
+        let mut decoder = Decoder::new(schema);
+        if self.encoding == Encoding::Other {
+            decoder.ask_for_texts();
+        }
+        let notices = decoder.relation(&self.relation(kind));
+        decoder.adopt(self.oid, kind, &self.name);
+        (decoder, notices)
     }
 
     /// Whether it has a column of this name.
@@ -78,14 +129,16 @@ impl Source {
     }
 
     /// The table as the stream would describe it.
-    pub(crate) fn relation(&self, kind: Kind) -> Relation<'_> {
+    fn relation(&self, kind: Kind) -> Relation<'_> {
         let (namespace, _) = self.name.split_once('.').unwrap_or_default();
-        let columns =
-            self.columns.iter().map(|column| Column { name: &column.name, type_oid: column.type_oid });
+        let columns = self
+            .columns
+            .iter()
+            .map(|column| Column { name: column.name.as_bytes(), type_oid: column.type_oid });
         Relation {
             oid: self.oid,
-            namespace,
-            name: kind.source_table().unwrap_or_default(),
+            namespace: namespace.as_bytes(),
+            name: kind.source_table().unwrap_or_default().as_bytes(),
             columns: columns.collect(),
         }
     }
@@ -99,7 +152,14 @@ impl Source {
     ) -> Result<Rows<'a>> {
         let list = |cast: bool| {
             let text = |(column, is_text): (&SourceColumn, &bool)| {
-                quote_identifier(&column.name) + if cast && *is_text { "::text" } else { "" }
+                let name = quote_identifier(&column.name);
+                // What the type itself writes; a cast to text may be another text.
+                let text = || format!("case when {name} is not null then format('%s', {name}) end");
+                match (cast && *is_text, self.encoding) {
+                    (false, _) => name,
+                    (true, Encoding::Utf8) => text(),
+                    (true, _) => format!("convert_to({}, getdatabaseencoding())", text()),
+                }
             };
             self.columns.iter().zip(&self.is_text).map(text).collect::<Vec<_>>().join(", ")
         };
@@ -206,10 +266,7 @@ pub(crate) async fn insert(
         match inserted {
             Inserted::Done | Inserted::Quarantined => return Ok(inserted),
             Inserted::NotArchived => return Err(Error::Internal("a copied row has no table".to_owned())),
-            Inserted::UnknownEntity(id) => {
-                let entity = entities.entity(id).await?;
-                decoder.resolve(id, entity);
-            }
+            asked => entities.answer(decoder, asked).await?,
         }
     }
 }

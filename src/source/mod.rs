@@ -8,7 +8,7 @@ mod sums;
 mod time;
 
 pub(crate) use copier::Copier;
-pub(crate) use copy::{Rows, Source, insert};
+pub(crate) use copy::{Rows, Source, has_unreadable, insert};
 pub(crate) use partition::{Fate, Partition, holders, leaves, not_below};
 pub(crate) use point::{Point, SESSION_SETTINGS, TemporarySlot};
 pub(crate) use sums::PartitionSums;

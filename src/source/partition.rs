@@ -5,6 +5,7 @@ use crate::archive::MinuteCounts;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
 use crate::record::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
+use crate::unarchived::IS_ARCHIVED;
 
 /// A table that holds rows itself: a leaf of a partition tree, or a plain table.
 #[derive(Clone, Debug)]
@@ -40,6 +41,7 @@ pub(crate) struct Partition {
 
 /// The leaves under the table of oid `$1`, the oldest range first (a default partition before them). `$2` is the drift table's
 /// name. With the oid, `pg_get_expr` would wait for who has locked a partition. With `$3`, also what was covered and is detached now, if it still has the table's columns.
+/// (`{IS_ARCHIVED}` is put in.) What can't be archived is in none of them: [`unarchived`](crate::unarchived) tells of it.
 const LEAVES: &str = r#"
     with recursive tree as (
         select $1::oid as oid, null::text collate "C" as low, null::text collate "C" as high
@@ -52,7 +54,7 @@ const LEAVES: &str = r#"
             from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
             where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = 'created_at') k on true
         -- `detach concurrently` that has not ended: nothing is streamed through the parent any more.
-        where not i.inhdetachpending),
+        where not i.inhdetachpending and c.relispartition),
     holder as (
         select oid, low, high, false as is_detached from tree
         union all
@@ -79,7 +81,7 @@ const LEAVES: &str = r#"
            exists (select from highwater.covered_partition p
                    where p.source_table = $2 and p.partition_oid = c.oid and p.lacks_since is not null)
     from holder join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
-    where c.relkind = 'r'
+    where {IS_ARCHIVED}
     order by coalesce(pg_get_expr(c.relpartbound, 0), ''), c.relname"#;
 
 /// The tables that the rows of a drift table are in: it itself, or the leaves of its tree, the oldest first. `root` is its oid.
@@ -116,7 +118,8 @@ async fn read(
 ) -> Result<Vec<Partition>> {
     let failed = || Error::sql(format!("reading the partitions of {source_table}"));
     let mut leaves = Vec::new();
-    for row in client.query(LEAVES, &[&root, &source_table, &with_detached]).await.map_err(failed())? {
+    let query = LEAVES.replace("{IS_ARCHIVED}", IS_ARCHIVED);
+    for row in client.query(&query, &[&root, &source_table, &with_detached]).await.map_err(failed())? {
         let oid = row.try_get(0).map_err(failed())?;
         let (schema, table): (String, String) =
             (row.try_get(1).map_err(failed())?, row.try_get(2).map_err(failed())?);

@@ -3,11 +3,12 @@
 
 use tokio_postgres::Client;
 
+use super::copy::is_text;
 use super::{Partition, Source, TimeColumn};
 use crate::archive::{HourSums, RowSum};
 use crate::decode::ENTITY_TABLE;
 use crate::error::{Error, Result};
-use crate::postgres::quote_identifier;
+use crate::postgres::{Encoding, quote_identifier};
 use crate::record::{ColumnSpec, ColumnType, Kind, MICROS_PER_HOUR};
 
 /// What a partition holds.
@@ -70,8 +71,9 @@ impl Source {
     }
 
     fn sums_query(&self, partition: &Partition, kind: Kind, range: Option<(i64, i64)>) -> String {
-        let expressions: Vec<Expression> =
-            kind.columns().iter().map(|column| self.expression(column)).collect();
+        let unfit = || Expression { fits: "false".to_owned(), bytes: "''::bytea".to_owned() };
+        let expression = |column| self.expression(column).unwrap_or_else(unfit);
+        let expressions: Vec<Expression> = kind.columns().iter().map(expression).collect();
         let joined = |part: fn(&Expression) -> &str, separator: &str| {
             expressions.iter().map(part).collect::<Vec<_>>().join(separator)
         };
@@ -107,7 +109,14 @@ impl Source {
         has("entity_id") && !(has("space") && has("name") && has("version"))
     }
 
-    fn expression(&self, column: &ColumnSpec) -> Expression {
+    /// Whether there is a row of this table that can be archived: each column is there, and of a type that its archive column
+    /// holds.
+    pub(crate) fn is_fit(&self, kind: Kind) -> bool {
+        kind.columns().iter().all(|column| self.expression(column).is_some())
+    }
+
+    /// `None` if no value of the column can be archived.
+    fn expression(&self, column: &ColumnSpec) -> Option<Expression> {
         let is_of_entity = ["space", "name", "version"].contains(&column.name);
         // What the decoder reads as text (`text`, `varchar`, `bpchar`, `name`).
         let (table, type_oid) = match self.is_by_id() && is_of_entity {
@@ -116,13 +125,12 @@ impl Source {
         };
         let value = format!("{table}.{}", quote_identifier(column.name));
         let is_there = if column.nullable { "true".to_owned() } else { format!("{value} is not null") };
-        let unfit = || Expression { fits: "false".to_owned(), bytes: "''::bytea".to_owned() };
-        let Some(type_oid) = type_oid else { return unfit() };
+        let type_oid = type_oid?;
         let or_null = |bytes: String| match column.nullable {
             true => format!("case when {value} is null then int4send(-1) else {bytes} end"),
             false => bytes,
         };
-        match (column.column_type, type_oid) {
+        Some(match (column.column_type, type_oid) {
             (ColumnType::Timestamp, TIMESTAMPTZ | TIMESTAMP) => Expression {
                 fits: self.time.is_fit_of(&value),
                 bytes: match self.time {
@@ -130,17 +138,25 @@ impl Source {
                     TimeColumn::Zoned | TimeColumn::None => format!("timestamptz_send({value})"),
                 },
             },
-            (ColumnType::String, TEXT | VARCHAR | BPCHAR | NAME) => {
+            (ColumnType::String, oid) if is_text(oid) => {
                 // A cast of `bpchar` would take its blanks off.
                 let text = match type_oid {
                     BPCHAR => format!("textin(bpcharout({value}))"),
                     _ => format!("{value}::text"),
                 };
-                let utf8 = format!("convert_to({text}, 'UTF8')");
-                Expression {
-                    fits: is_there,
-                    bytes: or_null(format!("int4send(octet_length({utf8})) || {utf8}")),
-                }
+                let (utf8, fits) = match self.encoding {
+                    Encoding::Utf8 => (format!("convert_to({text}, 'UTF8')"), is_there),
+                    // Null where it can't be converted, which would be an error otherwise.
+                    Encoding::Unknown | Encoding::Other => {
+                        let utf8 = format!("highwater.utf8(convert_to({text}, getdatabaseencoding()))");
+                        let fits = match column.nullable {
+                            true => format!("({value} is null or {utf8} is not null)"),
+                            false => format!("{utf8} is not null"),
+                        };
+                        (utf8, fits)
+                    }
+                };
+                Expression { fits, bytes: or_null(format!("int4send(octet_length({utf8})) || {utf8}")) }
             }
             (ColumnType::Int, oid) if INTEGERS.contains(&oid) => Expression {
                 fits: format!("{is_there} and {value} between -2147483648 and 2147483647"),
@@ -150,16 +166,14 @@ impl Source {
                 fits: is_there,
                 bytes: or_null(format!("int4send(8) || float8send({value}::float8)")),
             },
-            _ => unfit(),
-        }
+            _ => return None,
+        })
     }
 }
 
 // `pg_type.oid` of the types that the decoder takes.
 const TEXT: u32 = 25;
-const VARCHAR: u32 = 1043;
 const BPCHAR: u32 = 1042;
-const NAME: u32 = 19;
 const TIMESTAMPTZ: u32 = 1184;
 const TIMESTAMP: u32 = 1114;
 const FLOAT4: u32 = 700;

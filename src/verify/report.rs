@@ -1,5 +1,6 @@
 //! What is asked of a verification, and what it finds.
 
+use crate::unarchived::{Part, UnfitColumn};
 use crate::watermark::Watermark;
 
 /// What is compared, and what becomes of a difference.
@@ -16,6 +17,8 @@ pub struct Options {
     /// A partition counts as verified also where the archive has rows that Postgres has not: they were deleted or changed
     /// there on purpose.
     pub accept_surplus: bool,
+    /// A table counts as equal also if no row of it can be archived but in the quarantine.
+    pub accept_quarantine: bool,
 }
 
 /// What becomes of rows that the archive lacks, and of doubles: those that it has more often than Postgres, which has them, too.
@@ -36,7 +39,8 @@ pub enum RepairMode {
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Report {
-    /// Whether nothing was missing and nothing too much, and every table was compared. Rows that a repair has added were missing.
+    /// Whether nothing was missing and nothing too much, and every part of every table was compared. Rows that a repair has added
+    /// were missing.
     pub equal: bool,
     /// The tables, by name.
     pub tables: Vec<TableReport>,
@@ -57,6 +61,14 @@ pub struct TableReport {
     pub postgres_rows: u64,
     /// Rows in the archive, of the same hours.
     pub archive_rows: u64,
+    /// Rows in Postgres that the archive can't hold: its quarantine must have them.
+    pub quarantined_rows: u64,
+    /// What holds rows of the table, and can't be archived: it was not compared.
+    pub parts_not_compared: Vec<Part>,
+    /// What keeps all rows of the table in the quarantine.
+    pub unfit_columns: Vec<UnfitColumn>,
+    /// Whether that will do: somebody has said so.
+    pub quarantine_accepted: bool,
     /// Hours in which Postgres or the archive has rows.
     pub hours: u64,
     /// How many of them were compared row by row: those that are not plainly equal, or have rows that only the quarantine holds.
@@ -117,6 +129,14 @@ pub struct Progress {
 }
 
 impl TableReport {
+    /// Whether all of the table was compared, and nothing of it is in the quarantine alone that should not be.
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        self.not_compared.is_none()
+            && self.parts_not_compared.is_empty()
+            && (self.unfit_columns.is_empty() || self.quarantine_accepted)
+    }
+
     pub(super) fn new(row: &Watermark) -> Self {
         Self {
             source_table: row.source_table.clone(),
@@ -125,6 +145,10 @@ impl TableReport {
             lsn: None,
             postgres_rows: 0,
             archive_rows: 0,
+            quarantined_rows: 0,
+            parts_not_compared: Vec::new(),
+            unfit_columns: Vec::new(),
+            quarantine_accepted: false,
             hours: 0,
             hours_by_row: 0,
             differences: Vec::new(),

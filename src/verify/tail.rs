@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Insert, Message};
-use crate::postgres::{Chunk, Frame, Session};
+use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::record::Kind;
 use crate::source::TemporarySlot;
 use crate::stream::malformed;
@@ -44,12 +44,23 @@ impl Tail {
             last: upto.into_iter().max().unwrap_or_default(),
             in_transaction: false,
             foreign: HashSet::new(),
+            encoding: Encoding::Utf8,
             tail: Self { rows: Default::default() },
         };
         if reader.last <= from {
             return Ok(reader.tail);
         }
-        let stream = slot.connection.start(&slot.name, &config.publication).await?;
+        let encoding = reader.lookup.sql().run(Encoding::of_database).await?;
+        let (statement, texts) = encoding.streamed(&config.publication);
+        let mut connection = slot.connection;
+        if let Some(statement) = statement {
+            connection.query(statement).await?;
+        }
+        if texts == Encoding::Other {
+            reader.decoder.ask_for_texts();
+        }
+        reader.encoding = texts;
+        let stream = connection.start(&slot.name, &config.publication, false).await?;
         let (sender, mut chunks) = mpsc::channel(CHUNKS_MAX);
         // Nothing is ever acknowledged: the slot goes with its connection.
         let (_durable, durable) = watch::channel(Lsn::ZERO);
@@ -96,6 +107,8 @@ struct Reader<'a> {
     in_transaction: bool,
     /// Tables that are none of ours.
     foreign: HashSet<u32>,
+    /// That of names.
+    encoding: Encoding,
     tail: Tail,
 }
 
@@ -113,7 +126,7 @@ impl Reader<'_> {
                     Message::Insert(insert) => self.insert(&insert).await?,
                     Message::Relation(relation) => {
                         self.foreign.remove(&relation.oid);
-                        drop(self.decoder.relation(&relation));
+                        drop(self.lookup.relation(&mut self.decoder, &relation, self.encoding).await?);
                     }
                     Message::Commit(commit) if commit.end_lsn >= self.last => return Ok(true),
                     Message::Commit(_) => self.in_transaction = false,
@@ -144,10 +157,6 @@ impl Reader<'_> {
         loop {
             match self.decoder.insert(insert, &mut self.batches).map_err(malformed)? {
                 Inserted::Done | Inserted::Quarantined => return Ok(()),
-                Inserted::UnknownEntity(id) => {
-                    let entity = self.lookup.entity(id).await?;
-                    self.decoder.resolve(id, entity);
-                }
                 Inserted::NotArchived => {
                     let relation = insert.relation;
                     if self.foreign.contains(&relation) {
@@ -162,6 +171,7 @@ impl Reader<'_> {
                     };
                     self.decoder.adopt(relation, kind, &name);
                 }
+                asked => self.lookup.answer(&mut self.decoder, asked).await?,
             }
         }
     }

@@ -38,6 +38,12 @@ impl Stage {
         Self::on(Server::Shared(Cluster::shared()), shape, Partitions::DefaultOnly).await
     }
 
+    /// On the shared server, in a database of another encoding than UTF-8.
+    pub async fn encoded(shape: Shape, encoding: &str) -> Self {
+        let options = format!("template template0 encoding '{encoding}'");
+        Self::with(Server::Shared(Cluster::shared()), shape, Partitions::DefaultOnly, &options).await
+    }
+
     /// On the shared server, partitioned by pg_partman.
     pub async fn partitioned(shape: Shape) -> Self {
         Self::on(Server::Shared(Cluster::shared()), shape, Partitions::Partman).await
@@ -55,12 +61,16 @@ impl Stage {
     }
 
     async fn on(server: Server, shape: Shape, partitions: Partitions) -> Self {
+        Self::with(server, shape, partitions, "").await
+    }
+
+    async fn with(server: Server, shape: Shape, partitions: Partitions, options: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("hw_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let folder = tempfile::Builder::new().prefix("highwater-").tempdir().expect("temporary folder");
         let stage = Self { server, name, shape, folder };
         let admin = stage.cluster().connect("postgres").await;
-        admin.batch_execute(&format!("create database {}", stage.name)).await.expect("database");
+        admin.batch_execute(&format!("create database {} {options}", stage.name)).await.expect("database");
         schema::create(&stage.connect().await, shape, partitions).await;
         stage
     }
