@@ -464,6 +464,8 @@ impl Committer {
             window = merged.window,
             files = merged.inputs.len(),
             into = merged.outputs.len(),
+            // Absent once there are none.
+            files_to_rewrite = Some(table.unportable_file_count()).filter(|count| *count > 0),
             "merged a window"
         );
         if let Some(name) = watermark::source_table(&self.parts.config.schema, kind) {

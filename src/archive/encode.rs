@@ -1,7 +1,7 @@
 //! Sorted rows to Parquet.
 //!
 //! Row groups end where an entity ends: a reader of one entity then fetches little else. Encodings are
-//! those that measured smallest (`ARCHITECTURE.md` has the layout): dictionaries for strings only.
+//! those that measured smallest of the ones that every engine reads (`ARCHITECTURE.md` has the layout).
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use bytes::Bytes;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
-use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::schema::types::ColumnPath;
 
 use super::encode_error;
@@ -41,12 +41,21 @@ pub struct EncodedFile {
 /// [`Error::Encode`] if a batch has other columns than its kind, [`Error::Internal`] if the entities are
 /// not sorted.
 pub fn encode(kind: Kind, batches: impl IntoIterator<Item = RecordBatch>) -> Result<Option<EncodedFile>> {
+    encode_with(kind, writer_properties(kind), batches)
+}
+
+pub(super) fn encode_with(
+    kind: Kind,
+    properties: WriterProperties,
+    batches: impl IntoIterator<Item = RecordBatch>,
+) -> Result<Option<EncodedFile>> {
     let mut batches = batches.into_iter().filter(|batch| batch.num_rows() > 0).peekable();
     let Some(first) = batches.peek() else { return Ok(None) };
     let failed = || encode_error(format!("encoding a file of {}", kind.name()));
     let schema = writer_schema(kind, &first.schema());
-    let mut writer = ArrowWriter::try_new_with_options(Vec::new(), Arc::clone(&schema), writer_options(kind))
-        .map_err(failed())?;
+    let options = to_options(properties);
+    let mut writer =
+        ArrowWriter::try_new_with_options(Vec::new(), Arc::clone(&schema), options).map_err(failed())?;
     let mut stats = StatsBuilder::new(kind);
     let mut packer = Packer::new(kind);
     let mut steps = Vec::new();
@@ -90,33 +99,48 @@ pub(super) fn writer_schema(kind: Kind, actual: &Schema) -> SchemaRef {
     Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
-/// How a kind's files are written. The Arrow schema stays out of the file, since it would tell readers to
-/// make dictionaries of what Delta calls strings.
+/// How a kind's files are written.
 pub(super) fn writer_options(kind: Kind) -> ArrowWriterOptions {
+    to_options(writer_properties(kind))
+}
+
+/// The Arrow schema stays out of the file, since it would tell readers to make dictionaries of what Delta calls strings.
+fn to_options(properties: WriterProperties) -> ArrowWriterOptions {
+    ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true)
+}
+
+/// Files are for ever, so they have nothing that a reader of 2022 (Spark 3.3, parquet-mr 1.12, DuckDB 1.0) lacks: pages of the
+/// first version; dictionaries, and where these grow too large integers DELTA_BINARY_PACKED and all else PLAIN.
+pub(super) fn writer_properties(kind: Kind) -> WriterProperties {
     let mut properties = WriterProperties::builder()
+        .set_writer_version(WriterVersion::PARQUET_1_0)
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_statistics_enabled(EnabledStatistics::Page)
         // Row groups are closed by the packer, and by nothing else.
         .set_max_row_group_row_count(None)
-        .set_created_by(concat!("highwater ", env!("CARGO_PKG_VERSION")).to_owned());
+        // In the form of the format's specification: parquet-mr trusts no statistics of a writer that it can't parse.
+        .set_created_by(concat!("highwater version ", env!("CARGO_PKG_VERSION")).to_owned());
     for column in kind.columns() {
         let path = ColumnPath::from(column.name);
-        let encoding = match column.column_type {
-            ColumnType::Timestamp => Encoding::DELTA_BINARY_PACKED,
-            ColumnType::Double => Encoding::BYTE_STREAM_SPLIT,
-            ColumnType::Int if column.name == "bin_id" => BIN_ID_ENCODING,
-            ColumnType::Int => Encoding::BYTE_STREAM_SPLIT,
-            ColumnType::String => continue,
+        properties = match column.column_type {
+            ColumnType::Timestamp => properties
+                .set_column_dictionary_enabled(path.clone(), false)
+                .set_column_encoding(path, Encoding::DELTA_BINARY_PACKED),
+            ColumnType::Int => properties
+                .set_column_dictionary_page_size_limit(path.clone(), NUMBERS_DICTIONARY_BYTES)
+                .set_column_encoding(path, Encoding::DELTA_BINARY_PACKED),
+            ColumnType::Double => properties
+                .set_column_dictionary_page_size_limit(path.clone(), NUMBERS_DICTIONARY_BYTES)
+                .set_column_encoding(path, Encoding::PLAIN),
+            ColumnType::String => properties,
         };
-        properties =
-            properties.set_column_dictionary_enabled(path.clone(), false).set_column_encoding(path, encoding);
     }
-    ArrowWriterOptions::new().with_properties(properties.build()).with_skip_arrow_metadata(true)
+    properties.build()
 }
 
-/// Half the size of DELTA_BINARY_PACKED on bins that repeat in ascending order (3M rows of 100 entities with
-/// 10 features of 10 bins: 8,350 against 16,175 bytes; the ignored test `encode_rate` shows it).
-const BIN_ID_ENCODING: Encoding = Encoding::BYTE_STREAM_SPLIT;
+/// Numbers that repeat are a tenth to a third smaller in a dictionary. A larger one costs more where they don't than it gains
+/// (`benches/README.md`); this one costs 4 % at most.
+const NUMBERS_DICTIONARY_BYTES: usize = 16 << 10;
 
 /// What to do next with a file that is being written.
 #[derive(Debug)]

@@ -1,4 +1,5 @@
-//! Small files into large ones: those of a window that has ended, windows into days, days into months.
+//! Small files into large ones: those of a window that has ended, windows into days, days into months. And files of the first
+//! builds, whose encodings few engines read, into ones that all read.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
@@ -55,6 +56,8 @@ pub struct MergePlan {
     pub window: String,
     /// The files, at most 64.
     pub inputs: Vec<TableFile>,
+    /// Whether all that is to be gained are encodings that every engine reads. Other merges go first.
+    pub is_rewrite: bool,
 }
 
 /// A merge whose outputs are uploaded, for [`Table::commit_merge`].
@@ -71,28 +74,26 @@ pub struct Merged {
 impl Table {
     /// What is worth a merge: windows, days and months that have ended, with two or more files that are small (below half of
     /// 128 MiB) or of shorter spans, and either no new file for `quiet`, and enough in them, or 16 small files. A file goes into the longest span
-    /// that has ended. `width` is the length of windows within a day.
+    /// that has ended. Files with encodings that few engines read are written anew, even one alone. `width` is the length of windows within a day.
     #[must_use]
     pub fn merge_candidates(&self, now_micros: i64, quiet: Duration, width: WindowWidth) -> Vec<MergePlan> {
         let mut targets: BTreeMap<String, Vec<(&TableFile, &ObjectName)>> = BTreeMap::new();
         for file in self.files() {
             let Some(name) = file.name.as_ref().filter(|_| file.row_count.is_some()) else { continue };
             let Some((target, span)) = merge_target(name, now_micros, width) else { continue };
-            if file.size < SMALL_BYTES || name.span < span {
+            if file.size < SMALL_BYTES || name.span < span || !name.is_portable {
                 targets.entry(target).or_default().push((file, name));
             }
         }
         let quiet_since =
             now_micros.saturating_sub(i64::try_from(quiet.as_micros()).unwrap_or(i64::MAX)) / 1000;
-        targets.retain(|_, files| {
-            let youngest = files.iter().map(|(file, _)| file.modified_millis).max().unwrap_or(i64::MAX);
-            let small = files.iter().filter(|(file, _)| file.size < SMALL_BYTES).count();
-            let largest = files.iter().map(|(file, _)| file.size).max().unwrap_or_default();
-            let others = files.iter().map(|(file, _)| file.size).sum::<u64>() - largest;
-            let is_worth = others >= largest / REWRITE_MAX && youngest < quiet_since;
-            files.len() >= 2 && (is_worth || small >= SMALL_FILES_MAX)
-        });
         let plan = |(window, mut files): (String, Vec<(&TableFile, &ObjectName)>)| {
+            let is_rewrite = !is_worth(&files, quiet_since);
+            if is_rewrite
+                && !(is_quiet(&files, quiet_since) && files.iter().any(|(_, name)| !name.is_portable))
+            {
+                return None;
+            }
             files.sort_by_key(|(file, name)| (name.window_start, &file.path));
             let mut bytes = 0;
             let fits = |(index, (file, _)): &(usize, (&TableFile, _))| {
@@ -100,10 +101,29 @@ impl Table {
                 *index < 2 || (*index < INPUTS_MAX && bytes <= INPUT_BYTES_MAX)
             };
             let inputs = files.into_iter().enumerate().take_while(fits).map(|(_, (file, _))| file.clone());
-            MergePlan { kind: self.kind(), window, inputs: inputs.collect() }
+            Some(MergePlan { kind: self.kind(), window, inputs: inputs.collect(), is_rewrite })
         };
-        targets.into_iter().map(plan).collect()
+        targets.into_iter().filter_map(plan).collect()
     }
+
+    /// How many files have encodings that few engines read; merges make them fewer.
+    #[must_use]
+    pub fn unportable_file_count(&self) -> usize {
+        self.files().filter(|file| file.name.as_ref().is_some_and(|name| !name.is_portable)).count()
+    }
+}
+
+/// Whether fewer files are worth writing these anew.
+fn is_worth(files: &[(&TableFile, &ObjectName)], quiet_since: i64) -> bool {
+    let small = files.iter().filter(|(file, _)| file.size < SMALL_BYTES).count();
+    let largest = files.iter().map(|(file, _)| file.size).max().unwrap_or_default();
+    let others = files.iter().map(|(file, _)| file.size).sum::<u64>() - largest;
+    let is_enough = others >= largest / REWRITE_MAX && is_quiet(files, quiet_since);
+    files.len() >= 2 && (is_enough || small >= SMALL_FILES_MAX)
+}
+
+fn is_quiet(files: &[(&TableFile, &ObjectName)], quiet_since: i64) -> bool {
+    files.iter().all(|(file, _)| file.modified_millis < quiet_since)
 }
 
 /// The longest span that has ended around a file's window, by name; `None` if the window itself has not.
@@ -135,7 +155,7 @@ pub struct MergeTurns {
 }
 
 impl MergeTurns {
-    /// Takes the first plan whose window has not failed lately. Its end is to be told with
+    /// Takes the first plan whose window has not failed lately, rewrites last. Its end is to be told with
     /// [`MergeTurns::succeeded`] or [`MergeTurns::failed`].
     pub fn choose(&mut self, plans: impl IntoIterator<Item = MergePlan>, now: Instant) -> Option<MergePlan> {
         // The window is no longer there, or would have been tried since.
@@ -143,7 +163,7 @@ impl MergeTurns {
         let window = |plan: &MergePlan| (plan.kind, plan.window.clone());
         let is_due =
             |plan: &MergePlan| self.failed.get(&window(plan)).is_none_or(|(again_at, _)| *again_at <= now);
-        let plan = plans.into_iter().find(is_due)?;
+        let plan = plans.into_iter().filter(is_due).min_by_key(|plan| plan.is_rewrite)?;
         self.running = Some(window(&plan));
         Some(plan)
     }

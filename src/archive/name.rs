@@ -27,7 +27,8 @@ impl Namer {
 
     pub(super) fn name_in(&self, window: &str, lsn: Lsn) -> String {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-        format!("{window}-{:016X}-{:08x}-{sequence:04x}.parquet", lsn.0, self.writer)
+        // The leading zero is what `ObjectName::is_portable` goes by.
+        format!("{window}-{:016X}-{:08x}-0{sequence:04x}.parquet", lsn.0, self.writer)
     }
 
     /// Whether this session gave the name.
@@ -54,7 +55,7 @@ pub enum Span {
 }
 
 /// What the name of a file of ours says:
-/// `2026/11/22/13-000000010A0B0C0D-5f3a9c01-0007.parquet`, that is window, LSN, writer, sequence.
+/// `2026/11/22/13-000000010A0B0C0D-5f3a9c01-00007.parquet`, that is window, LSN, writer, sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectName {
     /// The window as [`Window`] displays it, `2026/11/22/13`; or the month, `2026/11`.
@@ -67,6 +68,9 @@ pub struct ObjectName {
     pub lsn: Lsn,
     /// The session that wrote it.
     pub writer: u32,
+    /// Whether it has only encodings that every engine reads. The first builds wrote others, and names whose sequence has
+    /// four digits, or more and no leading zero.
+    pub is_portable: bool,
 }
 
 impl ObjectName {
@@ -90,6 +94,7 @@ impl ObjectName {
             span,
             lsn: Lsn(u64::from_str_radix(lsn, 16).ok()?),
             writer: u32::from_str_radix(writer, 16).ok()?,
+            is_portable: sequence.len() > 4 && sequence.starts_with('0'),
         })
     }
 }
@@ -164,8 +169,27 @@ mod tests {
                 let span = if window.is_day() { Span::Day } else { Span::Window };
                 assert_eq!((parsed.window_start, parsed.span), (window.start(), span));
                 assert_eq!(parsed.lsn, Lsn(0x1_0A0B_0C0D));
-                assert!(namer.is_ours(&parsed));
+                assert!(namer.is_ours(&parsed) && parsed.is_portable);
             }
+        }
+    }
+
+    #[test]
+    fn names_of_the_first_builds_are_told_apart() {
+        for (sequence, is_portable) in [
+            ("0007", false),
+            ("ffff", false),
+            ("10000", false),
+            ("00007", true),
+            ("0ffff", true),
+            ("010000", true),
+        ] {
+            let name = format!("2026/11/22/13-000000010A0B0C0D-5f3a9c01-{sequence}.parquet");
+            assert_eq!(ObjectName::parse(&name).unwrap().is_portable, is_portable, "{sequence}");
+        }
+        let namer = Namer { writer: 1, sequence: AtomicU64::new(0xffff) };
+        for _ in 0..2 {
+            assert!(ObjectName::parse(&namer.name_in("2026/11", Lsn(1))).unwrap().is_portable);
         }
     }
 

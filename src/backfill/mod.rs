@@ -72,6 +72,7 @@ impl Backfill<'_> {
         if incomplete.mendable.is_empty() {
             return Ok(());
         }
+        tracing::info!("taking a snapshot; this waits for transactions that are running now");
         let (point, _) = Point::take(self.config).await?;
         for row in &incomplete.mendable {
             self.complete(&point, row).await?;

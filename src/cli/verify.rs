@@ -95,6 +95,7 @@ pub(super) async fn verify(config: &Config, flags: &VerifyFlags, format: Format)
     let tell = |progress: Progress| {
         shown.lock().unwrap_or_else(PoisonError::into_inner).tell(&progress);
     };
+    tracing::info!("taking a snapshot; this waits for transactions that are running now");
     let report = crate::verify::verify(config, &options, &tell).await;
     drop(shown);
     let report = report?;

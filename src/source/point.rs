@@ -53,7 +53,6 @@ impl Point {
         replication.query("set idle_session_timeout = 0").await?;
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
-        tracing::info!("taking a snapshot; this waits for transactions that are running now");
         let (lsn, snapshot) = slot::create(&mut replication, &name, "TEMPORARY LOGICAL", "export").await?;
         let snapshot = snapshot.ok_or_else(|| Error::Protocol {
             context: "CREATE_REPLICATION_SLOT".to_owned(),

@@ -3,8 +3,12 @@
 use arrow::array::AsArray as _;
 use arrow::datatypes::TimestampMicrosecondType;
 use object_store::ObjectStoreExt as _;
+use parquet::basic::Encoding;
+use parquet::file::properties::WriterPropertiesBuilder;
+use parquet::schema::types::ColumnPath;
 
 use super::*;
+use crate::archive::encode::{encode_with, writer_properties};
 use crate::archive::log::entry_path;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,6 +177,61 @@ async fn windows_become_days_and_days_months() {
     }
     drop(table);
     assert_eq!(place.claim("two").await.totals().row_count, 22);
+}
+
+/// The encodings of the first builds, under a name as they gave them.
+async fn old_file(place: &Place, batch: RecordBatch, lsn: u64) -> DataFile {
+    let mut properties = WriterPropertiesBuilder::from(writer_properties(Kind::Psi));
+    for column in ["bin_id", "bin_count"] {
+        properties = properties
+            .set_column_dictionary_enabled(ColumnPath::from(column), false)
+            .set_column_encoding(ColumnPath::from(column), Encoding::BYTE_STREAM_SPLIT);
+    }
+    let file = encode_with(Kind::Psi, properties.build(), [batch]).unwrap().unwrap();
+    let name = place.namer.name(Window::of(file.stats.min_time, WindowWidth::DAY), Lsn(lsn));
+    let (front, sequence) = name.rsplit_once("-0").unwrap();
+    upload(&place.storage, Kind::Psi, format!("{front}-{sequence}"), file).await.unwrap()
+}
+
+/// Files that few engines read are written anew, each alone if need be, once all other merges are done.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_the_first_builds_are_written_anew() {
+    let place = Place::new();
+    let mut table = place.claim("one").await;
+    let month = |months: i64| NOON + months * 31 * MICROS_PER_DAY;
+    let rows_of = |months| psi(&[(month(months), "a", 1), (month(months) + 1, "b", 2)]);
+    // In the first month one alone, in the second two, in the third one beside a new one; the fourth has nothing to be done.
+    let mut files = Vec::new();
+    for months in [0, 1, 1, 2] {
+        files.push(old_file(&place, rows_of(months), 200).await);
+    }
+    for months in [2, 3] {
+        files.push(place.file(rows_of(months), 200).await);
+    }
+    table.commit(&files, Lsn(200), &note()).await.unwrap();
+    assert_eq!(table.unportable_file_count(), 4);
+    // A file that came a moment ago may get company.
+    assert_eq!(table.merge_candidates(later(), Duration::from_hours(1), WindowWidth::DAY), []);
+    let mut turns = MergeTurns::default();
+    let mut done = Vec::new();
+    loop {
+        let plans = table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);
+        let Some(plan) = turns.choose(plans, std::time::Instant::now()) else { break };
+        done.push((plan.inputs.len(), plan.is_rewrite));
+        let merged = merge(&place.storage, &place.namer, &plan).await.unwrap();
+        assert!(table.commit_merge(&merged).await.unwrap());
+        turns.succeeded();
+        assert!(done.len() < 10, "it never ends: {done:?}");
+    }
+    assert_eq!(done, [(2, false), (2, false), (1, true)]);
+    assert_eq!((table.unportable_file_count(), table.totals().row_count), (0, 12));
+    assert_eq!(table.files().count(), 4);
+    for file in table.files() {
+        let bytes = std::fs::read(place.folder.path().join("psi").join(&file.path)).unwrap();
+        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(bytes)).unwrap();
+        let mut columns = reader.metadata().row_groups().iter().flat_map(|group| group.columns());
+        assert!(columns.all(|column| column.encodings().all(|used| used != Encoding::BYTE_STREAM_SPLIT)));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
