@@ -13,12 +13,8 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::Session;
 use crate::source::{self, Source};
-<<<<<<< HEAD
-use crate::verify::{self, Options, RepairMode, TableReport};
-=======
 use crate::unarchived::{self, Told};
-use crate::verify::{self, Options, TableReport};
->>>>>>> parts
+use crate::verify::{self, Options, RepairMode, TableReport};
 use crate::watermark::{self, State};
 
 /// How often the catalog is looked at.

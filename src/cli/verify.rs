@@ -154,14 +154,10 @@ fn text(report: &Report) -> String {
     }
     let is_mended = |table: &TableReport| {
         let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
-<<<<<<< HEAD
         let doubles = table.differences.iter().map(|one| one.doubles).sum::<u64>();
-        table.not_compared.is_none()
+        table.is_whole()
             && table.doubles_removed == doubles
             && table.differences.iter().all(mended)
-=======
-        table.is_whole() && table.differences.iter().all(mended)
->>>>>>> parts
     };
     let is_empty = |table: &TableReport| table.postgres_rows + table.archive_rows == 0;
     text.push_str(if report.equal && report.tables.iter().all(is_empty) {
@@ -186,11 +182,7 @@ fn summary(table: &TableReport) -> String {
         count => format!("; {count} surplus copies removed"),
     };
     format!(
-<<<<<<< HEAD
-        "{}  {} rows in Postgres, {} in the archive, {} hours, {} different; {verified} of {} partitions verified, at {}{removed}",
-=======
-        "{}  {} rows in Postgres, {} in the archive{}, {} hours, {} different; {verified} of {} partitions verified, at {}",
->>>>>>> parts
+        "{}  {} rows in Postgres, {} in the archive{}, {} hours, {} different; {verified} of {} partitions verified, at {}{removed}",
         table.source_table,
         table.postgres_rows,
         table.archive_rows,

@@ -151,24 +151,15 @@ impl<'a> Comparison<'a> {
         repair: &Repair,
     ) -> Result<Self> {
         let config = table.config;
-<<<<<<< HEAD
         let decoder = |settled| {
-            let mut decoder = Decoder::new(&config.schema);
-            drop(decoder.relation(&source.relation(table.kind)));
-            decoder.adopt(source.oid, table.kind, &source.name);
+            let (mut decoder, _) = source.decoder(&config.schema, table.kind);
             decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
             decoder
         };
         let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
-        let settled = recover::quarantined(table.storage, &quarantine.files, &source.name).await?;
-=======
-        let (mut decoder, _) = source.decoder(&config.schema, table.kind);
-        let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
         let settled =
             recover::quarantined(table.storage, &quarantine.files, &source.name, source.is_fit(table.kind))
                 .await?;
-        decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
->>>>>>> parts
         Ok(Self {
             table,
             source,
