@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::archive::{self, Removal, Storage, Table};
+use crate::archive::{self, ForeignRemoval, Storage, Table};
 use crate::config::Config;
 use crate::error::{Error, Policy, Result};
 use crate::postgres::Session;
@@ -81,7 +81,7 @@ async fn void(
     config: &Config,
     sql: &mut Session,
     table: &Table,
-    removal: &Removal,
+    removal: &ForeignRemoval,
     reason: Option<&str>,
 ) -> Result<()> {
     let kind = table.kind();
@@ -158,7 +158,7 @@ async fn note_damage(
         names.join(", "),
         if damaged.len() > names.len() { ", ..." } else { "" },
     );
-    let removal = Removal {
+    let removal = ForeignRemoval {
         version: table.version(),
         operation: "files that are gone".to_owned(),
         row_count: damaged

@@ -24,7 +24,7 @@ const REQUESTS_MAX: usize = 16;
 
 /// Rows that are no longer where they were archived, and not by our doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Removal {
+pub struct ForeignRemoval {
     /// The version of the table's log whose entry it was; of files that are gone, the version that names them.
     pub version: u64,
     /// What it was, for people: `DELETE`, say.
@@ -40,7 +40,7 @@ pub struct Removal {
 /// Any time.
 const ANY_TIME: (i64, i64) = (i64::MIN, i64::MAX);
 
-impl Removal {
+impl ForeignRemoval {
     /// What a foreign entry took away of a table with these files; `None` if nothing.
     pub(super) fn of(entry: &Entry, version: u64, files: &BTreeMap<String, TableFile>) -> Option<Self> {
         let removed: Vec<&TableFile> = entry.removes.iter().filter_map(|path| files.get(path)).collect();
@@ -189,7 +189,7 @@ impl Table {
             Err(error @ Error::Storage { .. }) => return Err(error),
             Err(error) => {
                 tracing::debug!(table = self.kind().name(), error = error.chain(), "its log was trimmed");
-                self.removals.push(Removal {
+                self.removals.push(ForeignRemoval {
                     version: self.version(),
                     operation: format!("a log that was trimmed past version {looked}"),
                     row_count: None,
@@ -201,7 +201,7 @@ impl Table {
         Ok(())
     }
 
-    async fn replay(&self, looked: u64) -> Result<Vec<Removal>> {
+    async fn replay(&self, looked: u64) -> Result<Vec<ForeignRemoval>> {
         let kind = self.kind();
         let wrong = |version, detail: &str| {
             unusable(kind, "reading a log entry", &format!("version {version}: {detail}"))
@@ -222,7 +222,7 @@ impl Table {
         let mut files: BTreeMap<String, TableFile> = known.map(|file| (file.path.clone(), file)).collect();
         let mut removals = Vec::new();
         for (version, entry) in entries {
-            removals.extend(Removal::of(&entry, version, &files));
+            removals.extend(ForeignRemoval::of(&entry, version, &files));
             for path in &entry.removes {
                 files.remove(path);
             }
@@ -233,7 +233,7 @@ impl Table {
 
     /// What others took away, and nobody has been told of yet.
     #[must_use]
-    pub fn removals(&self) -> &[Removal] {
+    pub fn removals(&self) -> &[ForeignRemoval] {
         &self.removals
     }
 
@@ -326,8 +326,8 @@ mod tests {
         [file("a", 3), file("b", 4)].into_iter().map(|file| (file.path.clone(), file)).collect()
     }
 
-    fn removal(actions: &str) -> Option<Removal> {
-        Removal::of(&Entry::parse(Kind::Psi, APP, actions.as_bytes()).unwrap(), 9, &files())
+    fn removal(actions: &str) -> Option<ForeignRemoval> {
+        ForeignRemoval::of(&Entry::parse(Kind::Psi, APP, actions.as_bytes()).unwrap(), 9, &files())
     }
 
     fn add(path: &str, rows: u64, change: bool) -> String {

@@ -38,7 +38,7 @@ pub use digest::{Copies, Multiset, each_digest};
 pub use doubles::{Doubles, Removal};
 pub use encode::{EncodedFile, encode};
 pub use entities::{EntityStats, QuarantinedText, each_quarantined, entity_stats};
-pub use foreign::{Damaged, Removal, broken_since};
+pub use foreign::{Damaged, ForeignRemoval, broken_since};
 pub use hours::{HourSums, MinuteCounts, RowSum, hour_sums, minute_counts, sums_of};
 pub use log::TableFile;
 pub use merge::{MergePlan, MergeTurns, Merged, merge};

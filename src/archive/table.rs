@@ -10,7 +10,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 use serde_json::{Map, Value, json};
 
-use super::foreign::{self, Removal};
+use super::foreign::{self, ForeignRemoval};
 use super::log::{self, CommitId, Entry, TableFile, entry_path};
 use super::merge::Merged;
 use super::open::{check_entry, create_if_absent, open_checked, open_delta};
@@ -78,7 +78,7 @@ pub struct Table {
     /// The last entry since the claim in which somebody else has added rows that did not come by the stream.
     foreign_copy: Option<u64>,
     /// What others took away, and nobody was told of yet.
-    pub(super) removals: Vec<Removal>,
+    pub(super) removals: Vec<ForeignRemoval>,
     /// Files that were found to be gone, by path.
     pub(super) damaged: BTreeSet<String>,
     /// Until when older versions, and the files that are not active any more, are kept: somebody may want to go back.
@@ -442,7 +442,7 @@ impl Table {
             }
             check_entry(self.kind, &entry)
                 .map_err(|error| foreign::broken_by(&self.storage, self.kind, version, &entry, &error))?;
-            self.removals.extend(Removal::of(&entry, version, &self.files).filter(|_| ours.is_none()));
+            self.removals.extend(ForeignRemoval::of(&entry, version, &self.files).filter(|_| ours.is_none()));
             if ours.is_none() && entry.is_copy() {
                 self.foreign_copy = Some(version);
             }

@@ -155,9 +155,7 @@ fn text(report: &Report) -> String {
     let is_mended = |table: &TableReport| {
         let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
         let doubles = table.differences.iter().map(|one| one.doubles).sum::<u64>();
-        table.is_whole()
-            && table.doubles_removed == doubles
-            && table.differences.iter().all(mended)
+        table.is_whole() && table.doubles_removed == doubles && table.differences.iter().all(mended)
     };
     let is_empty = |table: &TableReport| table.postgres_rows + table.archive_rows == 0;
     text.push_str(if report.equal && report.tables.iter().all(is_empty) {

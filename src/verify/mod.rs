@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep};
 use crate::archive::{self, HourSums, RowSum, Snapshot, Storage, TableFile};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::foreign;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::purge;
@@ -65,25 +66,23 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let storage = Storage::open_existing(&config.storage)?;
     sql.run(slot::ask_for_checkpoint).await?;
     wait_until_archived(config, &mut sql, &chosen, point.lsn).await?;
+    let (mut archives, broken) = archives_of(config, &storage, &mut sql, &chosen, &app_id, point.lsn).await?;
     let mut repair = Repair::default();
     if options.repair != RepairMode::Report {
-        for row in &chosen {
-            archive_of(config, &storage, &mut sql, row, &app_id, point.lsn).await?;
-        }
+        let sound: Vec<Watermark> = archives.iter().map(|(row, ..)| (*row).clone()).collect();
         // Before the archive is read: whoever repairs it then is noticed.
-        repair = Repair::claim(&storage, &chosen, &app_id, options.repair).await?;
-    }
-    let mut archives = Vec::new();
-    for row in &chosen {
-        let Some(kind) = Kind::of_name(&row.kind) else { continue };
-        let (snapshot, lsn) = archive_of(config, &storage, &mut sql, row, &app_id, point.lsn).await?;
-        archives.push((row, kind, snapshot, lsn));
+        repair = Repair::claim(&storage, &sound, &app_id, options.repair).await?;
+        (archives, _) = archives_of(config, &storage, &mut sql, &chosen, &app_id, point.lsn).await?;
     }
     let reach = |kind: Kind| archives.iter().find(|(_, other, ..)| *other == kind).map(|(.., lsn)| *lsn);
     let upto = Kind::ALL.map(|kind| reach(kind).unwrap_or_default());
     let tail = Tail::read(config, slot, point.lsn, upto).await?;
     let now = sql.run(watermark::read).await?;
-    let mut report = Report { equal: true, tables: Vec::new() };
+    let broken = broken
+        .into_iter()
+        .map(|(row, error)| TableReport { not_compared: Some(error.chain()), ..TableReport::new(row) });
+    let tables: Vec<TableReport> = broken.collect();
+    let mut report = Report { equal: tables.is_empty(), tables };
     for (row, kind, snapshot, lsn) in &archives {
         let mut table = TableReport::new(row);
         table.lsn = Some(lsn.to_string());
@@ -159,6 +158,30 @@ fn choose(
             transient: false,
         }),
     }
+}
+
+/// A table with its archive, and the position of that.
+type Archived<'a> = (&'a Watermark, Kind, Snapshot, Lsn);
+
+/// The archives of these tables; and the tables whose archive can't be read as it is, with the reason.
+async fn archives_of<'a>(
+    config: &Config,
+    storage: &Storage,
+    sql: &mut Session,
+    chosen: &'a [Watermark],
+    app_id: &str,
+    lsn: Lsn,
+) -> Result<(Vec<Archived<'a>>, Vec<(&'a Watermark, Error)>)> {
+    let (mut archives, mut broken) = (Vec::new(), Vec::new());
+    for row in chosen {
+        let Some(kind) = Kind::of_name(&row.kind) else { continue };
+        match archive_of(config, storage, sql, row, app_id, lsn).await {
+            Ok((snapshot, lsn)) => archives.push((row, kind, snapshot, lsn)),
+            Err(error) if foreign::is_broken(&error) => broken.push((row, error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((archives, broken))
 }
 
 /// The newest version of a table's archive, and its position, which must have passed `lsn`: only the sidecar's own archive has.

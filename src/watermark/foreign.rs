@@ -55,7 +55,8 @@ pub async fn set_looked(
 ) -> Result<()> {
     let statement = "
         insert into highwater.archive_log as l (kind, version, looked_at, purge_trust)
-        values ($1, $2, clock_timestamp() - $3::float8 * interval '1 second', $4::float8 * interval '1 second')
+        values ($1, $2, clock_timestamp() - $3::float8 * interval '1 second',
+                justify_hours($4::float8 * interval '1 second'))
         on conflict (kind) do update
         set version = greatest(l.version, excluded.version), looked_at = greatest(l.looked_at, excluded.looked_at),
             purge_trust = excluded.purge_trust";
@@ -104,13 +105,13 @@ pub async fn void_partitions(client: &Client, void: &Void<'_>) -> Result<()> {
     let statement = "
         with counted as (
             update highwater.watermark
-            set gap_count = gap_count + 1, row_count = least(row_count, coalesce($4, row_count))
+            set gap_count = gap_count + 1, row_count = least(row_count, coalesce($4::bigint, row_count))
             where source_table = $1),
         lacking as (
             update highwater.covered_partition
-            set lacks_since = coalesce(lacks_since, clock_timestamp()), lacks_reason = $3
-            where source_table = $1 and partition_oid = any($2) and $3 is not null)
-        delete from highwater.verified_partition where source_table = $1 and partition_oid = any($2)";
+            set lacks_since = coalesce(lacks_since, clock_timestamp()), lacks_reason = $3::text
+            where source_table = $1 and partition_oid = any($2::oid[]) and $3::text is not null)
+        delete from highwater.verified_partition where source_table = $1 and partition_oid = any($2::oid[])";
     let row_count = void.row_count.map(signed);
     let voided =
         client.execute(statement, &[&void.source_table, &void.partitions, &void.reason, &row_count]).await;

@@ -61,6 +61,7 @@ fn quiet(stage: &Stage) -> Launch {
 
 /// A foreign table, an unlogged one, one of another access method, and a child by inheritance.
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one life of a table, in order")]
 async fn parts_that_are_not_archived_are_named_and_never_purged() {
     let stage = Stage::shared(Shape::Named).await;
     let client = stage.connect().await;
@@ -217,6 +218,7 @@ async fn domains_enums_and_citext_are_archived_as_what_they_are() {
 
 /// A column of a type that the archive has nothing for: every row of the table goes to quarantine.
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one life of a table, in order")]
 async fn a_table_that_only_the_quarantine_holds_is_not_equal_and_not_purged_unless_accepted() {
     let stage = Stage::shared(Shape::Named).await;
     let client = stage.connect().await;
