@@ -33,9 +33,13 @@ pub(crate) async fn look_back(config: &Config, sql: &mut Session, tables: &mut [
         if let Some(at) = log.removal_at {
             table.keep_history(at + HISTORY_KEPT);
         }
-        if let Err(error @ Error::Setting { .. }) = table.look_back(log.version).await {
-            // What the watermarks say is not to be relied on: nothing more may be purged.
-            sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
+        if let Err(mut error) = table.look_back(log.version).await {
+            if let Error::Setting { accepted, .. } = &mut error {
+                let name = watermark::source_table(&config.schema, table.kind()).unwrap_or_default();
+                accepted.push_str(&format!("; the watermark of {name} speaks of that"));
+                // What the watermarks say is not to be relied on: nothing more may be purged.
+                sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
+            }
             return Err(error);
         }
         note(config, sql, table).await?;

@@ -9,12 +9,11 @@ from deltalake.table import TableFeatures
 
 path, action, *arguments = sys.argv[1:]
 table = DeltaTable(path)
-nothing = table.to_pyarrow_table().slice(0, 0)
 
 
-def some():
+def some(rows=3):
     """A few rows of the table, as it has them."""
-    return table.to_pyarrow_table().slice(0, 3)
+    return table.to_pyarrow_table().slice(0, rows)
 
 
 def add_column(nullable):
@@ -29,8 +28,8 @@ actions = {
     # What takes rows away.
     "restore": lambda: table.restore(int(arguments[0]), protocol_downgrade_allowed=True),
     "delete": lambda: table.delete(arguments[0] if arguments else None),
-    "overwrite": lambda: write_deltalake(path, nothing, mode="overwrite"),
-    "replace": lambda: write_deltalake(path, nothing, mode="overwrite", predicate=arguments[0]),
+    "overwrite": lambda: write_deltalake(path, some(0), mode="overwrite"),
+    "replace": lambda: write_deltalake(path, some(0), mode="overwrite", predicate=arguments[0]),
     "update": lambda: table.update(updates={"bin_count": "bin_count + 1"}, predicate=arguments[0]),
     "merge": lambda: table.merge(some(), "s.feature = t.feature", source_alias="s", target_alias="t")
     .when_matched_delete()
@@ -44,7 +43,7 @@ actions = {
     "comment": lambda: table.alter.set_table_description("What Highwater archives"),
     "name": lambda: table.alter.set_table_name("drift"),
     "metadata": lambda: table.alter.set_column_metadata("feature", {"comment": "What drifts"}),
-    "append": lambda: write_deltalake(path, nothing, mode="append", commit_properties=CommitProperties()),
+    "append": lambda: write_deltalake(path, some(0), mode="append", commit_properties=CommitProperties()),
     "checkpoint": lambda: table.create_checkpoint(),
     "vacuum": lambda: table.vacuum(0, enforce_retention_duration=False, dry_run=False, full=True),
     "repair": lambda: table.repair(),
@@ -53,7 +52,7 @@ actions = {
         TableFeatures.DeletionVectors, allow_protocol_versions_increase=True
     ),
     "drop": lambda: write_deltalake(
-        path, nothing.drop_columns(["bin_count"]), mode="overwrite", schema_mode="overwrite"
+        path, some(0).drop_columns(["bin_count"]), mode="overwrite", schema_mode="overwrite"
     ),
     "version": lambda: None,
 }
