@@ -12,7 +12,7 @@ use crate::support::archive::{archived_rows, compare, compare_rows};
 use crate::support::schema::{KINDS, Shape};
 use crate::support::sidecar::Launch;
 use crate::support::stage::Stage;
-use crate::support::wait::until;
+use crate::support::wait::{pause, until};
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
@@ -44,6 +44,8 @@ fn write(client: Client) -> JoinHandle<()> {
                  values (now() - random() * interval '3 days', 's', 'late', '1', '{turn}', 1, 1)"
             );
             client.batch_execute(&sql).await.unwrap();
+            // A verification reads all of it, several times.
+            pause(20).await;
         }
     })
 }
