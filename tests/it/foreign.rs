@@ -160,7 +160,7 @@ async fn rows_that_somebody_removes_are_not_purged_until_they_are_back() {
         insert(&client, 0, 1).await;
         archived(&client).await;
         act(&stage, "psi", &["restore", &back.to_string()]);
-        is_blocked(&client, "(RESTORE, not by Highwater)").await;
+        is_blocked(&client, "not by Highwater").await;
         let mut repaired = String::new();
         until("a repair has added what was archived since", DEADLINE, async || {
             let output = quiet(&stage).output(&["verify", "--repair"]);
