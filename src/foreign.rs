@@ -3,11 +3,14 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::time::sleep;
+
 use crate::archive::{self, ForeignRemoval, Storage, Table};
 use crate::config::Config;
 use crate::error::{Error, Policy, Result};
 use crate::postgres::Session;
 use crate::record::Kind;
+use crate::slot;
 use crate::source;
 use crate::watermark::{self, Void, Watermark};
 
@@ -17,6 +20,12 @@ const HISTORY_KEPT: Duration = Duration::from_hours(7 * 24);
 /// A file that is gone so soon after it was written was never read by anybody: somebody has vacuumed without retention.
 /// Postgres still has its rows, unless retention is as short.
 const SOON: Duration = Duration::from_hours(24);
+
+/// Added to twice the staleness bound: how long a sidecar may take to note what others did.
+const NOTE_WAIT: Duration = Duration::from_mins(1);
+
+/// How often that is looked at.
+const NOTE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Files that a message names.
 const SHOWN: usize = 5;
@@ -75,7 +84,38 @@ pub(crate) async fn note(config: &Config, sql: &mut Session, table: &mut Table) 
         }
         void(config, sql, table, removal, reason).await?;
     }
+    if !removals.is_empty() {
+        let (kind, version) = (table.kind(), table.version());
+        sql.run(async |client| watermark::set_noted(client, kind, version).await).await?;
+    }
     table.forget_removals(removals.len());
+    Ok(())
+}
+
+/// Waits until the sidecar has noted what others have taken out of the tables by now: what is verified before that is void when
+/// it does. Goes on without where nobody archives, or nothing can be read; then nothing is recorded as verified.
+///
+/// # Errors
+///
+/// The database can't be read.
+pub(crate) async fn wait_until_noted(config: &Config, sql: &mut Session) -> Result<()> {
+    let Ok(storage) = Storage::open_existing(&config.storage) else { return Ok(()) };
+    let rows = sql.run(watermark::read).await?;
+    let Some(row) = rows.iter().find(|row| row.slot_name == config.slot) else { return Ok(()) };
+    let app_id = archive::app_id(&row.system_identifier, &config.slot);
+    let begun = Instant::now();
+    for kind in Kind::ALL {
+        while begun.elapsed() < config.max_lag * 2 + NOTE_WAIT {
+            let logs = sql.run(watermark::read_archive_logs).await?;
+            let Some(log) = logs.get(kind.name()) else { break };
+            let is_held = slot::find(sql, &config.slot).await?.is_some_and(|slot| slot.active_pid.is_some());
+            let is_behind = archive::removes_since(&storage, kind, &app_id, log.version).await;
+            if !is_held || !is_behind.unwrap_or(false) {
+                break;
+            }
+            sleep(NOTE_INTERVAL).await;
+        }
+    }
     Ok(())
 }
 

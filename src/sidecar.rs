@@ -293,7 +293,7 @@ async fn prepare(
     slot: &Slot,
 ) -> Result<Vec<Table>> {
     let start = slot.confirmed_flush_lsn;
-    let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
+    let app_id = archive::app_id(&identity.system_identifier, &config.slot);
     // Tells our log entries from those of any other session, and is in each of them.
     let session = format!("{:032x}", rand::rng().random::<u128>());
     let mut tables = Vec::new();

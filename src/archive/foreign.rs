@@ -47,7 +47,6 @@ impl ForeignRemoval {
         if entry.is_ours || removed.is_empty() {
             return None;
         }
-        // An `add` for a known path replaces it; then nothing of it is gone.
         let rows = |files: &mut dyn Iterator<Item = &TableFile>| {
             let counts = files.map(|file| file.row_count.and_then(|count| i64::try_from(count).ok()));
             counts.sum::<Option<i64>>()
@@ -136,6 +135,25 @@ pub(super) fn broken_by(storage: &Storage, kind: Kind, version: u64, entry: &Ent
     unusable(kind, "following its log", &detail)
 }
 
+/// Whether an entry after version `looked` removes files and is not of the sidecar `app_id`. Nothing if there is no log.
+///
+/// # Errors
+///
+/// [`Error::Storage`] if it can't be read, [`Error::Delta`] if an entry is none.
+pub async fn removes_since(storage: &Storage, kind: Kind, app_id: &str, looked: u64) -> Result<bool> {
+    let store = storage.table_store(kind);
+    for version in looked + 1.. {
+        let Some(bytes) = read_entry(store.as_ref(), kind, version).await? else { break };
+        let entry = Entry::parse(kind, app_id, &bytes).map_err(|detail| {
+            unusable(kind, "reading a log entry", &format!("version {version}: {detail}"))
+        })?;
+        if !entry.is_ours && !entry.removes.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 pub(super) async fn read_entry(store: &dyn ObjectStore, kind: Kind, version: u64) -> Result<Option<Bytes>> {
     let path = entry_path(version);
     match async { store.get(&path).await?.bytes().await }.await {
@@ -155,15 +173,6 @@ pub struct Damaged {
 }
 
 impl Table {
-    /// Reads what others have written since the last look. What they took away is then among [`Table::removals`].
-    ///
-    /// # Errors
-    ///
-    /// As [`Table::commit`].
-    pub async fn look(&mut self) -> Result<()> {
-        self.check_claim().await
-    }
-
     /// Looks for what others took away since `looked`, the version that the last session of ours has looked at: nobody may
     /// have run for long. To be called right after the claim.
     ///

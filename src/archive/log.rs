@@ -110,6 +110,12 @@ pub(super) fn repair_id(app_id: &str) -> String {
     format!("{app_id}{REPAIR}")
 }
 
+/// The application id of the sidecar that archives a server through a slot: of the `txn` of each of its entries.
+#[must_use]
+pub fn app_id(system_identifier: &str, slot: &str) -> String {
+    format!("highwater/{system_identifier}/{slot}")
+}
+
 /// The application id of the sidecar that a repair, or the sidecar itself, writes beside.
 fn sidecar_of(app_id: &str) -> &str {
     app_id.strip_suffix(REPAIR).unwrap_or(app_id)

@@ -76,7 +76,7 @@ impl Table {
     /// [`Error::Fenced`] if another session has claimed the table; [`Error::Storage`] and [`Error::Delta`]
     /// if the table can't be read or an object not deleted; it may be repeated.
     pub async fn vacuum(&mut self, namer: &Namer, older_than: Duration) -> Result<u64> {
-        self.check_claim().await?;
+        self.look().await?;
         if self.keeps_history() {
             return Ok(0);
         }

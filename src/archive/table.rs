@@ -469,22 +469,18 @@ impl Table {
         Ok(since)
     }
 
-    /// Takes over what others have written, for a handle that is used after hours: by then the log may be trimmed past its
-    /// version.
+    /// Takes over what others have written, and makes sure that no other session has claimed the table, as far as the log says
+    /// now. What others took away is then among [`Table::removals`]. A handle that is used after hours must have looked: by
+    /// then the log may be trimmed past its version.
     ///
     /// # Errors
     ///
     /// As [`Table::commit`].
-    pub async fn keep_up(&mut self) -> Result<()> {
-        self.check_claim().await?;
+    pub async fn look(&mut self) -> Result<()> {
+        self.catch_up(None).await?;
+        self.check_end(self.version).await?;
         self.looked_at = SystemTime::now();
         Ok(())
-    }
-
-    /// Makes sure that no other session has claimed the table, as far as the log says now.
-    pub(super) async fn check_claim(&mut self) -> Result<()> {
-        self.catch_up(None).await?;
-        self.check_end(self.version).await
     }
 
     pub(super) async fn read_entry(&self, version: u64) -> Result<Option<Bytes>> {

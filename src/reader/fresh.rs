@@ -26,7 +26,7 @@ use tokio_postgres::Client;
 
 use super::columns::each_batch;
 use super::query::BinnedQuery;
-use crate::archive::{Multiset, Snapshot, Storage, each_digest};
+use crate::archive::{self, Multiset, Snapshot, Storage, each_digest};
 use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, ENTITY_TABLE, Settled};
@@ -75,7 +75,7 @@ impl<'a> Before<'a> {
 
     /// Makes sure that the storage is the one that the watermark speaks of.
     pub(super) async fn check_storage(&self, storage: &Storage) -> Result<()> {
-        let app_id = format!("highwater/{}/{}", self.row.system_identifier, self.row.slot_name);
+        let app_id = archive::app_id(&self.row.system_identifier, &self.row.slot_name);
         let found = Snapshot::read(storage, self.kind, &app_id).await?;
         // Only a checkpoint with rows of a table moves the position in its log, and rows are never removed.
         let held: u64 = found.files.iter().filter_map(|file| file.row_count).sum();

@@ -59,9 +59,10 @@ const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
 /// then stays.
 pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress) + Sync)) -> Result<Report> {
     let mut sql = Session::new(config.source.clone());
+    foreign::wait_until_noted(config, &mut sql).await?;
     let (point, mut slot) = Point::take(config).await?;
     let identity = slot::identify(&mut slot.connection).await?;
-    let app_id = format!("highwater/{}/{}", identity.system_identifier, config.slot);
+    let app_id = archive::app_id(&identity.system_identifier, &config.slot);
     let chosen = choose(config, options, &identity.system_identifier, sql.run(watermark::read).await?)?;
     let storage = Storage::open_existing(&config.storage)?;
     sql.run(slot::ask_for_checkpoint).await?;
@@ -417,7 +418,7 @@ impl Table<'_> {
         let purged = sql.run(async |client| purge::cutoff(client, &self.row.source_table).await).await?;
         let bounds = merged(leaves.iter().filter_map(|leaf| leaf.bounds).collect());
         for (index, hour) in counted.suspect.iter().enumerate() {
-            repair.keep_up().await?;
+            repair.look().await?;
             let step = format!("comparing the rows of {}", hour_text(*hour));
             self.told(&step, (index as u64, counted.suspect.len() as u64), "hours");
             let rows = |sums: &HourSums| sums.get(hour).map_or(0, |sum| sum.rows);
@@ -482,7 +483,7 @@ impl Table<'_> {
         for leaf in leaves {
             self.told(&format!("adding up {}", leaf.name), (done, done + whole(rest)), "rows");
             rest -= leaf.rows_expected;
-            repair.keep_up().await?;
+            repair.look().await?;
             if !is_whole
                 && leaf.extent.is_some_and(|extent| extent.1 <= self.range.0 || extent.0 >= self.range.1)
             {

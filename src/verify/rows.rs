@@ -53,9 +53,9 @@ impl Repair {
     }
 
     /// Takes over what others have written since the claim; to be called again and again, since a comparison may take hours.
-    pub(super) async fn keep_up(&mut self) -> Result<()> {
+    pub(super) async fn look(&mut self) -> Result<()> {
         for table in &mut self.tables {
-            table.keep_up().await?;
+            table.look().await?;
         }
         Ok(())
     }
@@ -81,7 +81,7 @@ impl Repair {
         let name = table.row.source_table.as_str();
         let what = format!("removing {} surplus copies from {}", doubles.surplus(), table.kind.name());
         for _ in 0..REMOVALS_MAX {
-            archive.keep_up().await?;
+            archive.look().await?;
             let Some(removal) = archive.write_without(&namer, doubles).await? else { return Ok(0) };
             failpoint::hit("before-removal");
             let mut retry = StorageRetry::new(&what);

@@ -65,6 +65,17 @@ pub async fn set_looked(
     written.map_err(Error::sql(format!("writing that the log of {} was looked at", kind.name()))).map(drop)
 }
 
+/// Writes down that what others did up to a version of a table's log is noted; whether its files are there was not looked at.
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn set_noted(client: &Client, kind: Kind, version: u64) -> Result<()> {
+    let statement = "update highwater.archive_log set version = greatest(version, $2) where kind = $1";
+    let written = client.execute(statement, &[&kind.name(), &signed(version)]).await;
+    written.map_err(Error::sql(format!("writing that the log of {} was looked at", kind.name()))).map(drop)
+}
+
 /// Writes down that somebody has taken archived rows out of a table.
 ///
 /// # Errors

@@ -150,7 +150,7 @@ async fn a_copy_and_a_repair_never_add_the_same_rows() {
     let mut sidecar = place.claim("sidecar").await;
     let mut first = repair("first").await;
     sidecar.commit(&[place.file(rows(1), 200).await], Lsn(200), &note()).await.unwrap();
-    first.keep_up().await.unwrap();
+    first.look().await.unwrap();
     first.commit_copy(&[place.file(rows(2), 150).await], &[], &note()).await.unwrap();
     sidecar.commit(&[place.file(rows(4), 300).await], Lsn(300), &note()).await.unwrap();
     assert_eq!((sidecar.totals().row_count, sidecar.lsn()), (7, Lsn(300)));
@@ -167,7 +167,7 @@ async fn a_copy_and_a_repair_never_add_the_same_rows() {
     assert_eq!(sidecar.marks(&[marks[0].0.clone()]).await.unwrap().get("1/16384"), Some(&700));
 
     // A repair that was compared before that copy, whether it looks meanwhile or not.
-    second.keep_up().await.unwrap();
+    second.look().await.unwrap();
     assert!(conflicts(second.commit_copy(&[place.file(rows(16), 300).await], &[], &note()).await));
     let mut third = repair("third").await;
     let fenced = second.commit_copy(&[place.file(rows(16), 300).await], &[], &note()).await;

@@ -107,7 +107,7 @@ async fn a_foreign_file_is_written_anew_as_it_is() {
     let store = place.storage.table_store(Kind::Psi);
     let version = log::entry_path(table.version() + 1);
     object_store::ObjectStoreExt::put(&store, &version, entry.into()).await.unwrap();
-    table.keep_up().await.unwrap();
+    table.look().await.unwrap();
     let found = doubles(&place, &table, &psi(&[a, last, b, ours, first])).await;
     assert_eq!(found.surplus(), 2);
     let removal = table.write_without(&place.namer, &found).await.unwrap().unwrap();
