@@ -20,7 +20,9 @@ use crate::failpoint;
 use crate::foreign;
 use crate::gap;
 use crate::lsn::Lsn;
-use crate::postgres::{Encoding, Receiver, ReplicationConnection, Session, quote_identifier};
+use crate::postgres::{
+    Encoding, Receiver, ReplicationConnection, ReplicationStream, Session, quote_identifier,
+};
 use crate::record::Kind;
 use crate::recover;
 use crate::retention;
@@ -220,15 +222,7 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     let watermarks = sql.run(watermark::read).await?;
     let history = history(config, &mut connection, &watermarks, &identity, found.as_ref()).await?;
     ensure_slot(config, &mut sql, &mut connection, found).await?;
-    let encoding = sql.run(Encoding::of_database).await?;
-    let (statement, encoding) = encoding.streamed(&config.publication);
-    if let Some(statement) = statement {
-        connection.query(statement).await?;
-    }
-    let slot = config.slot.as_str();
-    let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
-    let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
-    let stream = connection.start(&config.slot, &config.publication, is_all).await?;
+    let (stream, texts) = start_stream(config, &mut sql, connection, wants_text).await?;
 
     // Only now nobody else moves the slot or the archive.
     let (slot, holder) = held_slot(config, &mut sql).await?;
@@ -246,7 +240,7 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     };
 
     let mut decoder = Decoder::new(&config.schema);
-    if encoding == Encoding::Other {
+    if texts.encoding == Encoding::Other {
         decoder.ask_for_texts();
     }
     decoder.settle(settled(&storage, &tables, start).await?);
@@ -259,7 +253,6 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
         storage = config.storage.storage_uri,
         "archiving"
     );
-    let texts = Texts { encoding, is_all, wants_all: Arc::clone(wants_text) };
     let (work_sender, work) = mpsc::channel::<Work>(CHECKPOINTS_WAITING_MAX);
     let parts = Parts {
         config: config.clone(),
@@ -276,6 +269,25 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
         committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
         builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts)),
     })
+}
+
+/// Starts the stream, with texts as the database has them, and with other values as text if that is wanted.
+async fn start_stream(
+    config: &Config,
+    sql: &mut Session,
+    mut connection: ReplicationConnection,
+    wants_text: &Arc<AtomicBool>,
+) -> Result<(ReplicationStream, Texts)> {
+    let encoding = sql.run(Encoding::of_database).await?;
+    let (statement, encoding) = encoding.streamed(&config.publication);
+    if let Some(statement) = statement {
+        connection.query(statement).await?;
+    }
+    let slot = config.slot.as_str();
+    let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
+    let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
+    let stream = connection.start(slot, &config.publication, is_all).await?;
+    Ok((stream, Texts { encoding, is_all, wants_all: Arc::clone(wants_text) }))
 }
 
 fn receiver_ended(result: Result<()>) -> Error {

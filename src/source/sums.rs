@@ -24,6 +24,13 @@ pub(crate) struct PartitionSums {
     pub(crate) timeless: u64,
 }
 
+impl PartitionSums {
+    /// Rows that the archive can't hold.
+    pub(crate) fn unfit_rows(&self) -> u64 {
+        self.rows.saturating_sub(self.fit.values().map(|sum| sum.rows).sum())
+    }
+}
+
 /// How a column of the archive is computed from one of the table: whether it fits, and its bytes.
 struct Expression {
     fits: String,

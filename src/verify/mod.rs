@@ -33,7 +33,6 @@ use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
 use crate::slot;
 use crate::source::{Fate, Partition, PartitionSums, Point, Source};
 use crate::telemetry::whole;
-use crate::unarchived;
 use crate::watermark::{self, State, Verified, Watermark};
 pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};
 use rows::{Comparison, Found, Repair};
@@ -85,12 +84,8 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let tables: Vec<TableReport> = broken.collect();
     let mut report = Report { equal: tables.is_empty(), tables };
     for (row, kind, snapshot, lsn) in &archives {
-        let mut table = TableReport::new(row);
+        let mut table = TableReport::begun(row, options, &mut sql).await?;
         table.lsn = Some(lsn.to_string());
-        let name = row.source_table.as_str();
-        let unarchived = sql.run(async |client| unarchived::read(client, name).await).await?;
-        table.quarantine_accepted = unarchived.accepts_quarantine || options.accept_quarantine;
-        (table.parts_not_compared, table.unfit_columns) = (unarchived.parts, unarchived.columns);
         let still = now.iter().find(|now| now.source_table == row.source_table);
         let is_steady =
             still.is_some_and(|now| now.state == State::Streaming && now.gap_count == row.gap_count);
@@ -377,9 +372,7 @@ impl Table<'_> {
         report.hours_by_row = suspect.len() as u64;
         report.postgres_rows =
             sums.iter().map(|sums| sums.rows).sum::<u64>() + tail.rows(self.kind, self.range);
-        let unfit_rows =
-            |sums: &PartitionSums| sums.rows - sums.fit.values().map(|sum| sum.rows).sum::<u64>();
-        report.quarantined_rows = sums.iter().map(unfit_rows).sum();
+        report.quarantined_rows = sums.iter().map(PartitionSums::unfit_rows).sum();
         report.archive_rows = archive.values().map(|sum| sum.rows).sum();
         let mut different = Different::default();
         if !suspect.is_empty() || timeless > 0 {

@@ -1,6 +1,8 @@
 //! What is asked of a verification, and what it finds.
 
-use crate::unarchived::{Part, UnfitColumn};
+use crate::error::Result;
+use crate::postgres::Session;
+use crate::unarchived::{self, Part, UnfitColumn};
 use crate::watermark::Watermark;
 
 /// What is compared, and what becomes of a difference.
@@ -137,8 +139,11 @@ impl TableReport {
             && (self.unfit_columns.is_empty() || self.quarantine_accepted)
     }
 
-    pub(super) fn new(row: &Watermark) -> Self {
-        Self {
+    /// The report of a table of which nothing but what can't be archived is known yet.
+    pub(super) async fn begin(row: &Watermark, options: &Options, sql: &mut Session) -> Result<Self> {
+        let name = row.source_table.as_str();
+        let unarchived = sql.run(async |client| unarchived::read(client, name).await).await?;
+        Ok(Self {
             source_table: row.source_table.clone(),
             kind: row.kind.clone(),
             not_compared: None,
@@ -146,14 +151,14 @@ impl TableReport {
             postgres_rows: 0,
             archive_rows: 0,
             quarantined_rows: 0,
-            parts_not_compared: Vec::new(),
-            unfit_columns: Vec::new(),
-            quarantine_accepted: false,
+            parts_not_compared: unarchived.parts,
+            unfit_columns: unarchived.columns,
+            quarantine_accepted: unarchived.accepts_quarantine || options.accept_quarantine,
             hours: 0,
             hours_by_row: 0,
             differences: Vec::new(),
             doubles_removed: 0,
             partitions: Vec::new(),
-        }
+        })
     }
 }
