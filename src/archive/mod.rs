@@ -15,6 +15,8 @@ mod merge;
 mod name;
 mod object_reader;
 mod open;
+mod probe;
+mod s3;
 mod scan;
 mod snapshot;
 mod stats;
