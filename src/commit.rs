@@ -634,9 +634,10 @@ impl<'a> StorageRetry<'a> {
     ///
     /// # Errors
     ///
-    /// The error, if it is not a failure of storage, or has lasted for too long.
+    /// The error, if it is not a failure of storage that may pass by itself, or has lasted for too long.
     pub(crate) async fn wait(&mut self, error: Error) -> Result<()> {
-        if !matches!(error, Error::Storage { .. } | Error::Io { .. }) {
+        let passes = matches!(&error, Error::Storage { .. } if error.is_transient());
+        if !passes && !matches!(error, Error::Io { .. }) {
             return Err(error);
         }
         if self.end.is_some_and(|end| Instant::now() > end) {

@@ -147,6 +147,17 @@ pub enum Policy {
     },
 }
 
+/// What went wrong with a store, from whoever knows more of it than the store's library tells. It is wrapped into
+/// the library's errors, and [`Error::policy`] finds it there.
+#[derive(Debug, thiserror::Error)]
+#[error("{detail}")]
+pub(crate) struct Verdict {
+    /// What is wrong, without secrets.
+    pub(crate) detail: String,
+    /// What to do about it.
+    pub(crate) policy: Policy,
+}
+
 impl Error {
     /// What to do about the error.
     #[must_use]
@@ -277,10 +288,14 @@ fn server_policy(code: &str) -> Policy {
 
 fn storage_policy(source: &object_store::Error) -> Policy {
     use object_store::Error as Store;
+    if let Some(verdict) = cause::<Verdict>(source) {
+        return verdict.policy;
+    }
     match source {
-        Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => {
-            Policy::Stop { advice: "check the storage credentials and their rights" }
-        }
+        Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => Policy::Stop {
+            advice: "check the storage credentials, and that they may read, write, list and delete objects below the \
+                     storage URI",
+        },
         Store::InvalidPath { .. }
         | Store::NotSupported { .. }
         | Store::NotImplemented { .. }
@@ -289,10 +304,17 @@ fn storage_policy(source: &object_store::Error) -> Policy {
     }
 }
 
+/// The first of an error and its causes that is a `T`.
+fn cause<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
+    error.downcast_ref().or_else(|| cause(error.source()?))
+}
+
 fn delta_policy(source: &deltalake_core::DeltaTableError) -> Policy {
     use deltalake_core::DeltaTableError as Delta;
+    if let Some(source) = cause(source) {
+        return storage_policy(source);
+    }
     match source {
-        Delta::ObjectStore { source } => storage_policy(source),
         Delta::Kernel { .. } | Delta::KernelError(_) => Policy::Retry,
         _ => Policy::Stop {
             advice: "the table's log can't be used as it is; somebody may have changed the table: go back to a version before that",

@@ -215,6 +215,8 @@ fn committer_ended(result: Result<Result<()>, tokio::task::JoinError>) -> Error 
 async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
+    // Claims ask for it, too; but by then there may be a slot that keeps the server's log.
+    storage.prove_once().await?;
     sql.run(setup::check_schema).await?;
     let mut connection = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut connection).await?;

@@ -17,6 +17,8 @@ mod merge;
 mod name;
 mod object_reader;
 mod open;
+mod probe;
+mod s3;
 mod scan;
 mod snapshot;
 mod stats;

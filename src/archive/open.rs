@@ -5,7 +5,7 @@ use deltalake_core::logstore::{LogStoreRef, StorageConfig, default_logstore};
 use deltalake_core::{DeltaTable, DeltaTableError};
 use futures::TryStreamExt;
 use object_store::path::Path;
-use object_store::{ObjectStore, PutMode};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
 use super::log::{self, Entry, Protocol, entry_path, schema_columns};
 use super::name::ObjectName;
@@ -77,7 +77,12 @@ pub(super) async fn create_if_absent(storage: &Storage, kind: Kind) -> Result<()
     }
     let entry = log::to_bytes(&log::creation(kind, Utc::now().timestamp_millis()));
     match store.put_opts(&entry_path(0), entry.into(), PutMode::Create.into()).await {
-        Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+        Ok(_) => Ok(()),
+        // The object may also be one that is only being written by somebody, who may yet fail (409 of S3): then
+        // there is no table.
+        Err(object_store::Error::AlreadyExists { .. }) => {
+            store.head(&entry_path(0)).await.map(drop).map_err(failed())
+        }
         Err(error) => Err(failed()(error)),
     }
 }

@@ -2,14 +2,15 @@ use std::fmt;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
-use object_store::aws::AmazonS3Builder;
-use object_store::azure::MicrosoftAzureBuilder;
+use object_store::ObjectStore;
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
 use object_store::prefix::PrefixStore;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use tokio::sync::OnceCell;
 use url::Url;
+
+use super::s3;
 
 use super::synced::{SyncedLocal, create_folder};
 use crate::config::{ObjectStorageSettings, StorageType};
@@ -25,6 +26,10 @@ pub struct Storage {
     root: Arc<dyn ObjectStore>,
     /// The storage URI, with a slash at its end.
     url: Url,
+    /// What tells the place from others, of the same URI as well.
+    place: String,
+    /// Set once the place has been seen to keep writers apart.
+    proved: Arc<OnceCell<()>>,
 }
 
 impl fmt::Debug for Storage {
@@ -55,23 +60,24 @@ impl Storage {
         let uri = &settings.storage_uri;
         let failed = || Error::storage(format!("opening {uri}"));
         let bucket = settings.bucket().map_or("", |(bucket, _)| bucket);
-        let root: Arc<dyn ObjectStore> = match settings.storage_type {
+        let (root, address): (Arc<dyn ObjectStore>, _) = match settings.storage_type {
             StorageType::Aws => {
-                let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
-                if !settings.region.is_empty() {
-                    builder = builder.with_region(&settings.region);
-                }
-                Arc::new(builder.build().map_err(failed())?)
+                let (store, address) = s3::open(settings, bucket)?;
+                (Arc::new(store), address)
             }
-            StorageType::Google => Arc::new(
-                GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket).build().map_err(failed())?,
-            ),
-            StorageType::Azure => Arc::new(
-                MicrosoftAzureBuilder::from_env().with_container_name(bucket).build().map_err(failed())?,
-            ),
+            StorageType::Google => {
+                let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket);
+                (Arc::new(builder.build().map_err(failed())?), "Google".to_owned())
+            }
+            StorageType::Azure => {
+                let builder = MicrosoftAzureBuilder::from_env().with_container_name(bucket);
+                let account = builder.get_config_value(&AzureConfigKey::AccountName).unwrap_or_default();
+                (Arc::new(builder.build().map_err(failed())?), format!("Azure, account {account}"))
+            }
             StorageType::Local => return Self::open_folder(FilePath::new(settings.storage_root())),
         };
-        Self::from_store(root, &format!("{uri}/"))
+        let storage = Self::from_store(root, &format!("{uri}/"))?;
+        Ok(Self { place: format!("{} at {address}", storage.url), ..storage })
     }
 
     /// As [`Storage::open`], where an archive should be already: no folder is created.
@@ -94,7 +100,8 @@ impl Storage {
         let url = Url::from_directory_path(&absolute)
             .map_err(|()| Error::Internal(format!("{} is not absolute", absolute.display())))?;
         let store = SyncedLocal::open(&absolute).map_err(Error::io(context()))?;
-        Ok(Self { root: Arc::new(store), url })
+        let place = format!("{url} {}", store.identity());
+        Ok(Self { root: Arc::new(store), url, place, proved: Arc::default() })
     }
 
     /// Storage under a URL of a store that is already open; the store's root is the bucket's (of `file://`, the file system's).
@@ -108,7 +115,7 @@ impl Storage {
             value: url.to_owned(),
             accepted: format!("a URL ({error})"),
         })?;
-        Ok(Self { root, url })
+        Ok(Self { root, place: url.to_string(), url, proved: Arc::default() })
     }
 
     /// The storage URI, with a slash at its end.
@@ -139,50 +146,32 @@ impl Storage {
         Arc::new(PrefixStore::new(Arc::clone(&self.root), prefix))
     }
 
+    /// The local folder, if it is one.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        (self.url.scheme() == "file").then(|| self.url.to_file_path().ok()).flatten()
+    }
+
+    /// What tells the place from others, of the same URI as well.
+    pub(super) fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Set once the place has been seen to keep writers apart.
+    pub(super) fn proved(&self) -> &OnceCell<()> {
+        &self.proved
+    }
+
     /// The whole bucket, as Delta Lake libraries want it beside [`Storage::table_url`].
     #[must_use]
     pub fn root_store(&self) -> Arc<dyn ObjectStore> {
         Arc::clone(&self.root)
     }
-
-    /// Writes, reads and deletes a small object, and makes sure that the store refuses to create an
-    /// object that exists: without that two writers could commit the same version of a table.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Storage`] with the step that failed.
-    pub async fn probe(&self) -> Result<()> {
-        let store = self.store();
-        let path = Path::from(format!("highwater-probe-{:016x}", rand::random::<u64>()));
-        let failed = |step: &str| Error::storage(format!("{step} the test object {}{path}", self.url));
-        let bytes = Bytes::from_static(b"highwater");
-        let put = || store.put_opts(&path, bytes.clone().into(), PutMode::Create.into());
-        put().await.map_err(failed("creating"))?;
-        let checked = async {
-            match put().await {
-                Err(object_store::Error::AlreadyExists { .. }) => {}
-                Err(error) => return Err(failed("creating again")(error)),
-                Ok(_) => {
-                    let error = object_store::Error::NotSupported {
-                        source: "the store overwrote an object that it was told to create".into(),
-                    };
-                    return Err(failed("creating again")(error));
-                }
-            }
-            let read = async { store.get(&path).await?.bytes().await };
-            match read.await.map_err(failed("reading"))? {
-                read if read == bytes => Ok(()),
-                _ => Err(Error::Internal(format!("{path} reads other than it was written"))),
-            }
-        };
-        let checked = checked.await;
-        let deleted = store.delete(&path).await.map_err(failed("deleting"));
-        checked.and(deleted)
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use object_store::ObjectStoreExt;
+
     use super::*;
 
     #[tokio::test]

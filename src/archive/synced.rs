@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,6 +20,8 @@ use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
+
+use crate::error::{Policy, Verdict};
 
 /// Name of the folder that holds a table's log.
 const LOG_FOLDER: &str = "_delta_log";
@@ -36,6 +39,33 @@ impl SyncedLocal {
     pub(super) fn open(folder: &FilePath) -> io::Result<Self> {
         Ok(Self { inner: Arc::new(LocalFileSystem::new()), root: Root::open(folder)? })
     }
+
+    /// What tells the folder from another that comes to have its path.
+    pub(super) fn identity(&self) -> String {
+        let (device, inode) = self.root.identity;
+        format!("device {device}, inode {inode}")
+    }
+}
+
+/// Removes files of a folder, by their names and ages.
+pub(super) fn remove_leftovers(
+    folder: &FilePath,
+    is_leftover: &dyn Fn(&str) -> bool,
+    is_old: &dyn Fn(Option<Duration>) -> bool,
+) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(is_leftover) {
+            let modified = entry.metadata().and_then(|metadata| metadata.modified());
+            if is_old(modified.ok().and_then(|modified| modified.elapsed().ok())) {
+                match fs::remove_file(entry.path()) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The archive's folder. Where a volume was unmounted, or the folder moved, its path may still be there,
@@ -104,8 +134,19 @@ impl std::fmt::Display for SyncedLocal {
 }
 
 fn generic(source: io::Error, path: &FilePath) -> Error {
-    let source = Box::new(io::Error::new(source.kind(), format!("{}: {source}", path.display())));
-    Error::Generic { store: "local", source }
+    let detail = format!("{}: {source}", path.display());
+    if is_unsupported(&source) {
+        let advice = "put the archive on a file system that has hard links (or renames that replace nothing) and can sync \
+                      folders, such as ext4, XFS, Btrfs, ZFS or NFS, or into an object store";
+        let source = Verdict { detail, policy: Policy::Stop { advice } };
+        return Error::NotSupported { source: Box::new(source) };
+    }
+    Error::Generic { store: "local", source: Box::new(io::Error::new(source.kind(), detail)) }
+}
+
+/// Whether a file system lacks what it was asked for: EINVAL, ENOSYS, ENOTSUP.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -136,10 +177,80 @@ fn create_one(folder: &FilePath) -> io::Result<()> {
 fn sync_parent(path: &FilePath) -> io::Result<()> {
     #[cfg(test)]
     tests::fail_if_told(path)?;
-    match path.parent() {
-        Some(parent) => File::open(parent)?.sync_all(),
-        None => Ok(()),
+    let Some(parent) = path.parent() else { return Ok(()) };
+    let folder = File::open(parent)?;
+    match sync_folder(&folder, parent) {
+        // SMB and some mounts can't sync a folder, but all that they hold.
+        Err(error) if is_unsupported(&error) => sync_file_system(&folder, parent).map_err(|_| {
+            let detail =
+                format!("the folder {} can't be synced, nor its file system ({error})", parent.display());
+            io::Error::new(io::ErrorKind::Unsupported, detail)
+        }),
+        result => result,
     }
+}
+
+fn sync_folder(folder: &File, _path: &FilePath) -> io::Result<()> {
+    #[cfg(test)]
+    tests::fail_if_lacking(tests::Ability::SyncFolder, _path)?;
+    folder.sync_all()
+}
+
+/// Syncs the whole file system of a folder.
+#[cfg(target_os = "linux")]
+fn sync_file_system(folder: &File, _path: &FilePath) -> io::Result<()> {
+    #[cfg(test)]
+    tests::fail_if_lacking(tests::Ability::SyncFileSystem, _path)?;
+    Ok(rustix::fs::syncfs(folder)?)
+}
+
+/// Gives a file a name that nobody has, or fails with [`io::ErrorKind::AlreadyExists`].
+fn rename_new(staging: &FilePath, target: &FilePath) -> io::Result<()> {
+    match link(staging, target) {
+        Ok(()) => {
+            // Left behind at worst: nothing reads it.
+            let _ = fs::remove_file(staging);
+            Ok(())
+        }
+        // SMB, FAT and some FUSE and container mounts have no hard links (link(2): EPERM).
+        Err(error) if is_unsupported(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
+            rename_noreplace(staging, target).map_err(|second| match second.kind() {
+                io::ErrorKind::AlreadyExists => second,
+                kind => {
+                    let kind = if is_unsupported(&second) { io::ErrorKind::Unsupported } else { kind };
+                    let detail = format!(
+                        "a name can't be given just once: no hard link ({error}), nor a rename ({second})"
+                    );
+                    io::Error::new(kind, detail)
+                }
+            })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn link(staging: &FilePath, target: &FilePath) -> io::Result<()> {
+    #[cfg(test)]
+    tests::fail_if_lacking(tests::Ability::Link, target)?;
+    fs::hard_link(staging, target)
+}
+
+#[cfg(target_os = "linux")]
+fn rename_noreplace(staging: &FilePath, target: &FilePath) -> io::Result<()> {
+    #[cfg(test)]
+    tests::fail_if_lacking(tests::Ability::RenameNew, target)?;
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, staging, CWD, target, RenameFlags::NOREPLACE)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn sync_file_system(_: &File, _: &FilePath) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn rename_noreplace(_: &FilePath, _: &FilePath) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn write_synced(staging: &FilePath, payload: &PutPayload) -> io::Result<()> {
@@ -158,8 +269,8 @@ fn put_synced(root: &Root, target: &FilePath, payload: &PutPayload, create: bool
     let staging = PathBuf::from(format!("{}#{}", target.display(), rand::random::<u64>()));
     let named = write_synced(&staging, payload)
         .and_then(|()| root.check())
-        .and_then(|()| if create { fs::hard_link(&staging, target) } else { fs::rename(&staging, target) });
-    if create || named.is_err() {
+        .and_then(|()| if create { rename_new(&staging, target) } else { fs::rename(&staging, target) });
+    if named.is_err() {
         // Left behind at worst: nothing reads it.
         let _ = fs::remove_file(&staging);
     }
@@ -277,7 +388,93 @@ pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::sync::Mutex;
 
+    use object_store::ObjectStoreExt;
+
     use super::*;
+    use crate::archive::Storage;
+    use crate::config::ObjectStorageSettings;
+    use crate::record::Kind;
+
+    /// What a file system may lack.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) enum Ability {
+        Link,
+        RenameNew,
+        SyncFolder,
+        SyncFileSystem,
+    }
+
+    /// Folders below which something is lacking.
+    static LACKING: Mutex<Vec<(Ability, PathBuf)>> = Mutex::new(Vec::new());
+
+    /// As link(2), rename(2) and fsync(2) have it.
+    pub(super) fn fail_if_lacking(ability: Ability, path: &FilePath) -> io::Result<()> {
+        let lacking = LACKING.lock().unwrap();
+        match lacking.iter().any(|(lacks, folder)| *lacks == ability && path.starts_with(folder)) {
+            true => Err(io::Error::from_raw_os_error(if ability == Ability::Link { 1 } else { 22 })),
+            false => Ok(()),
+        }
+    }
+
+    /// An archive on a file system that lacks something, and what a first proof makes of it.
+    async fn proved_without(abilities: &[Ability]) -> (tempfile::TempDir, Storage, crate::Result<()>) {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        LACKING.lock().unwrap().extend(abilities.iter().map(|ability| (*ability, root.clone())));
+        let settings = ObjectStorageSettings::new(root.to_str().unwrap(), "").unwrap();
+        let storage = Storage::open(&settings).unwrap();
+        let proved = storage.prove_once().await;
+        (folder, storage, proved)
+    }
+
+    fn names(folder: &FilePath) -> Vec<String> {
+        let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+        fs::read_dir(folder).unwrap().map(name).collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_file_system_lacks_has_another_way() {
+        for lacking in [Ability::Link, Ability::SyncFolder] {
+            let (folder, storage, proved) = proved_without(&[lacking]).await;
+            proved.unwrap();
+            assert_eq!(names(folder.path()), ["_highwater.json"], "without {lacking:?}");
+            let store = storage.table_store(Kind::Psi);
+            let path = Path::from("_delta_log/00000000000000000000.json");
+            let create = |text: &'static str| store.put_opts(&path, text.into(), PutMode::Create.into());
+            create("first").await.unwrap();
+            assert!(matches!(create("second").await, Err(Error::AlreadyExists { .. })));
+            assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "first");
+            assert_eq!(names(&folder.path().join("psi/_delta_log")).len(), 1, "without {lacking:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_file_system_that_lacks_both_ways_is_refused() {
+        for (lacking, says) in [
+            ([Ability::Link, Ability::RenameNew], "no hard link"),
+            ([Ability::SyncFolder, Ability::SyncFileSystem], "can't be synced"),
+        ] {
+            let (folder, _, proved) = proved_without(&lacking).await;
+            let error = proved.unwrap_err();
+            assert!(error.chain().contains(says) && !error.is_transient(), "{}", error.chain());
+            assert_eq!(names(folder.path()), [] as [&str; 0], "without {lacking:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_killed_probe_left_is_removed_once_it_is_old() {
+        let (folder, storage, _) = proved_without(&[]).await;
+        let old = std::time::SystemTime::now() - Duration::from_mins(3);
+        for name in ["_highwater-probe-1", "_highwater-probe-2#7", "highwater-probe-3", "_highwater.json#5"] {
+            File::create(folder.path().join(name)).unwrap().set_modified(old).unwrap();
+        }
+        File::create(folder.path().join("_highwater-probe-young")).unwrap();
+        File::create(folder.path().join("mine")).unwrap().set_modified(old).unwrap();
+        storage.probe().await.unwrap();
+        let mut left = names(folder.path());
+        left.sort();
+        assert_eq!(left, ["_highwater-probe-young", "_highwater.json", "mine"]);
+    }
 
     /// How many of the next syncs of names below a folder fail.
     static FAILURES: Mutex<BTreeMap<PathBuf, u32>> = Mutex::new(BTreeMap::new());

@@ -147,6 +147,8 @@ impl Table {
         session_id: &str,
         start: Lsn,
     ) -> Result<Self> {
+        // Before anything is written: of a store that overwrites, not even a table's first entry is safe.
+        storage.prove_once().await?;
         create_if_absent(storage, kind).await?;
         Self::claim_as(storage, kind, app_id, session_id, start).await
     }
@@ -187,6 +189,7 @@ impl Table {
         app_id: &str,
         session_id: &str,
     ) -> Result<Self> {
+        storage.prove_once().await?;
         Self::claim_as(storage, kind, &log::repair_id(app_id), session_id, Lsn::ZERO).await
     }
 

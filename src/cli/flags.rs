@@ -25,7 +25,7 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "URI")]
     storage_uri: Option<String>,
 
-    /// Region of the bucket [env: AWS_REGION] [default: us-east-1]
+    /// Region of the bucket [env: AWS_REGION, AWS_DEFAULT_REGION, or of AWS_PROFILE] [default: us-east-1]
     #[arg(long, global = true)]
     region: Option<String>,
 

@@ -95,13 +95,12 @@ impl Setting {
     }
 
     /// The text that is taken when nobody sets it. The source has none here, because what a URL
-    /// leaves out comes from the `PG*` variables first.
+    /// leaves out comes from the `PG*` variables first; nor has the region, which the AWS tools' own settings may name.
     #[must_use]
     pub const fn default_text(self) -> Option<&'static str> {
         match self {
-            Self::DatabaseUri => None,
+            Self::DatabaseUri | Self::Region => None,
             Self::StorageUri => Some("./scouter-storage"),
-            Self::Region => Some("us-east-1"),
             Self::RetentionDays => Some("60"),
             Self::Window => Some("1h"),
             Self::MaxLag => Some("60s"),

@@ -23,7 +23,8 @@ pub struct ObjectStorageSettings {
     pub storage_uri: String,
     /// The kind of store, derived from the URI.
     pub storage_type: StorageType,
-    /// The region of an S3 bucket; the other stores ignore it.
+    /// The region of an S3 bucket; empty: that of `AWS_DEFAULT_REGION` or of the profile, else `us-east-1`. The other
+    /// stores ignore it.
     pub region: String,
 }
 
@@ -79,7 +80,7 @@ impl Default for ObjectStorageSettings {
         Self {
             storage_uri: "./scouter-storage".to_owned(),
             storage_type: StorageType::Local,
-            region: "us-east-1".to_owned(),
+            region: String::new(),
         }
     }
 }

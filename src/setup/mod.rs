@@ -13,6 +13,7 @@ mod retention;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use crate::archive::Storage;
 use crate::config::Config;
 use crate::coverage;
 use crate::decode::ENTITY_TABLE;
@@ -62,11 +63,11 @@ struct SourceTable {
 }
 
 /// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
-/// missing.
+/// missing; before them it proves that the storage can hold an archive.
 ///
 /// # Errors
 ///
-/// The server refused a step; what was made before it stays, and setup may be run again.
+/// The storage is not fit; or the server refused a step; what was made before it stays, and setup may be run again.
 pub async fn setup(config: &Config) -> Result<Report> {
     let mut report = Report::default();
     let mut client = sql::connect(&config.source).await?;
@@ -75,6 +76,8 @@ pub async fn setup(config: &Config) -> Result<Report> {
         .await
         .map_err(Error::sql("waiting for another setup to end"))?;
     check_server(&client).await?;
+    // A slot keeps the server's log until rows are archived, so it is not made for a storage that can't take them.
+    Storage::open(&config.storage)?.prove_once().await?;
     migrate(&mut client, &mut report).await?;
     let has_publication = has_publication(&client, &config.publication).await?;
     let tables = find_tables(&client, config).await?;

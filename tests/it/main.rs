@@ -33,6 +33,7 @@ mod query_live;
 mod query_stores;
 mod reader;
 mod roundtrip;
+mod s3;
 mod scouter;
 mod self_check;
 mod shutdown;

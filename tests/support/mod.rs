@@ -18,6 +18,7 @@ pub mod archive;
 pub mod cluster;
 pub mod load;
 pub mod proxy;
+pub mod s3;
 pub mod schema;
 pub mod shadow;
 pub mod sidecar;
