@@ -151,7 +151,8 @@ impl Raw {
 
     fn set(&mut self, name: &str, value: String, place: &str) -> Result<()> {
         let Some((known, _, _)) = PARAMETERS.iter().find(|(known, _, _)| *known == name) else {
-            let names: Vec<_> = PARAMETERS.iter().map(|(known, _, _)| *known).collect();
+            let honoured = PARAMETERS.iter().filter(|(_, _, treatment)| *treatment == Honoured);
+            let names: Vec<_> = honoured.map(|(known, _, _)| *known).collect();
             return Err(Error::Setting {
                 setting: format!("a parameter of {place}"),
                 // What is no word may be a piece of a password.
