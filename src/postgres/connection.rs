@@ -63,7 +63,8 @@ impl Connection {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
-            if config.endpoints.len() == 1 || !error.is_transient() {
+            let is_elsewhere = error.is_transient() || matches!(error, Error::Io { .. });
+            if config.endpoints.len() == 1 || !is_elsewhere {
                 return Err(error);
             }
             if is_standby(&error) {
@@ -114,7 +115,7 @@ impl Connection {
         let socket = match opened {
             // Only the handshake has an error that another attempt avoids.
             Ok(opened) => opened.map_err(|error| {
-                let may_differ = encryption == Encryption::Offered && !is_unreachable(&error);
+                let may_differ = encryption == Encryption::Offered && is_handshake(&error);
                 (error, may_differ)
             })?,
             Err(_) => return Err((late(format!("connecting to {}", endpoint.address)), false)),
@@ -254,9 +255,10 @@ pub(crate) fn is_standby(error: &Error) -> bool {
     matches!(error, Error::Server { code, .. } if code == SqlState::READ_ONLY_SQL_TRANSACTION.code())
 }
 
-/// The server was not reached at all.
-fn is_unreachable(error: &Error) -> bool {
-    matches!(error, Error::Io { source, .. } if matches!(
+/// The server was reached, and no TLS came about.
+fn is_handshake(error: &Error) -> bool {
+    let Error::Io { source, .. } = error else { return false };
+    !matches!(
         source.kind(),
         io::ErrorKind::ConnectionRefused
             | io::ErrorKind::TimedOut
@@ -264,7 +266,7 @@ fn is_unreachable(error: &Error) -> bool {
             | io::ErrorKind::HostUnreachable
             | io::ErrorKind::NetworkUnreachable
             | io::ErrorKind::PermissionDenied
-    ))
+    )
 }
 
 /// Bounds an exchange. One that is cut off leaves its answer due.

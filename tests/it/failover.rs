@@ -1,6 +1,8 @@
-//! Several hosts, of which one is the primary: found at each connection anew. And passwords that change.
+//! What stands where the primary is looked for: several hosts, of which one is it; a pooler; a password that has changed.
 
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use tokio_postgres::types::PgLsn;
@@ -21,7 +23,10 @@ async fn a_standby_that_is_named_first_takes_over_under_load() {
     let standby = primary.standby();
     let hosts = |attributes: &str| {
         let (first, second) = (standby.port(), primary.port());
-        format!("host=127.0.0.1,127.0.0.1 port={first},{second} user=postgres dbname={} {attributes}", stage.name)
+        format!(
+            "host=127.0.0.1,127.0.0.1 port={first},{second} user=postgres dbname={} {attributes}",
+            stage.name
+        )
     };
     let launch = stage.launch().with("DATABASE_URI", &hosts("target_session_attrs=read-write"));
     launch.must(&["setup"]);
@@ -30,15 +35,33 @@ async fn a_standby_that_is_named_first_takes_over_under_load() {
     let load = Load::start(&primary.uri_tcp(&stage.name), stage.shape);
     load.goes_on(2_000, DEADLINE).await;
     let marks = launch.watermarks();
-    assert!(marks["tables"][0]["slot_name"] == stage.name.as_str() || marks.to_string().contains("streaming"), "{marks}");
+    assert!(
+        marks["tables"][0]["slot_name"] == stage.name.as_str() || marks.to_string().contains("streaming"),
+        "{marks}"
+    );
 
     // An answer that may lack rows is none.
-    let fresh = ["query", "custom", "--space", "shop", "--name", "ranking", "--version", "1.0.0", "--from", "-1d", "--fresh"];
+    let fresh = [
+        "query",
+        "custom",
+        "--space",
+        "shop",
+        "--name",
+        "ranking",
+        "--version",
+        "1.0.0",
+        "--from",
+        "-1d",
+        "--fresh",
+    ];
     let of_standby = standby.uri_tcp(&stage.name);
     for uri in [of_standby.clone(), format!("{of_standby}?target_session_attrs=any")] {
         let output = launch.clone().with("DATABASE_URI", &uri).output(&fresh);
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && errors.contains("standby") && errors.contains("DATABASE_URI"), "{errors}");
+        assert!(
+            !output.status.success() && errors.contains("standby") && errors.contains("DATABASE_URI"),
+            "{errors}"
+        );
     }
     launch.must(&fresh);
     // Reading what the watermarks say is another matter.
@@ -85,7 +108,9 @@ async fn a_password_that_changes_needs_no_restart() {
     let stage = Stage::private(Shape::Named, &[("fsync", "off")]).await;
     let client = stage.connect().await;
     client.batch_execute("create role keeper superuser login password 'first one'").await.unwrap();
-    stage.cluster().hba("local all postgres trust\nlocal all all scram-sha-256\nlocal replication all trust\n");
+    stage
+        .cluster()
+        .hba("local all postgres trust\nlocal all all scram-sha-256\nlocal replication all trust\n");
     stage.cluster().reload();
     let file = stage.folder().join("pgpass");
     let write = |password: &str| {
@@ -110,6 +135,77 @@ async fn a_password_that_changes_needs_no_restart() {
     // Whoever waits in front of it is told at once.
     write("third one");
     let output = launch.output(&["--watermarks"]);
-    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("28P01"), "{output:?}");
+    assert!(
+        !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("28P01"),
+        "{output:?}"
+    );
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+/// A pooler in front of a server; stopped when dropped.
+struct Pooler(Child);
+
+impl Pooler {
+    fn start(stage: &Stage, mode: &str, port: u16) -> Self {
+        let folder = stage.folder();
+        let users = folder.join("users");
+        std::fs::write(&users, "\"postgres\" \"\"\n").unwrap();
+        let settings = format!(
+            "[databases]\n* = host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+             unix_socket_dir =\nauth_type = any\nauth_file = {}\npool_mode = {mode}\n",
+            stage.cluster().port(),
+            users.display()
+        );
+        let settings = settings.replace("* = host", "* = user=postgres host");
+        let file = folder.join(format!("{mode}.ini"));
+        std::fs::write(&file, settings).unwrap();
+        // It refuses to run as root.
+        let is_root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut command = Command::new("/usr/sbin/pgbouncer");
+        if is_root {
+            command = Command::new("runuser");
+            command.args(["-u", "postgres", "--", "/usr/sbin/pgbouncer"]);
+        }
+        let child = command.arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        Self(child.expect("PgBouncer is missing: apt-get install pgbouncer (or run scripts/setup)"))
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// PgBouncer 1.18 knows no replication. SQL sessions come through it in session mode; what streams is told where to go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooler_in_between() {
+    let stage = Stage::private(Shape::Named, &[("fsync", "off")]).await;
+    let mut sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    for mode in ["session", "transaction"] {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let pooler = Pooler::start(&stage, mode, port);
+        let uri = format!("postgresql://postgres@127.0.0.1:{port}/{}", stage.name);
+        let launch = stage.launch().with("DATABASE_URI", &uri).logging_to(&stage.folder().join(mode));
+        if mode == "session" {
+            until("the pooler works", DEADLINE, async || {
+                launch.output(&["--watermarks"]).status.success().then_some(())
+            })
+            .await;
+        } else {
+            let listens = async || std::net::TcpStream::connect(("127.0.0.1", port)).ok().map(drop);
+            until("the pooler listens", DEADLINE, listens).await;
+        }
+        let mut refused = launch.start();
+        assert!(!refused.wait(DEADLINE).await.success());
+        assert!(refused.log().contains("connect to the server itself"), "{mode}: {}", refused.log());
+        let report = launch.output(&["check"]);
+        let text = String::from_utf8_lossy(&report.stdout).into_owned();
+        assert!(!report.status.success() && text.contains("connect to the server itself"), "{mode}: {text}");
+        drop(pooler);
+    }
 }

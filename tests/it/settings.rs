@@ -104,13 +104,17 @@ async fn hostile_settings_of_role_and_database_change_nothing() {
     launch.must(&["setup"]);
     let mut sidecar = launch.start();
     let whole = "select count(*) from highwater.watermark where state = 'streaming'";
-    until("the first copy is over", DEADLINE, async || (count(&client, whole).await == 3).then_some(())).await;
+    until("the first copy is over", DEADLINE, async || (count(&client, whole).await == 3).then_some(()))
+        .await;
     insert(&client, 101).await;
 
     // The watermarks move, and the partition that is past its retention is read back without being asked.
-    let verified = "select count(*) from highwater.verified_partition where partition_name = 'scouter.psi_old'";
-    until("the old partition is verified", DEADLINE, async || (count(&client, verified).await == 1).then_some(()))
-        .await;
+    let verified =
+        "select count(*) from highwater.verified_partition where partition_name = 'scouter.psi_old'";
+    until("the old partition is verified", DEADLINE, async || {
+        (count(&client, verified).await == 1).then_some(())
+    })
+    .await;
     launch.must(&["verify"]);
     let psi = archived_rows(&stage.storage().join("psi")).len();
     assert_eq!(psi, 400, "rows of psi");
@@ -119,7 +123,8 @@ async fn hostile_settings_of_role_and_database_change_nothing() {
         (count(&client, "select count(*) from pg_class where relname = 'psi_old'").await == 0).then_some(())
     })
     .await;
-    let fresh = ["query", "custom", "--space", "s", "--name", "n", "--version", "1", "--from", "-2d", "--bin", "7d"];
+    let fresh =
+        ["query", "custom", "--space", "s", "--name", "n", "--version", "1", "--from", "-2d", "--bin", "7d"];
     insert(&client, 201).await;
     let answer = launch.must(&[&fresh[..], &["--fresh"]].concat());
     assert!(answer.contains('m'), "{answer}");
