@@ -193,6 +193,16 @@ impl Error {
         matches!(self, Self::Server { code, .. } if code == SqlState::UNDEFINED_COLUMN.code())
     }
 
+    /// The server doesn't take the password. Where it is being changed, in the server and in the file, it may soon.
+    pub(crate) fn is_refused_password(&self) -> bool {
+        let code = match self {
+            Self::Server { code, .. } => Some(code.as_str()),
+            Self::Sql { source, .. } => source.code().map(SqlState::code),
+            _ => None,
+        };
+        code == Some(SqlState::INVALID_PASSWORD.code())
+    }
+
     /// Whether the error may pass by itself.
     #[must_use]
     pub fn is_transient(&self) -> bool {
@@ -233,6 +243,17 @@ impl Error {
         }
     }
 
+    /// A server's refusal, with what had failed before it was asked in another way.
+    pub(crate) fn server_also(error: Self, earlier: &Self) -> Self {
+        match error {
+            Self::Server { context, message, code } => {
+                let message = format!("{message} (and otherwise: {})", earlier.chain());
+                Self::Server { context, message, code }
+            }
+            other => other,
+        }
+    }
+
     /// Wraps an I/O failure.
     pub(crate) fn io(context: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let context = context.into();
@@ -267,6 +288,12 @@ fn server_policy(code: &str) -> Policy {
         // Of its class, the others name something that is in use. This one is a setting (`wal_level`) or a slot
         // that was invalidated.
         _ if code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE.code() => "run `highwater check`",
+        // What PostgreSQL never says of what we send; poolers do, of a session for replication, or of one whose statements
+        // are spread over several of the server's.
+        "08P01" | "26000" | "42P05" => {
+            "DATABASE_URI leads to a pooler that can't be used for this: connect to the server itself, or through a pooler in \
+             session mode that knows replication (PgBouncer 1.23)"
+        }
         // Answers while a server starts, stops or is being promoted belong to 57P0x; those of a
         // standby that can't write yet, to 25006.
         _ if ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class)) => {
@@ -335,7 +362,7 @@ mod tests {
         for code in ["57P01", "57P03", "53300", "55006", "55P03", "08006", "25006"] {
             assert_eq!(server(code).policy(), Policy::Retry, "{code}");
         }
-        for code in ["28P01", "3D000", "42501", "42704", "22023", "55000"] {
+        for code in ["28P01", "3D000", "42501", "42704", "22023", "55000", "08P01"] {
             assert!(matches!(server(code).policy(), Policy::Stop { .. }), "{code}");
         }
     }

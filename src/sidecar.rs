@@ -38,6 +38,9 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration:
 /// A session that held for so long was healthy: the next failure starts with the first pause again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 
+/// How long a password that the server refuses is tried: it may be on its way into the server, or into the password file.
+const REFUSAL_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Chunks (of half a MiB or one frame) between the receiver and the builder.
 const CHUNKS_MAX: usize = 8;
 
@@ -104,6 +107,7 @@ async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
     let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone())));
     let wants_text = Arc::new(AtomicBool::new(false));
     let mut pause = RETRY_PAUSE.0;
+    let mut refused_since: Option<Instant> = None;
     loop {
         let started = Instant::now();
         // The session sees the change in its own copy, so that this one still shows it afterwards.
@@ -111,8 +115,12 @@ async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };
+        refused_since = error.is_refused_password().then(|| refused_since.unwrap_or_else(Instant::now));
         // A table that somebody has made unusable stops alone: the next session goes on without it.
-        let may_pass = error.is_transient() || foreign::is_broken(&error);
+        let may_pass = refused_since.map_or_else(
+            || error.is_transient() || foreign::is_broken(&error),
+            |since| since.elapsed() < REFUSAL_PATIENCE,
+        );
         if !may_pass || is_stopping(&shutdown) {
             return Err(error);
         }
@@ -310,6 +318,9 @@ async fn prepare(
     let app_id = archive::app_id(&identity.system_identifier, &config.slot);
     // Tells our log entries from those of any other session, and is in each of them.
     let session = format!("{:032x}", rand::rng().random::<u128>());
+    // A session that can't write its watermarks must not put a claim into every log before it finds that out: the next one
+    // would, too, and so on.
+    sql.run(async |client| watermark::can_be_moved(client, &config.slot).await).await?;
     let mut tables = Vec::new();
     for kind in Kind::ALL {
         match Table::claim(storage, kind, &app_id, &session, start).await {

@@ -21,9 +21,9 @@ use tokio_postgres::Client;
 pub use report::{Finding, Report, Severity};
 
 use crate::archive::Storage;
-use crate::config::{Config, ObjectStorageSettings};
+use crate::config::{Config, ObjectStorageSettings, SourceConfig, Target};
 use crate::error::{Error, Policy, Result};
-use crate::postgres::{quote_literal as literal, sql};
+use crate::postgres::{ReplicationConnection, is_standby, quote_literal as literal, sql};
 
 /// The oldest server whose publications can have what ours needs.
 const SERVER_VERSION_MIN: i32 = 150_000;
@@ -35,7 +35,7 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 /// Checks everything that `config` names. Never fails: whatever goes wrong is in the report.
 pub async fn check(config: &Config) -> Report {
     let mut report = Report::default();
-    match within("connecting", sql::connect(&config.source)).await {
+    match within("connecting", connect(&config.source)).await {
         Ok(client) => check_database(&client, config, &mut report).await,
         Err(error) => {
             report.failure("connection", config.source.to_string(), &error);
@@ -43,6 +43,25 @@ pub async fn check(config: &Config) -> Report {
     }
     check_storage(&config.storage, &mut report).await;
     report
+}
+
+/// As everybody connects; and to a standby where there is no primary, which is then a finding of its own.
+async fn connect(source: &SourceConfig) -> Result<Client> {
+    match sql::connect(source).await {
+        Err(error) if is_standby(&error) => {
+            sql::connect(&SourceConfig { target: Target::Any, ..source.clone() }).await
+        }
+        result => result,
+    }
+}
+
+/// The stream takes a login of its own, which a pooler may refuse.
+async fn check_walsender(config: &Config, report: &mut Report) {
+    match within("logging in for replication", ReplicationConnection::connect(&config.source)).await {
+        Ok(_) => report.ok("replication-login", config.source.to_string(), "is accepted"),
+        Err(error) if is_standby(&error) => {}
+        Err(error) => report.failure("replication-login", config.source.to_string(), &error),
+    }
 }
 
 async fn check_database(client: &Client, config: &Config, report: &mut Report) {
@@ -59,6 +78,7 @@ async fn check_database(client: &Client, config: &Config, report: &mut Report) {
     if let Err(error) = within(steps, server::check_role(client, &server, report)).await {
         report.failure("role", &server.role, &error);
     }
+    check_walsender(config, report).await;
     if let Err(error) = within(steps, database::check(client, &server, report)).await {
         report.failure("state-schema", "highwater", &error);
     }

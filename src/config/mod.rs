@@ -12,6 +12,7 @@
 //! # Ok::<(), highwater::Error>(())
 //! ```
 
+mod conninfo;
 mod hours;
 mod parse;
 mod passfile;
@@ -29,7 +30,10 @@ pub use hours::HoursOfDay;
 pub(crate) use raw::edit_distance;
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
-pub use source::{Address, DEFAULT_URI, Endpoint, Password, SourceConfig, SslMode};
+pub use source::{
+    Address, AuthMethod, ChannelBinding, DEFAULT_URI, Endpoint, Keepalive, Password, SourceConfig, SslMode,
+    Target, TlsVersion,
+};
 pub use storage::{ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};

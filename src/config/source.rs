@@ -1,12 +1,13 @@
 //! [`SourceConfig`]: which database to archive, and how to reach it. The rules are libpq's (manual 34.1,
-//! 34.15): a connection URI, completed by `PG*` variables, completed by defaults.
+//! 34.15): a connection string, completed by a service file and `PG*` variables, completed by defaults.
 
-use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::conninfo::{Raw, Typed};
 use super::passfile::{self, Wanted};
 use crate::error::{Error, Result};
 
@@ -19,31 +20,13 @@ const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// Where Debian's and most other packages put the socket.
 const SOCKET_DIRECTORY: &str = "/var/run/postgresql";
 
-/// The parameters of a URI, each with the variable that stands in for it.
-const PARAMETERS: [(&str, Option<&str>); 14] = [
-    ("host", Some("PGHOST")),
-    ("port", Some("PGPORT")),
-    ("user", Some("PGUSER")),
-    ("password", Some("PGPASSWORD")),
-    ("dbname", Some("PGDATABASE")),
-    ("passfile", Some("PGPASSFILE")),
-    ("sslmode", Some("PGSSLMODE")),
-    ("sslrootcert", Some("PGSSLROOTCERT")),
-    ("sslcert", Some("PGSSLCERT")),
-    ("sslkey", Some("PGSSLKEY")),
-    ("connect_timeout", Some("PGCONNECT_TIMEOUT")),
-    ("options", Some("PGOPTIONS")),
-    // Not PGAPPNAME: it names the programs of a person's shell, and the slot's holder must be recognised.
-    ("application_name", None),
-    // Accepted for the default URIs of other drivers; nothing but UTF-8 is ever asked for.
-    ("client_encoding", None),
-];
-
 /// How much TLS is asked for (manual 34.19).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SslMode {
     /// No TLS.
     Disable,
+    /// TLS if the server refuses to talk without.
+    Allow,
     /// TLS if the server has it, unverified.
     Prefer,
     /// TLS. Unverified, unless a root certificate is given: then as [`SslMode::VerifyCa`], as in libpq.
@@ -60,6 +43,7 @@ impl FromStr for SslMode {
     fn from_str(text: &str) -> Result<Self, ()> {
         Ok(match text {
             "disable" => Self::Disable,
+            "allow" => Self::Allow,
             "prefer" => Self::Prefer,
             "require" => Self::Require,
             "verify-ca" => Self::VerifyCa,
@@ -67,6 +51,59 @@ impl FromStr for SslMode {
             _ => return Err(()),
         })
     }
+}
+
+/// A version of TLS that both sides may agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TlsVersion {
+    /// TLS 1.2.
+    V12,
+    /// TLS 1.3.
+    V13,
+}
+
+/// Whether the login is bound to the TLS session, so that nobody in between can pass it on (`SCRAM-SHA-256-PLUS`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChannelBinding {
+    /// Never.
+    Disable,
+    /// Where the server offers it.
+    Prefer,
+    /// Always; else there is no login.
+    Require,
+}
+
+/// A way to log in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AuthMethod {
+    /// The password in the clear.
+    Password,
+    /// Its MD5.
+    Md5,
+    /// SCRAM-SHA-256.
+    Scram,
+    /// The server asks for nothing (or for a client's certificate).
+    None,
+}
+
+/// Which of several servers is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// One that is not in recovery: archiving writes to it.
+    Primary,
+    /// The first that answers, which is enough for reading the watermarks.
+    Any,
+}
+
+/// When a silent peer is noticed; `None` leaves a part to our default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Silence before the first question.
+    pub idle: Option<Duration>,
+    /// Time between questions.
+    pub interval: Option<Duration>,
+    /// Questions without an answer.
+    pub count: Option<u32>,
 }
 
 /// Where a server listens.
@@ -115,13 +152,13 @@ impl fmt::Debug for Password {
     }
 }
 
-/// One server to try, with the password for it.
+/// One server to try.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Where it listens.
     pub address: Address,
-    /// The password from the URI, the environment or the password file, in this order.
-    pub password: Option<Password>,
+    /// The address to connect to, so that the host's name is not looked up (`hostaddr`).
+    pub host_address: Option<IpAddr>,
 }
 
 /// A database to archive. Neither `Debug` nor `Display` shows a password; `Display` is for people:
@@ -130,8 +167,16 @@ pub struct Endpoint {
 pub struct SourceConfig {
     /// The servers, tried in turn. Never empty.
     pub endpoints: Vec<Endpoint>,
+    /// They are tried in random order (`load_balance_hosts`).
+    pub shuffles: bool,
+    /// Which of them is taken (`target_session_attrs`).
+    pub target: Target,
     /// The role to log in as.
     pub user: String,
+    /// The password from the URI, the service or the environment.
+    pub password: Option<Password>,
+    /// Where it is looked for otherwise, at each login.
+    pub password_file: Option<PathBuf>,
     /// The database's name.
     pub database: String,
     /// How much TLS.
@@ -140,41 +185,67 @@ pub struct SourceConfig {
     pub ssl_root_cert: Option<PathBuf>,
     /// PEM files of the client's certificate chain and its key.
     pub ssl_identity: Option<(PathBuf, PathBuf)>,
+    /// PEM files of certificates that were revoked, or folders of such files.
+    pub ssl_crls: Vec<PathBuf>,
+    /// TLS begins at once, without asking for it first; servers know that from PostgreSQL 17 on.
+    pub ssl_direct: bool,
+    /// The host's name is told in the handshake.
+    pub ssl_sni: bool,
+    /// The oldest and the newest version of TLS.
+    pub ssl_versions: (TlsVersion, TlsVersion),
+    /// Whether the login is bound to the TLS session.
+    pub channel_binding: ChannelBinding,
+    /// Ways to log in that are acceptable; `None` for all.
+    pub require_auth: Option<Vec<AuthMethod>>,
     /// Bound of the time to reach one server, and again of the time to log in there.
     pub connect_timeout: Duration,
+    /// `None` to send no keepalives.
+    pub keepalive: Option<Keepalive>,
+    /// How long sent bytes may stay unconfirmed: `None` for our default, zero for the system's.
+    pub tcp_user_timeout: Option<Duration>,
     /// Shown in `pg_stat_activity`.
     pub application_name: String,
-    /// Command-line options for the server's process, such as `-c statement_timeout=0`.
+    /// Command-line options for the server's process, such as `-c work_mem=64MB`. What Highwater relies on is set
+    /// after the login, and wins.
     pub options: Option<String>,
 }
 
 impl SourceConfig {
-    /// Checks and completes what was typed. `environment` looks up a variable; the URI wins over it. With no
-    /// URI and none of `PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD` and `PGDATABASE`, [`DEFAULT_URI`] is taken.
-    /// Reads the password file if it is needed.
+    /// Checks and completes what was typed: a URI or `keyword=value` pairs. `environment` looks up a variable; the string
+    /// wins over it. With no string and none of `PGHOST`, `PGHOSTADDR`, `PGPORT`, `PGUSER`, `PGPASSWORD`, `PGDATABASE` and
+    /// `PGSERVICE`, [`DEFAULT_URI`] is taken. Reads the service file if it is needed.
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for a URI that can't be read, an unknown parameter or a bad value. Its text
+    /// [`Error::Setting`] for a string that can't be read, an unknown parameter or a bad value. Its text
     /// never has the password.
     pub fn new(uri: Option<&str>, environment: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let variable = |name: &str| environment(name).filter(|value| !value.is_empty());
-        let placed = ["PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE"];
+        let placed = ["PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSERVICE"];
         let uri = match uri.filter(|text| !text.trim().is_empty()) {
             Some(text) => Some(text.trim()),
             None if placed.into_iter().any(|name| variable(name).is_some()) => None,
             None => Some(DEFAULT_URI),
         };
-        let mut typed = uri.map(parse_uri).transpose()?.unwrap_or_default();
-        for (name, stand_in) in PARAMETERS {
-            if !typed.values.contains_key(name)
-                && let Some((stand_in, value)) =
-                    stand_in.and_then(|known| variable(known).map(|value| (known, value)))
-            {
-                typed.values.insert(name, Typed { setting: stand_in.to_owned(), value });
-            }
+        let typed = uri.map(Raw::parse).transpose()?.unwrap_or_default();
+        check(&typed.complete(&variable)?, &variable)
+    }
+
+    /// The password for a server, as it is now: the file is read each time, because it may have changed.
+    pub(crate) fn password(&self, endpoint: &Endpoint) -> Option<Password> {
+        if self.password.is_some() {
+            return self.password.clone();
         }
-        typed.check(&variable)
+        let text = passfile::read(self.password_file.as_deref()?)?;
+        let (host, port) = match &endpoint.address {
+            Address::Tcp { host, port } => (host.as_str(), *port),
+            // The file knows the default socket directory as `localhost`.
+            Address::Unix { directory, port } if directory == Path::new(SOCKET_DIRECTORY) => {
+                ("localhost", *port)
+            }
+            Address::Unix { directory, port } => (directory.to_str()?, *port),
+        };
+        passfile::find(&text, Wanted { host, port, database: &self.database, user: &self.user }).map(Password)
     }
 }
 
@@ -189,242 +260,256 @@ impl fmt::Display for SourceConfig {
     }
 }
 
-/// A value, and where it was written.
-#[derive(Debug)]
-struct Typed {
-    setting: String,
-    value: String,
-}
-
-impl Typed {
-    fn refuse(&self, accepted: &str) -> Error {
-        Error::Setting {
-            setting: self.setting.clone(),
-            value: self.value.clone(),
-            accepted: accepted.to_owned(),
+fn check(raw: &Raw, variable: &dyn Fn(&str) -> Option<String>) -> Result<SourceConfig> {
+    let user = match raw.text("user") {
+        Some(user) => user.to_owned(),
+        None => variable("USER").or_else(|| variable("LOGNAME")).unwrap_or_else(|| "postgres".to_owned()),
+    };
+    let home = variable("HOME").map(PathBuf::from);
+    let (ssl_mode, ssl_root_cert) = ssl_mode(raw, home.as_deref())?;
+    let connect_timeout = match raw.get("connect_timeout") {
+        // As in libpq, zero and less stand for ever.
+        Some(_) => {
+            raw.number("connect_timeout")?.filter(|seconds| *seconds > 0).map_or(Duration::MAX, seconds)
         }
-    }
+        None => CONNECT_TIMEOUT_DEFAULT,
+    };
+    let binding = [
+        ("disable", ChannelBinding::Disable),
+        ("prefer", ChannelBinding::Prefer),
+        ("require", ChannelBinding::Require),
+    ];
+    let name = raw.text("application_name").or(raw.text("fallback_application_name"));
+    let default_password_file = || home.as_deref().map(|home| home.join(".pgpass"));
+    Ok(SourceConfig {
+        endpoints: endpoints(raw)?,
+        shuffles: raw.one_of("load_balance_hosts", &[("disable", false), ("random", true)], false)?,
+        target: target(raw)?,
+        database: raw.text("dbname").unwrap_or(&user).to_owned(),
+        user,
+        password: raw.text("password").map(|text| Password(text.to_owned())),
+        password_file: raw.path("passfile").or_else(default_password_file),
+        ssl_mode,
+        ssl_root_cert,
+        ssl_identity: ssl_identity(raw, home.as_deref())?,
+        ssl_crls: ssl_crls(raw, home.as_deref()),
+        ssl_direct: ssl_direct(raw, ssl_mode)?,
+        ssl_sni: raw.one_of("sslsni", &[("0", false), ("1", true)], true)?,
+        ssl_versions: ssl_versions(raw)?,
+        channel_binding: raw.one_of("channel_binding", &binding, ChannelBinding::Prefer)?,
+        require_auth: raw.get("require_auth").map(require_auth).transpose()?,
+        connect_timeout,
+        keepalive: keepalive(raw)?,
+        tcp_user_timeout: raw.number("tcp_user_timeout")?.map(|count| Duration::from_millis(count.into())),
+        application_name: name.unwrap_or("highwater").to_owned(),
+        options: raw.text("options").map(str::to_owned),
+    })
 }
 
-/// What was typed, by libpq's names.
-#[derive(Default)]
-struct Raw {
-    values: BTreeMap<&'static str, Typed>,
+const fn seconds(count: u32) -> Duration {
+    Duration::from_secs(count as u64)
 }
 
-impl Raw {
-    fn set(&mut self, name: &str, value: String) -> Result<()> {
-        let Some((known, _)) = PARAMETERS.iter().find(|(known, _)| *known == name) else {
-            let names: Vec<_> = PARAMETERS.iter().map(|(known, _)| *known).collect();
-            return Err(Error::Setting {
-                setting: "a parameter of DATABASE_URI".to_owned(),
-                value: name.to_owned(),
-                accepted: format!("one of {}", names.join(", ")),
-            });
-        };
-        self.values.insert(known, Typed { setting: format!("{known} in DATABASE_URI"), value });
-        Ok(())
-    }
-
-    fn text(&self, name: &str) -> Option<&str> {
-        self.values.get(name).map(|typed| typed.value.as_str()).filter(|value| !value.is_empty())
-    }
-
-    fn path(&self, name: &str) -> Option<PathBuf> {
-        self.text(name).map(PathBuf::from)
-    }
-
-    fn check(self, variable: &dyn Fn(&str) -> Option<String>) -> Result<SourceConfig> {
-        let user = match self.text("user") {
-            Some(user) => user.to_owned(),
-            None => variable("USER").or_else(|| variable("LOGNAME")).unwrap_or_else(|| "postgres".to_owned()),
-        };
-        let database = self.text("dbname").unwrap_or(&user).to_owned();
-        let ssl_mode = match self.values.get("sslmode") {
-            Some(typed) => typed
-                .value
-                .parse()
-                .map_err(|()| typed.refuse("disable, prefer, require, verify-ca or verify-full"))?,
-            None => SslMode::Prefer,
-        };
-        let connect_timeout = match self.values.get("connect_timeout") {
-            Some(typed) => match typed.value.parse::<u64>() {
-                Ok(seconds @ 1..=3600) => Duration::from_secs(seconds),
-                _ => return Err(typed.refuse("whole seconds from 1 to 3600")),
-            },
-            None => CONNECT_TIMEOUT_DEFAULT,
-        };
-        let ssl_identity = match (self.path("sslcert"), self.path("sslkey")) {
-            (Some(certificate), Some(key)) => Some((certificate, key)),
-            (None, None) => None,
-            _ => {
-                return Err(Error::Setting {
-                    setting: "sslcert, sslkey".to_owned(),
-                    value: "only one of them".to_owned(),
-                    accepted: "given together".to_owned(),
-                });
-            }
-        };
-        let password_file =
-            self.path("passfile").or_else(|| variable("HOME").map(|home| Path::new(&home).join(".pgpass")));
-        let endpoints = self.endpoints(&user, &database, password_file.as_deref())?;
-        Ok(SourceConfig {
-            endpoints,
-            ssl_mode,
-            ssl_root_cert: self.path("sslrootcert").filter(|path| path.as_os_str() != "system"),
-            ssl_identity,
-            connect_timeout,
-            application_name: self.text("application_name").unwrap_or("highwater").to_owned(),
-            options: self.text("options").map(str::to_owned),
-            user,
-            database,
+/// Pairs hosts with addresses and ports (one port serves all).
+fn endpoints(raw: &Raw) -> Result<Vec<Endpoint>> {
+    let has_socket_directory = Path::new(SOCKET_DIRECTORY).is_dir();
+    let default_host = if cfg!(unix) && has_socket_directory { SOCKET_DIRECTORY } else { "localhost" };
+    let addresses = raw.get("hostaddr").map(host_addresses).transpose()?;
+    let names: Option<Vec<&str>> = raw.text("host").map(|text| text.split(',').collect());
+    let count = match (&names, &addresses) {
+        (Some(names), Some(addresses)) if names.len() != addresses.len() => {
+            let typed = raw.get("hostaddr").ok_or_else(|| Error::Internal("no hostaddr".to_owned()))?;
+            return Err(typed.refuse("an address for each host"));
+        }
+        (Some(names), _) => names.len(),
+        (None, Some(addresses)) => addresses.len(),
+        (None, None) => 1,
+    };
+    let ports = ports(raw, count)?;
+    Ok(ports
+        .into_iter()
+        .enumerate()
+        .map(|(index, port)| {
+            let host_address = addresses.as_ref().and_then(|all| all.get(index).copied().flatten());
+            let name = names.as_ref().and_then(|all| all.get(index)).filter(|name| !name.is_empty());
+            let host = match (name, host_address) {
+                (Some(name), _) => (*name).to_owned(),
+                (None, Some(address)) => address.to_string(),
+                (None, None) => default_host.to_owned(),
+            };
+            let address = if host.starts_with('/') && host_address.is_none() {
+                Address::Unix { directory: PathBuf::from(host), port }
+            } else {
+                Address::Tcp { host, port }
+            };
+            Endpoint { address, host_address }
         })
-    }
-
-    /// Pairs hosts with ports (one port serves all) and finds each one's password.
-    fn endpoints(&self, user: &str, database: &str, password_file: Option<&Path>) -> Result<Vec<Endpoint>> {
-        let has_socket_directory = Path::new(SOCKET_DIRECTORY).is_dir();
-        let default_host = if cfg!(unix) && has_socket_directory { SOCKET_DIRECTORY } else { "localhost" };
-        let hosts: Vec<&str> = self.text("host").unwrap_or(default_host).split(',').collect();
-        let ports = self.ports(hosts.len())?;
-        let password = self.text("password").map(|text| Password(text.to_owned()));
-        let lines = if password.is_none() { password_file.and_then(passfile::read) } else { None };
-        Ok(hosts
-            .into_iter()
-            .zip(ports)
-            .map(|(host, port)| {
-                let host = if host.is_empty() { default_host } else { host };
-                // The file knows the default socket directory as `localhost`.
-                let known_as = if host == SOCKET_DIRECTORY { "localhost" } else { host };
-                let wanted = Wanted { host: known_as, port, database, user };
-                let from_file =
-                    || lines.as_deref().and_then(|text| passfile::find(text, wanted)).map(Password);
-                let address = if host.starts_with('/') {
-                    Address::Unix { directory: PathBuf::from(host), port }
-                } else {
-                    Address::Tcp { host: host.to_owned(), port }
-                };
-                Endpoint { address, password: password.clone().or_else(from_file) }
-            })
-            .collect())
-    }
-
-    fn ports(&self, host_count: usize) -> Result<Vec<u16>> {
-        let Some(typed) = self.values.get("port") else { return Ok(vec![5432; host_count]) };
-        let accepted = "a port from 1 to 65535, or one for each host";
-        let ports = typed
-            .value
-            .split(',')
-            .map(|port| match port {
-                "" => Ok(5432),
-                _ => port.parse().ok().filter(|port| *port != 0).ok_or_else(|| typed.refuse(accepted)),
-            })
-            .collect::<Result<Vec<u16>>>()?;
-        match ports.as_slice() {
-            [port] => Ok(vec![*port; host_count]),
-            _ if ports.len() == host_count => Ok(ports),
-            _ => Err(typed.refuse(accepted)),
-        }
-    }
+        .collect())
 }
 
-/// Takes a URI apart (manual 34.1.1.2): `postgresql://user:password@host:port,host:port/database?name=value`.
-fn parse_uri(uri: &str) -> Result<Raw> {
-    let refuse = || Error::Setting {
-        setting: "DATABASE_URI".to_owned(),
-        value: without_secrets(uri),
-        accepted:
-            "postgresql://user:password@host:port/database?parameter=value, with %XX for special characters"
-                .to_owned(),
+fn host_addresses(typed: &Typed) -> Result<Vec<Option<IpAddr>>> {
+    let one = |text: &str| match text {
+        "" => Ok(None),
+        _ => text.parse().map(Some).map_err(|_| typed.refuse("IP addresses")),
     };
-    let rest = ["postgresql://", "postgres://"].into_iter().find_map(|scheme| uri.strip_prefix(scheme));
-    let (place, query) = split_or_all(rest.ok_or_else(refuse)?, '?');
-    let (authority, database) = split_or_all(place, '/');
-    let decode = |text: &str| percent_decode(text).ok_or_else(refuse);
-    // A slash that should have been encoded in a password moves its end here; nothing of it may be shown.
-    if database.contains('@') {
-        return Err(refuse());
-    }
-    let mut raw = Raw::default();
-    let hosts = match authority.rsplit_once('@') {
-        Some((login, hosts)) => {
-            let (user, password) = split_or_all(login, ':');
-            set_unless_empty(&mut raw, "user", decode(user)?)?;
-            set_unless_empty(&mut raw, "password", decode(password)?)?;
-            hosts
-        }
-        None => authority,
-    };
-    let (mut names, mut ports) = (Vec::new(), Vec::new());
-    for host in hosts.split(',') {
-        let (name, port) = split_host(host).ok_or_else(refuse)?;
-        // Not left to the check of the port: it would show the value, which may be half a password.
-        if !port.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(refuse());
-        }
-        names.push(decode(name)?);
-        ports.push(port);
-    }
-    set_unless_empty(&mut raw, "host", names.join(","))?;
-    if ports.iter().any(|port| !port.is_empty()) {
-        raw.set("port", ports.join(","))?;
-    }
-    set_unless_empty(&mut raw, "dbname", decode(database)?)?;
-    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let (name, value) = pair.split_once('=').ok_or_else(refuse)?;
-        raw.set(&decode(name)?, decode(value)?)?;
-    }
-    Ok(raw)
+    typed.value.split(',').map(one).collect()
 }
 
-fn set_unless_empty(raw: &mut Raw, name: &str, value: String) -> Result<()> {
-    if value.is_empty() { Ok(()) } else { raw.set(name, value) }
+fn ports(raw: &Raw, host_count: usize) -> Result<Vec<u16>> {
+    let Some(typed) = raw.get("port") else { return Ok(vec![5432; host_count]) };
+    let accepted = "a port from 1 to 65535, or one for each host";
+    let ports = typed
+        .value
+        .split(',')
+        .map(|port| match port {
+            "" => Ok(5432),
+            _ => port.parse().ok().filter(|port| *port != 0).ok_or_else(|| typed.refuse(accepted)),
+        })
+        .collect::<Result<Vec<u16>>>()?;
+    match ports.as_slice() {
+        [port] => Ok(vec![*port; host_count]),
+        _ if ports.len() == host_count => Ok(ports),
+        _ => Err(typed.refuse(accepted)),
+    }
 }
 
-fn split_or_all(text: &str, separator: char) -> (&str, &str) {
-    text.split_once(separator).unwrap_or((text, ""))
+/// Archiving wants a server that can be written to; which of these words says so makes no difference to it.
+fn target(raw: &Raw) -> Result<Target> {
+    let Some(typed) = raw.get("target_session_attrs") else { return Ok(Target::Primary) };
+    match typed.value.as_str() {
+        "read-write" | "primary" => Ok(Target::Primary),
+        "any" => Ok(Target::Any),
+        _ => Err(typed.refuse(
+            "read-write or primary (the default, since archiving writes watermarks and a standby can't take them), or any",
+        )),
+    }
 }
 
-/// Host and port, each possibly empty; an IPv6 address stands in brackets.
-fn split_host(text: &str) -> Option<(&str, &str)> {
-    let Some(bracketed) = text.strip_prefix('[') else { return Some(split_or_all(text, ':')) };
-    let (address, port) = bracketed.split_once(']')?;
-    if port.is_empty() { Some((address, "")) } else { Some((address, port.strip_prefix(':')?)) }
-}
-
-/// `None` unless every `%` is followed by two hexadecimal digits and the result is UTF-8 without NUL (which
-/// would end a string of the protocol early).
-fn percent_decode(text: &str) -> Option<String> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => {
-                let high = char::from(bytes.next()?).to_digit(16)?;
-                let low = char::from(bytes.next()?).to_digit(16)?;
-                u8::try_from(high << 4 | low).ok().filter(|byte| *byte != 0)?
+/// How much TLS, and the roots; as in libpq, those of the user's folder count where they are.
+fn ssl_mode(raw: &Raw, home: Option<&Path>) -> Result<(SslMode, Option<PathBuf>)> {
+    let is_system = raw.text("sslrootcert") == Some("system");
+    let mode = match raw.get("sslmode") {
+        Some(typed) => {
+            let accepted = "disable, allow, prefer, require, verify-ca or verify-full";
+            let mode = typed.value.parse().map_err(|()| typed.refuse(accepted))?;
+            if is_system && mode != SslMode::VerifyFull {
+                return Err(typed.refuse("verify-full, where sslrootcert is system"));
             }
-            0 => return None,
-            _ => byte,
-        });
-    }
-    String::from_utf8(decoded).ok()
+            mode
+        }
+        // Anybody may have a certificate that some authority of the system vouches for.
+        None if is_system => SslMode::VerifyFull,
+        None => SslMode::Prefer,
+    };
+    let roots = match raw.path("sslrootcert") {
+        Some(_) if is_system => None,
+        Some(path) => Some(path),
+        None => in_home(home, "root.crt"),
+    };
+    Ok((mode, roots))
 }
 
-/// What of a URI may be shown: the part between the last `@` and the parameters, since both the login before
-/// it and the parameters may hold a password, and where exactly is not known of a URI that can't be read.
-fn without_secrets(uri: &str) -> String {
-    let (scheme, rest) = uri.split_once("://").unwrap_or(("", uri));
-    match rest.rsplit_once('@') {
-        Some((_, place)) => format!("{scheme}://***@{}", split_or_all(place, '?').0),
-        None if scheme.is_empty() => "***".to_owned(),
-        None => format!("{scheme}://{}", split_or_all(rest, '?').0),
+/// A file of libpq's folder, if it is there.
+fn in_home(home: Option<&Path>, name: &str) -> Option<PathBuf> {
+    home.map(|home| home.join(".postgresql").join(name)).filter(|path| path.is_file())
+}
+
+fn ssl_identity(raw: &Raw, home: Option<&Path>) -> Result<Option<(PathBuf, PathBuf)>> {
+    if let Some(typed) = raw.get("sslcertmode") {
+        match typed.value.as_str() {
+            "disable" => return Ok(None),
+            "allow" => {}
+            _ => return Err(typed.refuse("disable or allow: Highwater can't honour more")),
+        }
     }
+    match (raw.path("sslcert"), raw.path("sslkey")) {
+        (Some(certificate), Some(key)) => Ok(Some((certificate, key))),
+        (None, None) => Ok(in_home(home, "postgresql.crt").zip(in_home(home, "postgresql.key"))),
+        _ => Err(Error::Setting {
+            setting: "sslcert, sslkey".to_owned(),
+            value: "only one of them".to_owned(),
+            accepted: "given together".to_owned(),
+        }),
+    }
+}
+
+fn ssl_crls(raw: &Raw, home: Option<&Path>) -> Vec<PathBuf> {
+    let typed: Vec<PathBuf> = [raw.path("sslcrl"), raw.path("sslcrldir")].into_iter().flatten().collect();
+    if typed.is_empty() { in_home(home, "root.crl").into_iter().collect() } else { typed }
+}
+
+fn ssl_direct(raw: &Raw, mode: SslMode) -> Result<bool> {
+    let is_direct = raw.one_of("sslnegotiation", &[("postgres", false), ("direct", true)], false)?;
+    match raw.get("sslnegotiation") {
+        Some(typed) if is_direct && [SslMode::Disable, SslMode::Allow, SslMode::Prefer].contains(&mode) => {
+            Err(typed.refuse("postgres, unless sslmode is require, verify-ca or verify-full"))
+        }
+        _ => Ok(is_direct),
+    }
+}
+
+fn ssl_versions(raw: &Raw) -> Result<(TlsVersion, TlsVersion)> {
+    // Older ones are not spoken: where they are the least that is asked for, more is given.
+    let oldest = [
+        ("TLSv1", TlsVersion::V12),
+        ("TLSv1.1", TlsVersion::V12),
+        ("TLSv1.2", TlsVersion::V12),
+        ("TLSv1.3", TlsVersion::V13),
+    ];
+    let oldest = raw.one_of("ssl_min_protocol_version", &oldest, TlsVersion::V12)?;
+    let newest = [("TLSv1.2", TlsVersion::V12), ("TLSv1.3", TlsVersion::V13)];
+    let newest = raw.one_of("ssl_max_protocol_version", &newest, TlsVersion::V13)?;
+    match raw.get("ssl_max_protocol_version") {
+        Some(typed) if newest < oldest => Err(typed.refuse("no less than ssl_min_protocol_version")),
+        _ => Ok((oldest, newest)),
+    }
+}
+
+/// A list of ways to log in, or, with exclamation marks, of those that are not wanted.
+fn require_auth(typed: &Typed) -> Result<Vec<AuthMethod>> {
+    let known = [
+        ("password", Some(AuthMethod::Password)),
+        ("md5", Some(AuthMethod::Md5)),
+        ("scram-sha-256", Some(AuthMethod::Scram)),
+        ("none", Some(AuthMethod::None)),
+        // Not spoken here.
+        ("gss", None),
+        ("sspi", None),
+        ("oauth", None),
+    ];
+    let accepted = "a list of password, md5, scram-sha-256 and none, or of those with an exclamation mark";
+    let names: Vec<&str> = typed.value.split(',').map(str::trim).collect();
+    let unwanted: Vec<&str> = names.iter().filter_map(|name| name.strip_prefix('!')).collect();
+    if !unwanted.is_empty() && unwanted.len() < names.len() {
+        return Err(typed.refuse(accepted));
+    }
+    let listed = if unwanted.is_empty() { &names } else { &unwanted };
+    if listed.iter().any(|name| !known.iter().any(|(known, _)| known == name)) {
+        return Err(typed.refuse(accepted));
+    }
+    let is_wanted = |name: &str| listed.contains(&name) == unwanted.is_empty();
+    let methods: Vec<_> =
+        known.iter().filter(|(name, _)| is_wanted(name)).filter_map(|(_, method)| *method).collect();
+    if methods.is_empty() { Err(typed.refuse(accepted)) } else { Ok(methods) }
+}
+
+fn keepalive(raw: &Raw) -> Result<Option<Keepalive>> {
+    if raw.number("keepalives")? == Some(0) {
+        return Ok(None);
+    }
+    // Zero stands for the default.
+    let given = |name: &str| raw.number(name).map(|found| found.filter(|count| *count > 0));
+    Ok(Some(Keepalive {
+        idle: given("keepalives_idle")?.map(seconds),
+        interval: given("keepalives_interval")?.map(seconds),
+        count: given("keepalives_count")?,
+    }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
 
     fn load(uri: Option<&str>, environment: &[(&str, &str)]) -> Result<SourceConfig> {
         let variables: BTreeMap<_, _> = environment.iter().copied().collect();
@@ -465,7 +550,7 @@ mod tests {
             &[],
         )
         .unwrap();
-        assert_eq!(config.endpoints[0].password.as_ref().unwrap().reveal(), "s%ecret");
+        assert_eq!(config.password.as_ref().unwrap().reveal(), "s%ecret");
         assert_eq!(config.ssl_mode, SslMode::VerifyFull);
         assert_eq!(config.ssl_root_cert, Some("/ca.pem".into()));
         assert_eq!(config.ssl_identity, Some(("/c".into(), "/k".into())));
@@ -482,7 +567,7 @@ mod tests {
         assert_eq!(load(None, &environment).unwrap().to_string(), "eu@e:7/ed");
         let both = load(Some("postgres://u@h"), &environment).unwrap();
         assert_eq!(both.to_string(), "u@h:7/ed");
-        assert_eq!(both.endpoints[0].password.as_ref().unwrap().reveal(), "ep");
+        assert_eq!(both.password.as_ref().unwrap().reveal(), "ep");
         let neither = load(None, &[("PGSSLMODE", "require")]).unwrap();
         assert_eq!(neither.to_string(), "postgres@localhost:5432/postgres");
         assert_eq!(neither.ssl_mode, SslMode::Require);
@@ -504,9 +589,12 @@ mod tests {
             ("postgres://u:1/secret@h/d", "***@h/d"),
             ("postgres://u:secret?x@h/d", "***@h/d"),
             ("postgres://u:secret@h/d?port=1,2", "\"1,2\""),
-            ("postgres://u:secret@h/d?sslmode=allow", "verify-full"),
+            ("postgres://u:secret@h/d?sslmode=always", "verify-full"),
             ("postgres://u:secret@h/d?sslcert=/c", "sslkey"),
-            ("postgres://u:secret@h/d?connect_timeout=0", "connect_timeout"),
+            ("postgres://u:secret@h/d?connect_timeout=soon", "connect_timeout"),
+            ("host=h user=u password='secret", "single quote"),
+            ("host=h passwort=secret", "\"passwort\", but must be one of host"),
+            ("host=h password=my-secret /secret=x", "\"***\", but must be one of"),
             ("postgres://u:secret@h/d?pasword=secret", "\"pasword\", but must be one of host, port"),
         ] {
             let error = load(Some(uri), &[]).unwrap_err();
@@ -516,6 +604,102 @@ mod tests {
         }
         let error = load(None, &[("PGHOST", "h"), ("PGSSLMODE", "x")]).unwrap_err();
         assert!(error.to_string().starts_with("PGSSLMODE is \"x\""), "{error}");
+    }
+
+    #[test]
+    fn what_libpq_takes_is_taken() {
+        for text in [
+            "host=a,b port=5,6 user=u dbname=d target_session_attrs=read-write load_balance_hosts=random",
+            "postgres://u@a:5,b:6/d?target_session_attrs=primary&load_balance_hosts=random&gssencmode=prefer",
+            "host=a,b port=5,6 user=u dbname=d load_balance_hosts=random krbsrvname=x sslcompression=0 \
+             client_encoding=auto max_protocol_version=latest replication=database",
+        ] {
+            let config = load(Some(text), &[]).unwrap();
+            assert_eq!(config.to_string(), "u@a:5,b:6/d", "{text}");
+            assert!(config.shuffles && config.target == Target::Primary, "{text}");
+        }
+        let config = load(
+            Some(
+                "host=h hostaddr=::1 sslmode=allow sslcrl=/a sslcrldir=/b sslsni=0 ssl_min_protocol_version=TLSv1.3 \
+                 channel_binding=require require_auth='!password, !none' target_session_attrs=any connect_timeout=0 \
+                 keepalives_idle=7 keepalives_count=0 tcp_user_timeout=1500 fallback_application_name=y",
+            ),
+            &[],
+        )
+        .unwrap();
+        assert_eq!(config.endpoints[0].host_address, Some("::1".parse().unwrap()));
+        assert_eq!(config.endpoints[0].address, Address::Tcp { host: "h".into(), port: 5432 });
+        assert_eq!(config.ssl_crls, [PathBuf::from("/a"), PathBuf::from("/b")]);
+        assert_eq!((config.ssl_mode, config.ssl_sni), (SslMode::Allow, false));
+        assert_eq!(config.ssl_versions, (TlsVersion::V13, TlsVersion::V13));
+        assert_eq!(config.channel_binding, ChannelBinding::Require);
+        assert_eq!(config.require_auth, Some(vec![AuthMethod::Md5, AuthMethod::Scram]));
+        assert_eq!((config.target, config.connect_timeout), (Target::Any, Duration::MAX));
+        let idle = Some(Duration::from_secs(7));
+        assert_eq!(config.keepalive, Some(Keepalive { idle, ..Keepalive::default() }));
+        assert_eq!(config.tcp_user_timeout, Some(Duration::from_millis(1500)));
+        assert_eq!(config.application_name, "y");
+        assert_eq!(load(Some("keepalives=0"), &[]).unwrap().keepalive, None);
+        let system = load(Some("host=h sslrootcert=system"), &[]).unwrap();
+        assert_eq!((system.ssl_mode, system.ssl_root_cert), (SslMode::VerifyFull, None));
+        assert_eq!(load(Some("postgres://h/d?ssl=true"), &[]).unwrap().ssl_mode, SslMode::Require);
+        assert!(load(Some("postgres://h/d?sslmode=require&sslnegotiation=direct"), &[]).unwrap().ssl_direct);
+    }
+
+    #[test]
+    fn what_can_not_be_honoured_is_refused_by_name_wherever_it_was_written() {
+        for (name, variable, value) in [
+            ("gssencmode", "PGGSSENCMODE", "require"),
+            ("requirepeer", "PGREQUIREPEER", "postgres"),
+            ("sslcertmode", "PGSSLCERTMODE", "require"),
+            ("require_auth", "PGREQUIREAUTH", "gss"),
+            ("require_auth", "PGREQUIREAUTH", "md5,!none"),
+            ("channel_binding", "PGCHANNELBINDING", "required"),
+            ("target_session_attrs", "PGTARGETSESSIONATTRS", "standby"),
+            ("target_session_attrs", "PGTARGETSESSIONATTRS", "prefer-standby"),
+            ("sslnegotiation", "PGSSLNEGOTIATION", "direct"),
+            ("ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", "TLSv1.1"),
+            ("min_protocol_version", "PGMINPROTOCOLVERSION", "3.2"),
+            ("sslpassword", "", "secret"),
+            ("scram_client_key", "", "secret"),
+        ] {
+            let mut errors = vec![load(Some(&format!("host=h {name}={value}")), &[]).unwrap_err()];
+            if !variable.is_empty() {
+                errors.push(load(Some("host=h"), &[(variable, value)]).unwrap_err());
+            }
+            for error in errors {
+                let text = error.to_string();
+                assert!(text.starts_with(name) || text.starts_with(variable), "{text}");
+                assert!(matches!(error, Error::Setting { .. }) && !text.contains("secret"), "{text}");
+            }
+        }
+        for (text, named) in [
+            ("host=h sslrootcert=system sslmode=require", "sslmode"),
+            ("host=a,b hostaddr=::1", "hostaddr"),
+            ("host=h hostaddr=localhost", "hostaddr"),
+            ("host=h ssl_min_protocol_version=TLSv1.3 ssl_max_protocol_version=TLSv1.2", "ssl_max"),
+        ] {
+            let error = load(Some(text), &[]).unwrap_err().to_string();
+            assert!(error.starts_with(named), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_service_file_completes_the_string_before_the_environment_does() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().to_str().unwrap();
+        std::fs::write(home.path().join(".pg_service.conf"), "[own]\nhost=from_file\nuser=fu\n").unwrap();
+        std::fs::write(home.path().join("pg_service.conf"), "[shared]\nhost=sh\nport=9\npassword=p\n")
+            .unwrap();
+        let variables = [("HOME", folder), ("PGSYSCONFDIR", folder), ("PGUSER", "eu"), ("PGDATABASE", "d")];
+        let shown = |uri: &str| load(Some(uri), &variables).unwrap().to_string();
+        assert_eq!(shown("service=own"), "fu@from_file:5432/d");
+        assert_eq!(shown("postgres://h?service=own"), "fu@h:5432/d");
+        assert_eq!(shown("postgres:///?service=shared"), "eu@sh:9/d");
+        let by_variable: Vec<_> = variables.iter().copied().chain([("PGSERVICE", "shared")]).collect();
+        assert_eq!(load(None, &by_variable).unwrap().to_string(), "eu@sh:9/d");
+        let error = load(Some("service=none"), &variables).unwrap_err().to_string();
+        assert!(error.contains("\"none\"") && error.contains("pg_service.conf"), "{error}");
     }
 
     #[cfg(unix)]
@@ -529,11 +713,9 @@ mod tests {
         let home = home.path().to_str().unwrap();
         let uri = "postgres://u@a,b/d";
         let found = |uri: &str, environment: &[(&str, &str)]| {
-            let endpoints = load(Some(uri), environment).unwrap().endpoints;
-            endpoints
-                .iter()
-                .map(|one| one.password.as_ref().map(|it| it.reveal().to_owned()))
-                .collect::<Vec<_>>()
+            let config = load(Some(uri), environment).unwrap();
+            let of = |one| config.password(one).map(|it| it.reveal().to_owned());
+            config.endpoints.iter().map(of).collect::<Vec<_>>()
         };
         assert_eq!(found(uri, &[("HOME", home)]), [Some("for a".to_owned()), None]);
         assert_eq!(

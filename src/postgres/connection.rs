@@ -10,10 +10,16 @@ use postgres_protocol::message::backend::{
 };
 use postgres_protocol::message::frontend;
 
-use super::socket;
-use super::startup::{Process, log_in};
+use rand::seq::SliceRandom as _;
+use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
+use tracing::{debug, warn};
+
+use super::socket::{self, Encryption};
+use super::startup::{Login, Process};
 use super::wire::{Message, Wire, server_error, unexpected};
-use crate::config::SourceConfig;
+use super::{Socket, settings};
+use crate::config::{Endpoint, SourceConfig, Target};
 use crate::error::{Error, Result};
 
 /// How long one answer may take. All of them are a few rows of the catalog, so one that takes longer comes from
@@ -33,25 +39,139 @@ pub(super) struct Connection {
     pub(super) place: String,
     /// The server's process, or zero.
     pub(super) process_id: i32,
+    /// With which a statement of that process can be cancelled.
+    pub(super) secret_key: i32,
     answer_timeout: Duration,
     /// An exchange was left before its end. What comes next on the wire answers that one.
     pub(super) answer_due: bool,
 }
 
 impl Connection {
-    /// Connects and logs in, within the user's time for each.
+    /// Connects to the first server that is the one to talk to, logs in, and sets what a session relies on. The user's time
+    /// bounds the connecting to each, and each login.
+    ///
+    /// As in libpq (manual 34.1.1.3), the next one is tried if a server can't be reached, can't take sessions now, or is a
+    /// standby; a login that is refused is final.
     pub(super) async fn open(config: &SourceConfig, process: Process) -> Result<Self> {
-        let (socket, endpoint) = socket::connect(config).await?;
-        let purpose = if process == Process::Walsender { " for replication" } else { "" };
-        let context = format!("logging in to {config}{purpose}");
-        let mut wire = Wire::new(socket);
-        let login = log_in(&mut wire, config, process, endpoint.password.as_ref(), &context);
-        let process_id = match tokio::time::timeout(config.connect_timeout, login).await {
-            Ok(result) => result?,
-            Err(_) => return Err(Error::io(context)(io::ErrorKind::TimedOut.into())),
+        let mut endpoints: Vec<&Endpoint> = config.endpoints.iter().collect();
+        if config.shuffles {
+            endpoints.shuffle(&mut rand::rng());
+        }
+        let mut failure: Option<Error> = None;
+        for endpoint in endpoints {
+            let error = match Self::open_at(config, endpoint, process).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => error,
+            };
+            let is_elsewhere = error.is_transient() || matches!(error, Error::Io { .. });
+            if config.endpoints.len() == 1 || !is_elsewhere {
+                return Err(error);
+            }
+            if is_standby(&error) {
+                debug!(error = error.chain(), "not the server to talk to");
+            } else {
+                warn!(error = error.chain(), "server can't be reached");
+            }
+            // What a standby says tells less than why the primary can't be reached.
+            failure =
+                Some(failure.filter(|earlier| is_standby(&error) && !is_standby(earlier)).unwrap_or(error));
+        }
+        Err(failure.unwrap_or_else(|| Error::Internal("a source without servers".to_owned())))
+    }
+
+    /// As much TLS as the settings ask for, in as many attempts as they allow.
+    async fn open_at(config: &SourceConfig, endpoint: &Endpoint, process: Process) -> Result<Self> {
+        let mut earlier: Option<Error> = None;
+        for encryption in socket::attempts(config.ssl_mode, &endpoint.address) {
+            let (error, may_differ) = match Self::attempt(config, endpoint, *encryption, process).await {
+                Ok(connection) => return Ok(connection),
+                Err(failure) => failure,
+            };
+            let error = match earlier.take() {
+                Some(first) => Error::server_also(error, &first),
+                None => error,
+            };
+            if !may_differ {
+                return Err(error);
+            }
+            debug!(error = error.chain(), ?encryption, "refused");
+            earlier = Some(error);
+        }
+        Err(earlier.unwrap_or_else(|| Error::Internal("a server that nothing was tried with".to_owned())))
+    }
+
+    /// One attempt; with the failure, whether another one with more or less TLS may end otherwise.
+    async fn attempt(
+        config: &SourceConfig,
+        endpoint: &Endpoint,
+        encryption: Encryption,
+        process: Process,
+    ) -> Result<Self, (Error, bool)> {
+        let late = |context: String| {
+            let detail = format!("no answer within {:?}", config.connect_timeout);
+            Error::io(context)(io::Error::new(io::ErrorKind::TimedOut, detail))
         };
-        let place = config.to_string();
-        Ok(Self { wire, place, process_id, answer_timeout: ANSWER_TIMEOUT, answer_due: false })
+        let opened = timeout(config.connect_timeout, socket::open(config, endpoint, encryption)).await;
+        let socket = match opened {
+            // Only the handshake has an error that another attempt avoids.
+            Ok(opened) => opened.map_err(|error| {
+                let may_differ = encryption == Encryption::Offered && is_handshake(&error);
+                (error, may_differ)
+            })?,
+            Err(_) => return Err((late(format!("connecting to {}", endpoint.address)), false)),
+        };
+        let is_tls = socket.is_tls();
+        let purpose = if process == Process::Walsender { " for replication" } else { "" };
+        let context = format!("logging in to {config} at {}{purpose}", endpoint.address);
+        let mut connection = Self {
+            wire: Wire::new(socket),
+            place: config.to_string(),
+            process_id: 0,
+            secret_key: 0,
+            answer_timeout: ANSWER_TIMEOUT,
+            answer_due: false,
+        };
+        let mut login = Login {
+            wire: &mut connection.wire,
+            config,
+            process,
+            password: config.password(endpoint),
+            context: &context,
+            was_asked: false,
+        };
+        let result =
+            timeout(config.connect_timeout, login.run()).await.unwrap_or_else(|_| Err(late(context.clone())));
+        let may_differ = !login.was_asked && (is_tls || encryption == Encryption::Plain);
+        let keys = result.map_err(|error| {
+            let may_differ = may_differ && matches!(error, Error::Server { .. });
+            (error, may_differ)
+        })?;
+        (connection.process_id, connection.secret_key) = keys;
+        connection.prepare(config, endpoint).await.map_err(|error| (error, false))?;
+        Ok(connection)
+    }
+
+    /// Sets what a session relies on, and refuses a server that is not the one to talk to.
+    async fn prepare(&mut self, config: &SourceConfig, endpoint: &Endpoint) -> Result<()> {
+        let keeps_role = config.options.as_deref().is_some_and(|options| options.contains("role="));
+        let rows = self.query(&settings::statements(keeps_role)).await?;
+        let in_recovery = rows.last().and_then(|row| row.first()?.as_deref()) == Some("t");
+        if !in_recovery || config.target == Target::Any {
+            return Ok(());
+        }
+        Err(Error::Server {
+            context: format!("choosing {}", endpoint.address),
+            message: "this server is a standby, and the primary is needed; name that in DATABASE_URI (of several hosts, \
+                      host=a,b, the one that is not in recovery is taken), or say target_session_attrs=any to read the \
+                      watermarks only"
+                .to_owned(),
+            code: SqlState::READ_ONLY_SQL_TRANSACTION.code().to_owned(),
+        })
+    }
+
+    /// The socket, and what came by it that nobody has read.
+    pub(super) fn into_parts(self) -> (Socket, BytesMut) {
+        (self.wire.socket, self.wire.inbox)
     }
 
     /// Runs statements; the rows of all their results, as text. Gives up after 30 s.
@@ -130,6 +250,25 @@ impl Connection {
     }
 }
 
+/// A standby, where the primary is wanted.
+pub(crate) fn is_standby(error: &Error) -> bool {
+    matches!(error, Error::Server { code, .. } if code == SqlState::READ_ONLY_SQL_TRANSACTION.code())
+}
+
+/// The server was reached, and no TLS came about.
+fn is_handshake(error: &Error) -> bool {
+    let Error::Io { source, .. } = error else { return false };
+    !matches!(
+        source.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::TimedOut
+            | io::ErrorKind::NotFound
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::PermissionDenied
+    )
+}
+
 /// Bounds an exchange. One that is cut off leaves its answer due.
 async fn bounded<T>(limit: Duration, context: &str, exchange: impl Future<Output = Result<T>>) -> Result<T> {
     match tokio::time::timeout(limit, exchange).await {
@@ -187,6 +326,7 @@ pub(super) mod tests {
             wire: Wire::new(Socket::Tcp(stream)),
             place: "test".to_owned(),
             process_id: 1,
+            secret_key: 2,
             answer_timeout: Duration::from_millis(50),
             answer_due: false,
         };

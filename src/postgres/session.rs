@@ -3,18 +3,13 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use super::settings::BRIEF;
 use super::sql::connect;
 use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
 /// Our statements touch a few rows. One that takes longer waits for a network that is gone.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// A lock that somebody holds on our tables must not stop the archive for longer.
-/// What we acknowledge rests on what we wrote, so that must be flushed; but not on every standby, which may be down.
-/// A row that a policy hides must not be taken for absent: that is an error.
-const SESSION_SETTINGS: &str = "set lock_timeout = '10s'; set idle_in_transaction_session_timeout = '60s'; \
-                                set synchronous_commit = 'local'; set row_security = off";
 
 /// An SQL session that connects when it is first used, and again after it was lost.
 #[derive(Debug)]
@@ -44,9 +39,9 @@ impl Session {
         result
     }
 
-    /// Each server has the user's time to connect, and the one that answers has it again for the login.
+    /// Each server has the user's time to connect, and again to log in, both with TLS and without.
     fn connect_limit(&self) -> Duration {
-        let steps = u32::try_from(self.source.endpoints.len()).unwrap_or(u32::MAX).saturating_add(1);
+        let steps = u32::try_from(self.source.endpoints.len()).unwrap_or(u32::MAX).saturating_mul(4);
         self.source.connect_timeout.saturating_mul(steps).saturating_add(STATEMENT_TIMEOUT)
     }
 
@@ -59,6 +54,6 @@ impl Session {
 
 async fn open(source: &SourceConfig) -> Result<Client> {
     let client = connect(source).await?;
-    client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("starting an SQL session"))?;
+    client.batch_execute(BRIEF).await.map_err(Error::sql("starting an SQL session"))?;
     Ok(client)
 }

@@ -10,18 +10,13 @@ use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
 use tokio_rustls::client::TlsStream;
-use tracing::warn;
 
 use super::{pace, tls};
-use crate::config::SourceConfig;
-use crate::config::{Address, Endpoint, SslMode};
+use crate::config::{Address, Endpoint, Keepalive, SourceConfig, SslMode};
 use crate::error::{Error, Result};
 
 /// Notices a silent peer within about a minute and a half. The kernel's default is two hours.
-const KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
-    .with_time(Duration::from_secs(60))
-    .with_interval(Duration::from_secs(10))
-    .with_retries(3);
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
 
 /// How long sent bytes may stay unconfirmed. Keepalives are not sent while there are such bytes, and the
 /// status updates of a replication connection are never far apart, so a cut cable would go unnoticed for the
@@ -56,16 +51,17 @@ pub enum Unwatched {
 }
 
 impl Socket {
-    /// Connects to the first server that answers, with as much TLS as `ssl_mode` asks for. Each server has
-    /// `connect_timeout`. Nobody is logged in yet.
-    ///
-    /// # Errors
-    ///
-    /// The last server's failure: [`Error::Io`] (of kind `InvalidData` if its certificate is refused),
-    /// [`Error::Protocol`] if it has no TLS though it is required, [`Error::Setting`] if a certificate file
-    /// can't be used.
-    pub async fn connect(config: &SourceConfig) -> Result<Self> {
-        connect(config).await.map(|(socket, _)| socket)
+    /// What a login over it can be bound to.
+    pub(super) fn end_point(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Tls(stream) => tls::end_point(stream),
+            _ => None,
+        }
+    }
+
+    /// It is encrypted.
+    pub(super) const fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
     }
 
     /// The server is on this machine.
@@ -130,34 +126,38 @@ fn is_local(stream: &TcpStream) -> bool {
     }
 }
 
-/// Also says which server it was: its password may be its own.
-pub(super) async fn connect(config: &SourceConfig) -> Result<(Socket, &Endpoint)> {
-    let mut failure = None;
-    for endpoint in &config.endpoints {
-        let attempt = tokio::time::timeout(config.connect_timeout, open(config, &endpoint.address));
-        let context = || format!("connecting to {}", endpoint.address);
-        let result = match attempt.await {
-            Ok(result) => result,
-            Err(_) => Err(Error::io(context())(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("no answer within {} s", config.connect_timeout.as_secs()),
-            ))),
-        };
-        match result {
-            Ok(socket) => return Ok((socket, endpoint)),
-            Err(error) => {
-                if config.endpoints.len() > 1 {
-                    warn!(error = error.chain(), "server can't be reached");
-                }
-                failure = Some(error);
-            }
-        }
-    }
-    Err(failure.unwrap_or_else(|| Error::Internal("a source without servers".to_owned())))
+/// Whether a connection begins with TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Encryption {
+    Plain,
+    /// If the server has it.
+    Offered,
+    Needed,
 }
 
-async fn open(config: &SourceConfig, address: &Address) -> Result<Socket> {
-    match address {
+/// What is tried with a server, one after the other (manual 34.19.3); the second one if TLS fails, or if the server wants
+/// nothing to do with whoever comes by the first way.
+pub(super) const fn attempts(mode: SslMode, address: &Address) -> &'static [Encryption] {
+    match (mode, address) {
+        (SslMode::Disable, _) | (_, Address::Unix { .. }) => &[Encryption::Plain],
+        (SslMode::Allow, _) => &[Encryption::Plain, Encryption::Needed],
+        (SslMode::Prefer, _) => &[Encryption::Offered, Encryption::Plain],
+        (SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull, _) => &[Encryption::Needed],
+    }
+}
+
+/// Reaches a server. Nobody is logged in yet.
+///
+/// # Errors
+///
+/// [`Error::Io`] (of kind `InvalidData` if its certificate is refused), [`Error::Protocol`] if it has no TLS though it is
+/// needed, [`Error::Setting`] if a certificate file can't be used.
+pub(super) async fn open(
+    config: &SourceConfig,
+    endpoint: &Endpoint,
+    encryption: Encryption,
+) -> Result<Socket> {
+    match &endpoint.address {
         #[cfg(unix)]
         Address::Unix { directory, port } => {
             let path = directory.join(format!(".s.PGSQL.{port}"));
@@ -171,54 +171,78 @@ async fn open(config: &SourceConfig, address: &Address) -> Result<Socket> {
             accepted: "a host's name: this system has no Unix sockets".to_owned(),
         }),
         Address::Tcp { host, port } => {
-            let context = format!("connecting to {address}");
-            // Tries each address of the name.
-            let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(Error::io(&context))?;
-            tune(&stream).map_err(Error::io(&context))?;
-            encrypt(config, stream, host, context).await
+            let context = format!("connecting to {}", endpoint.address);
+            let stream = match endpoint.host_address {
+                Some(address) => TcpStream::connect((address, *port)).await,
+                // Tries each address of the name.
+                None => TcpStream::connect((host.as_str(), *port)).await,
+            };
+            let stream = stream.map_err(Error::io(&context))?;
+            tune(config, &stream).map_err(Error::io(&context))?;
+            encrypt(config, stream, host, encryption, context).await
         }
     }
 }
 
-fn tune(stream: &TcpStream) -> io::Result<()> {
+fn tune(config: &SourceConfig, stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
     if is_local(stream) {
         socket.set_recv_buffer_size(pace::LOCAL_RECEIVE_BUFFER)?;
     }
-    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    match config.keepalive {
+        Some(Keepalive { idle, interval, count }) => {
+            let keepalive = socket2::TcpKeepalive::new()
+                .with_time(idle.unwrap_or(KEEPALIVE.0))
+                .with_interval(interval.unwrap_or(KEEPALIVE.1))
+                .with_retries(count.unwrap_or(KEEPALIVE.2));
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        None => socket.set_keepalive(false)?,
+    }
     #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(Some(UNCONFIRMED_MAX))?;
+    match config.tcp_user_timeout {
+        // The system's own.
+        Some(Duration::ZERO) => {}
+        given => socket.set_tcp_user_timeout(Some(given.unwrap_or(UNCONFIRMED_MAX)))?,
+    }
     Ok(())
 }
 
-/// Asks for TLS (manual 55.2.10, `SSLRequest`), unless it is not wanted.
+/// Asks for TLS (manual 55.2.10, `SSLRequest`), unless it is not wanted, or to begin without a question.
 async fn encrypt(
     config: &SourceConfig,
     mut stream: TcpStream,
     host: &str,
+    encryption: Encryption,
     context: String,
 ) -> Result<Socket> {
-    if config.ssl_mode == SslMode::Disable {
+    if encryption == Encryption::Plain {
         return Ok(Socket::Tcp(stream));
     }
-    let mut request = bytes::BytesMut::new();
-    postgres_protocol::message::frontend::ssl_request(&mut request);
-    stream.write_all(&request).await.map_err(Error::io(&context))?;
-    // Exactly one byte: whatever follows it belongs to TLS. What somebody in between has put there in plain
-    // text must not be taken for the server's words.
-    let answer = stream.read_u8().await.map_err(Error::io(&context))?;
-    match answer {
-        b'S' => {
-            tls::handshake(config, stream, host, context).await.map(|stream| Socket::Tls(Box::new(stream)))
+    if !config.ssl_direct {
+        let mut request = bytes::BytesMut::new();
+        postgres_protocol::message::frontend::ssl_request(&mut request);
+        stream.write_all(&request).await.map_err(Error::io(&context))?;
+        // Exactly one byte: whatever follows it belongs to TLS. What somebody in between has put there in plain
+        // text must not be taken for the server's words.
+        let answer = stream.read_u8().await.map_err(Error::io(&context))?;
+        match answer {
+            b'S' => {}
+            b'N' if encryption == Encryption::Offered => return Ok(Socket::Tcp(stream)),
+            b'N' => {
+                return Err(Error::Protocol {
+                    context,
+                    detail: "the server has no TLS, but sslmode asks for it".to_owned(),
+                });
+            }
+            _ => {
+                let detail = format!("the answer to SSLRequest is {answer:#04x}");
+                return Err(Error::Protocol { context, detail });
+            }
         }
-        b'N' if config.ssl_mode == SslMode::Prefer => Ok(Socket::Tcp(stream)),
-        b'N' => Err(Error::Protocol {
-            context,
-            detail: "the server has no TLS, but sslmode asks for it".to_owned(),
-        }),
-        _ => Err(Error::Protocol { context, detail: format!("the answer to SSLRequest is {answer:#04x}") }),
     }
+    tls::handshake(config, stream, host, context).await.map(|stream| Socket::Tls(Box::new(stream)))
 }
 
 /// After the handshake, bytes that TLS can't accept were damaged on their way, or the server was cut off: a new

@@ -32,9 +32,9 @@ use crate::config::Config;
 use crate::decode::{Decoder, ENTITY_TABLE, Settled};
 use crate::failpoint;
 use crate::lookup::Lookup;
-use crate::postgres::{Session, quote_identifier, sql};
+use crate::postgres::{READING, Session, quote_identifier, sql};
 use crate::record::{Kind, MICROS_PER_HOUR};
-use crate::source::{self, Copier, Fate, Partition, SESSION_SETTINGS, Slice, Source};
+use crate::source::{self, Copier, Fate, Partition, Slice, Source};
 use crate::unarchived::{self, Part};
 use crate::watermark::{self, State, Watermark};
 use crate::{Error, Result, purge};
@@ -58,7 +58,8 @@ impl<'a> Before<'a> {
     /// `None` if the kind's table is not archived from this database, but others are.
     pub(super) async fn read(config: &'a Config, kind: Kind) -> Result<Option<Self>> {
         let client = sql::connect(&config.source).await?;
-        client.batch_execute(SESSION_SETTINGS).await.map_err(Error::sql("preparing to read fresh rows"))?;
+        client.batch_execute(READING).await.map_err(Error::sql("preparing to read fresh rows"))?;
+        refuse_standby(config, &client).await?;
         let at = purge::log_end(&client).await?;
         let rows = watermark::choose(watermark::read(&client).await?, &config.slot, &[])?;
         let Some(row) = rows.into_iter().find(|row| row.kind == kind.name()) else { return Ok(None) };
@@ -205,6 +206,23 @@ impl<'a> Before<'a> {
         });
         slice
     }
+}
+
+/// A standby knows what it has received, and not what it lacks.
+async fn refuse_standby(config: &Config, client: &Client) -> Result<()> {
+    let row = client.query_one("select pg_is_in_recovery()", &[]).await;
+    let is_standby: bool =
+        row.and_then(|row| row.try_get(0)).map_err(Error::sql("asking whether the server is a standby"))?;
+    if !is_standby {
+        return Ok(());
+    }
+    Err(Error::Query {
+        detail: format!(
+            "{} is a standby, which may lack rows that are committed on the primary: for fresh rows, name the primary in \
+             DATABASE_URI, without target_session_attrs=any; or leave them out",
+            config.source
+        ),
+    })
 }
 
 /// Rows of a drift table on their way to batches of the archive's columns.

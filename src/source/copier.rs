@@ -1,9 +1,9 @@
 use tokio_postgres::Client;
 
-use super::{Fate, Partition, SESSION_SETTINGS};
+use super::{Fate, Partition};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::postgres::{CopyConnection, CopyOut, quote_literal};
+use crate::postgres::{CopyConnection, CopyOut, READING, quote_literal};
 
 /// A session that reads rows as the snapshot of another one has them.
 ///
@@ -27,7 +27,7 @@ impl Copier {
         let row = client.query_one("select pg_export_snapshot()", &[]).await.map_err(failed())?;
         let snapshot: String = row.try_get(0).map_err(failed())?;
         let mut connection = CopyConnection::open(&config.source).await?;
-        connection.query(SESSION_SETTINGS).await?;
+        connection.query(READING).await?;
         let slot = config.slot.clone();
         Ok(Self { connection, begin: begin_with(&snapshot), slot, is_in_transaction: false })
     }

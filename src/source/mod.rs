@@ -10,6 +10,6 @@ mod time;
 pub(crate) use copier::Copier;
 pub(crate) use copy::{Rows, Source, has_unreadable, insert};
 pub(crate) use partition::{Fate, Partition, holders, leaves, not_below};
-pub(crate) use point::{Point, SESSION_SETTINGS, TemporarySlot};
+pub(crate) use point::{Point, TemporarySlot};
 pub(crate) use sums::PartitionSums;
 pub(crate) use time::{Days, Slice, TimeColumn};

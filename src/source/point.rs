@@ -7,20 +7,8 @@ use super::{Fate, Partition, holders};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::postgres::{ReplicationConnection, sql};
+use crate::postgres::{READING, ReplicationConnection, sql};
 use crate::slot;
-
-/// Nothing may cut a copy short, and no row may be hidden from it: a policy that would is an error instead. A copy shows
-/// numbers and times as the stream does. Its server process ends soon after us, with its locks, also while it has nothing to
-/// send (where the server's system can tell).
-pub(crate) const SESSION_SETTINGS: &str = "
-    set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; set idle_session_timeout = 0;
-    set lock_timeout = '10s'; set row_security = off; set datestyle = 'ISO'; set timezone = 'UTC';
-    set extra_float_digits = 1; set standard_conforming_strings = on;
-    do $$ begin
-        set client_connection_check_interval = '10s';
-    exception when others then null;
-    end $$";
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]
@@ -49,8 +37,6 @@ impl Point {
     /// No slot is free, or the connection was lost.
     pub(crate) async fn take(config: &Config) -> Result<(Self, TemporarySlot)> {
         let mut replication = ReplicationConnection::connect(&config.source).await?;
-        // It waits for its stream, if it is to have one.
-        replication.query("set idle_session_timeout = 0").await?;
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
         let (lsn, snapshot) = slot::create(&mut replication, &name, "TEMPORARY LOGICAL", "export").await?;
@@ -60,7 +46,7 @@ impl Point {
         })?;
         let client = sql::connect(&config.source).await?;
         let failed = || Error::sql("taking over a snapshot");
-        client.batch_execute(SESSION_SETTINGS).await.map_err(failed())?;
+        client.batch_execute(READING).await.map_err(failed())?;
         if let Err(error) = client.batch_execute(&begin_with(&snapshot)).await {
             return Err(not_taken_over(&name, failed()(error)));
         }

@@ -131,6 +131,16 @@ pub fn source_table(schema: &str, kind: Kind) -> Option<String> {
     kind.source_table().map(|table| format!("{schema}.{table}"))
 }
 
+/// Makes sure that the watermarks can be written, without writing them.
+///
+/// # Errors
+///
+/// They can't: the role may not, the session is read-only, or somebody holds a lock.
+pub(crate) async fn can_be_moved(client: &Client, slot: &str) -> Result<()> {
+    let query = "select from highwater.watermark where slot_name = $1 for update";
+    client.query(query, &[&slot]).await.map_err(Error::sql("preparing to write the watermarks")).map(drop)
+}
+
 /// Reads every watermark, by table name.
 ///
 /// # Errors

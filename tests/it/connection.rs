@@ -147,6 +147,176 @@ async fn passwords_and_tls() {
     }
 }
 
+/// Certificates as the manual makes them (section 19.9.5), of version 1 and with a name in the subject only; a client's; and
+/// some of the curve P-521.
+fn make_old_certificates(folder: &Path) {
+    for (curve, name) in [("P-256", "old"), ("P-521", "curve")] {
+        let key = format!("-newkey ec -pkeyopt ec_paramgen_curve:{curve} -nodes");
+        let files = format!("-keyout {name}-ca.key -out {name}-ca.pem");
+        openssl(folder, &format!("req -x509 {key} -sha512 -days 2 {files} -subj /CN={name}-ca"));
+        for (who, subject) in [("server", "localhost"), ("client", "keeper")] {
+            let files = format!("-keyout {name}-{who}.key -out {name}-{who}.csr");
+            openssl(folder, &format!("req {key} {files} -subj /CN={subject}"));
+            let signed = format!("-CA {name}-ca.pem -CAkey {name}-ca.key -CAcreateserial -days 2 -sha512");
+            openssl(folder, &format!("x509 -req -in {name}-{who}.csr {signed} -out {name}-{who}.pem"));
+        }
+        let text = Command::new("openssl")
+            .args(["x509", "-noout", "-text", "-in", &format!("{name}-server.pem")])
+            .current_dir(folder)
+            .output()
+            .unwrap();
+        assert!(String::from_utf8_lossy(&text.stdout).contains("Version: 1 (0x0)"), "not of version 1");
+    }
+    // A list that names the server's certificate, and one that is empty.
+    let settings = "[ca]\ndefault_ca=own\n[own]\ndatabase=index\ncrlnumber=number\ndefault_md=sha256\n";
+    std::fs::write(folder.join("ca.conf"), settings).unwrap();
+    std::fs::write(folder.join("index"), "").unwrap();
+    std::fs::write(folder.join("number"), "01\n").unwrap();
+    let list = "ca -config ca.conf -keyfile ca.key -cert ca.pem -crldays 2";
+    openssl(folder, &format!("{list} -gencrl -out empty.crl"));
+    openssl(folder, &format!("{list} -revoke server.pem"));
+    openssl(folder, &format!("{list} -gencrl -out revoked.crl"));
+}
+
+#[tokio::test]
+async fn certificates_of_version_1_and_p_521() {
+    let guarded = Guarded::start(true, &[]).await;
+    make_old_certificates(guarded.certificates.path());
+    let cluster = &guarded.cluster;
+    for name in ["old", "curve"] {
+        for file in [format!("{name}-server.pem"), format!("{name}-server.key"), format!("{name}-ca.pem")] {
+            cluster.install(&file, &std::fs::read(guarded.certificate(&file)).unwrap());
+        }
+        let file = |what: &str| format!("{name}-{what}");
+        cluster.conf(&[
+            ("ssl_cert_file", &file("server.pem")),
+            ("ssl_key_file", &file("server.key")),
+            ("ssl_ca_file", &file("ca.pem")),
+        ]);
+        cluster.hba(&format!("{HBA}hostssl all all all cert\n").replacen(
+            "host all all",
+            "hostssl all all",
+            1,
+        ));
+        cluster.reload();
+        let roots = format!("sslrootcert=$DIR/{name}-ca.pem");
+        let reloaded = async || {
+            let config = guarded.config("localhost", &format!("sslmode=verify-ca&{roots}"));
+            sql::connect(&config).await.ok().map(drop)
+        };
+        until("the server has its new certificate", Duration::from_secs(30), reloaded).await;
+        // TLS 1.2 has one list for the curves of certificates and of key exchanges, and rustls exchanges none of P-521.
+        let versions: &[&str] = if name == "curve" { &["TLSv1.3"] } else { &["TLSv1.2", "TLSv1.3"] };
+        for version in versions {
+            for parameters in [
+                "sslmode=prefer".to_owned(),
+                "sslmode=require&channel_binding=require".to_owned(),
+                format!("sslmode=verify-ca&{roots}"),
+                format!("sslmode=verify-full&{roots}"),
+            ] {
+                let parameters = format!("{parameters}&ssl_max_protocol_version={version}");
+                let result = both(&guarded.config("localhost", &parameters)).await;
+                assert!(
+                    result.unwrap_or_else(|error| panic!("{parameters}: {}", error.chain())),
+                    "{parameters}"
+                );
+            }
+            // The client's certificate is its login.
+            cluster.hba(
+                "local all postgres trust\nhostssl all all all cert\nhostssl replication all all cert\n",
+            );
+            cluster.reload();
+            let identity = format!("sslcert=$DIR/{name}-client.pem&sslkey=$DIR/{name}-client.key");
+            let by_certificate = guarded.config_with(
+                "",
+                "localhost",
+                &format!("sslmode=require&{identity}&ssl_max_protocol_version={version}&require_auth=none"),
+            );
+            let accepted = async || sql::connect(&by_certificate).await.ok().map(drop);
+            until("the certificate is a login", Duration::from_secs(30), accepted).await;
+            assert!(both(&by_certificate).await.unwrap());
+            cluster.hba(HBA);
+            cluster.reload();
+            let again = guarded.config("localhost", "sslmode=require");
+            let accepted = async || sql::connect(&again).await.ok().map(drop);
+            until("passwords count again", Duration::from_secs(30), accepted).await;
+        }
+        for (host, parameters, words) in [
+            ("127.0.0.1", format!("sslmode=verify-full&{roots}"), &["CN=localhost", "127.0.0.1"][..]),
+            (
+                "localhost",
+                "sslmode=verify-ca&sslrootcert=$DIR/other.pem".to_owned(),
+                &["version 1", "-extfile", "other.pem"],
+            ),
+            (
+                "localhost",
+                format!("sslmode=verify-ca&{roots}&sslcrl=$DIR/empty.crl"),
+                &["version 1", "revoked"],
+            ),
+        ] {
+            let error = both(&guarded.config(host, &parameters)).await.unwrap_err().chain();
+            assert!(words.iter().all(|word| error.contains(word)), "{parameters}: {error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_connection_string_asks_for() {
+    let guarded = Guarded::start(true, &[]).await;
+    make_old_certificates(guarded.certificates.path());
+    for (parameters, encrypted) in [
+        ("sslmode=allow", false),
+        ("sslmode=require&channel_binding=require&require_auth=scram-sha-256", true),
+        ("sslmode=require&channel_binding=disable&require_auth=!password,!md5,!none", true),
+        ("sslmode=verify-full&sslrootcert=$DIR/ca.pem&sslcrl=$DIR/empty.crl", true),
+        (
+            "hostaddr=127.0.0.1&keepalives_idle=5&tcp_user_timeout=0&connect_timeout=0&load_balance_hosts=random",
+            true,
+        ),
+        (
+            "keepalives=0&sslsni=0&gssencmode=disable&options=-c%20statement_timeout=1&application_name=own",
+            true,
+        ),
+    ] {
+        let result = both(&guarded.config("localhost", parameters)).await;
+        let found = result.unwrap_or_else(|error| panic!("{parameters}: {}", error.chain()));
+        assert_eq!(found, encrypted, "{parameters}");
+    }
+    for (parameters, words) in [
+        ("sslmode=disable&channel_binding=require", "channel_binding"),
+        ("sslmode=require&require_auth=password,md5", "scram-sha-256"),
+        ("sslmode=verify-full&sslrootcert=$DIR/ca.pem&sslcrl=$DIR/revoked.crl", "evoked"),
+        ("sslmode=verify-full&sslrootcert=$DIR/other.pem&sslcrl=$DIR/empty.crl", "CN=server"),
+        ("sslmode=require&sslnegotiation=direct", "ALPN"),
+    ] {
+        let error = both(&guarded.config("localhost", parameters)).await.unwrap_err();
+        let text = error.chain();
+        // A server before 17 knows no beginning with TLS, and hangs up.
+        let is_hung_up = parameters.contains("direct") && matches!(error, Error::Io { .. });
+        assert!(text.contains(words) || is_hung_up, "{parameters}: {text}");
+        assert!(!text.contains("correct horse"), "{text}");
+    }
+    // Who is not let in without TLS comes with it, and the other way round.
+    for (rule, parameters, encrypted) in
+        [("hostssl", "sslmode=allow", true), ("hostnossl", "sslmode=prefer", false)]
+    {
+        guarded.cluster.hba(&format!("local all postgres trust\n{rule} all all all scram-sha-256\n"));
+        guarded.cluster.reload();
+        let config = guarded.config("localhost", parameters);
+        until("the rule is in force", Duration::from_secs(30), async || {
+            let client = sql::connect(&config).await.ok()?;
+            let row = client
+                .query_one("select ssl from pg_stat_ssl where pid = pg_backend_pid()", &[])
+                .await
+                .ok()?;
+            (row.get::<_, bool>(0) == encrypted).then_some(())
+        })
+        .await;
+    }
+    let error = sql::connect(&guarded.config("localhost", "sslmode=require")).await.unwrap_err();
+    assert!(matches!(&error, Error::Server { code, .. } if code == "28000"), "{error:?}");
+}
+
 #[tokio::test]
 async fn a_server_without_tls() {
     let cluster = Guarded::start(false, &[]).await;
@@ -167,8 +337,8 @@ async fn stuck(config: &SourceConfig) {
     let client = sql::connect(config).await.unwrap();
     client
         .batch_execute(
-            "drop table if exists t; create table t (a int, b text); drop publication if exists p; \
-             create publication p for table t with (publish = 'insert')",
+            "drop table if exists public.t; create table public.t (a int, b text); drop publication if exists p; \
+             create publication p for table public.t with (publish = 'insert')",
         )
         .await
         .unwrap();
@@ -187,7 +357,7 @@ async fn stuck(config: &SourceConfig) {
     let second = ReplicationConnection::connect(config).await.unwrap();
     let rival = tokio::spawn(async move { second.start("s", "p", false).await });
     client
-        .execute("insert into t select i, repeat('x', 100) from generate_series(1, 300000) i", &[])
+        .execute("insert into public.t select i, repeat('x', 100) from generate_series(1, 300000) i", &[])
         .await
         .unwrap();
 
@@ -234,7 +404,10 @@ async fn stuck(config: &SourceConfig) {
 /// A table, its publication `p` and the slot `s`, and the stream from them.
 async fn published(config: &SourceConfig) -> (tokio_postgres::Client, ReplicationStream) {
     let client = sql::connect(config).await.unwrap();
-    client.batch_execute("create table t (a int); create publication p for table t").await.unwrap();
+    client
+        .batch_execute("create table public.t (a int); create publication p for table public.t")
+        .await
+        .unwrap();
     client.query("select pg_create_logical_replication_slot('s', 'pgoutput')", &[]).await.unwrap();
     let stream = ReplicationConnection::connect(config).await.unwrap().start("s", "p", false).await.unwrap();
     (client, stream)
@@ -274,10 +447,10 @@ async fn a_publication_that_is_dropped_under_the_stream() {
     let cluster = Guarded::start(false, &[]).await;
     let config = cluster.config("localhost", "");
     let (client, stream) = published(&config).await;
-    client.batch_execute("insert into t values (1)").await.unwrap();
+    client.batch_execute("insert into public.t values (1)").await.unwrap();
     client.batch_execute("drop publication p").await.unwrap();
-    client.batch_execute("insert into t values (2)").await.unwrap();
-    client.batch_execute("create publication p for table t").await.unwrap();
+    client.batch_execute("insert into public.t values (2)").await.unwrap();
+    client.batch_execute("create publication p for table public.t").await.unwrap();
     let end = async |stream: ReplicationStream| {
         let (chunks, _queue) = mpsc::channel(64);
         let (_durable, watched) = watch::channel(Lsn::ZERO);

@@ -187,6 +187,13 @@ impl Cluster {
 
     /// A copy of this cluster (`pg_basebackup`) on a port of its own, promoted: the same system, another timeline, no slots.
     pub fn promoted_copy(&self) -> Self {
+        let copy = self.standby();
+        copy.promote();
+        copy
+    }
+
+    /// A copy of this cluster on a port of its own, that receives what is written here.
+    pub fn standby(&self) -> Self {
         let home = new_home();
         let copy =
             Self { port: free_port(), guard: start_guard(&self.bin, &home), bin: self.bin.clone(), home };
@@ -206,11 +213,15 @@ impl Cluster {
         let (port, folder) = (copy.port.to_string(), copy.home.display().to_string());
         copy.conf(&[("port", &port), ("unix_socket_directories", &folder)]);
         copy.start();
+        copy
+    }
+
+    /// Makes a standby the primary.
+    pub fn promote(&self) {
         must(
-            as_server_user(self.bin.join("pg_ctl")).arg("-w").arg("-D").arg(copy.data()).arg("promote"),
+            as_server_user(self.bin.join("pg_ctl")).arg("-w").arg("-D").arg(self.data()).arg("promote"),
             "promote",
         );
-        copy
     }
 
     /// The cluster that tests share unless they stop or configure the server.
