@@ -347,11 +347,11 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        if let Trust::Roots(roots) = &self.trust {
-            if let Some(why) = roots.refusal(end_entity, intermediates, server_name, now, &self.provider) {
-                *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
-                return Err(CertificateError::ApplicationVerificationFailure.into());
-            }
+        if let Trust::Roots(roots) = &self.trust
+            && let Some(why) = roots.refusal(end_entity, intermediates, server_name, now, &self.provider)
+        {
+            *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+            return Err(CertificateError::ApplicationVerificationFailure.into());
         }
         Ok(ServerCertVerified::assertion())
     }

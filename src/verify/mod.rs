@@ -78,13 +78,14 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let upto = Kind::ALL.map(|kind| reach(kind).unwrap_or_default());
     let tail = Tail::read(config, slot, point.lsn, upto).await?;
     let now = sql.run(watermark::read).await?;
-    let broken = broken
-        .into_iter()
-        .map(|(row, error)| TableReport { not_compared: Some(error.chain()), ..TableReport::new(row) });
-    let tables: Vec<TableReport> = broken.collect();
-    let mut report = Report { equal: tables.is_empty(), tables };
+    let mut report = Report { equal: broken.is_empty(), tables: Vec::new() };
+    for (row, error) in broken {
+        let mut table = TableReport::begin(row, options, &mut sql).await?;
+        table.not_compared = Some(error.chain());
+        report.tables.push(table);
+    }
     for (row, kind, snapshot, lsn) in &archives {
-        let mut table = TableReport::begun(row, options, &mut sql).await?;
+        let mut table = TableReport::begin(row, options, &mut sql).await?;
         table.lsn = Some(lsn.to_string());
         let still = now.iter().find(|now| now.source_table == row.source_table);
         let is_steady =

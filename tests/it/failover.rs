@@ -11,6 +11,7 @@ use crate::support::archive::compare;
 use crate::support::cluster::Stop;
 use crate::support::load::Load;
 use crate::support::schema::{KINDS, Shape};
+use crate::support::sidecar::Launch;
 use crate::support::stage::Stage;
 use crate::support::wait::until;
 
@@ -40,39 +41,7 @@ async fn a_standby_that_is_named_first_takes_over_under_load() {
         "{marks}"
     );
 
-    // An answer that may lack rows is none.
-    let fresh = [
-        "query",
-        "custom",
-        "--space",
-        "shop",
-        "--name",
-        "ranking",
-        "--version",
-        "1.0.0",
-        "--from",
-        "-1d",
-        "--fresh",
-    ];
-    let of_standby = standby.uri_tcp(&stage.name);
-    for uri in [of_standby.clone(), format!("{of_standby}?target_session_attrs=any")] {
-        let output = launch.clone().with("DATABASE_URI", &uri).output(&fresh);
-        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(
-            !output.status.success() && errors.contains("standby") && errors.contains("DATABASE_URI"),
-            "{errors}"
-        );
-    }
-    launch.must(&fresh);
-    // Reading what the watermarks say is another matter.
-    let any = launch.clone().with("DATABASE_URI", &format!("{of_standby}?target_session_attrs=any"));
-    until("the standby has the watermarks", DEADLINE, async || {
-        any.output(&["--watermarks"]).status.success().then_some(())
-    })
-    .await;
-    let report = launch.clone().with("DATABASE_URI", &of_standby).output(&["check"]);
-    let report = String::from_utf8_lossy(&report.stdout).into_owned();
-    assert!(report.contains("is a standby"), "{report}");
+    answers_of_a_standby(&launch, &standby.uri_tcp(&stage.name)).await;
 
     // Nothing may be lost between the two, so that source and archive can be compared.
     load.stop().await;
@@ -101,6 +70,41 @@ async fn a_standby_that_is_named_first_takes_over_under_load() {
         .await;
     }
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+async fn answers_of_a_standby(launch: &Launch, of_standby: &str) {
+    // An answer that may lack rows is none.
+    let fresh = [
+        "query",
+        "custom",
+        "--space",
+        "shop",
+        "--name",
+        "ranking",
+        "--version",
+        "1.0.0",
+        "--from",
+        "-1d",
+        "--fresh",
+    ];
+    for uri in [of_standby.to_owned(), format!("{of_standby}?target_session_attrs=any")] {
+        let output = launch.clone().with("DATABASE_URI", &uri).output(&fresh);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && errors.contains("standby") && errors.contains("DATABASE_URI"),
+            "{errors}"
+        );
+    }
+    launch.must(&fresh);
+    // Reading what the watermarks say is another matter.
+    let any = launch.clone().with("DATABASE_URI", &format!("{of_standby}?target_session_attrs=any"));
+    until("the standby has the watermarks", DEADLINE, async || {
+        any.output(&["--watermarks"]).status.success().then_some(())
+    })
+    .await;
+    let report = launch.clone().with("DATABASE_URI", of_standby).output(&["check"]);
+    let report = String::from_utf8_lossy(&report.stdout).into_owned();
+    assert!(report.contains("is a standby"), "{report}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 """Opens archived tables with another engine and prints each row as the tests write it.
 
-Usage: reader.py FOLDER [deltalake|polars|duckdb]. One line a row: time in microseconds, texts as JSON, doubles by their bits.
+Usage: reader.py FOLDER [deltalake|polars|duckdbVERSION]. One line a row: time in microseconds, texts as JSON, doubles by their bits.
 """
 
 import json
@@ -32,6 +32,8 @@ elif engine == "polars":
 else:
     import duckdb
 
+    wanted = engine.removeprefix("duckdb")
+    assert duckdb.__version__.startswith(f"{wanted}." if wanted else ""), duckdb.__version__
     # Without its delta extension, which is fetched from the network: the files that the log names.
     session = duckdb.connect()
     session.execute("set TimeZone = 'UTC'")

@@ -10,6 +10,8 @@ use highwater::reader::scouter::{
     SpcServerRecord,
 };
 
+use crate::support::archive::assert_portable;
+
 fn start() -> DateTime<Utc> {
     "2026-11-01T00:00:00Z".parse().unwrap()
 }
@@ -70,6 +72,7 @@ async fn what_is_written_once_is_read_once() {
     // So are the same records under another path.
     frame.write_parquet("other", first).await.unwrap();
     assert_eq!(rows(&settings, "custom").await, 10);
+    assert_portable(&folder.path().join("archive/custom"));
     frame.write_parquet("nothing", ServerRecords::default()).await.unwrap();
 
     let batches = binned(&frame, 60.0).await;
@@ -113,6 +116,7 @@ async fn psi_and_spc_have_the_columns_that_scouter_decodes() {
     // There is an archive, but not of this kind: an answer without rows.
     assert_eq!(binned(&frame, 0.01).await.iter().map(RecordBatch::num_rows).sum::<usize>(), 0);
     frame.write_parquet("s/n/1/spc", ServerRecords::new(vec![spc(0, 1.0), spc(0, 2.0)])).await.unwrap();
+    ["psi", "spc"].iter().for_each(|table| assert_portable(&folder.path().join(table)));
     let batches = binned(&frame, 0.01).await;
     assert_eq!(
         batches[0]["values"].as_list::<i32>().value(0).as_primitive::<Float64Type>().values()[..],

@@ -18,6 +18,8 @@ use arrow::array::{
 use foldhash::quality::FixedState;
 use futures::TryStreamExt as _;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::basic::{Encoding, Type as PhysicalType};
+use parquet::file::metadata::RowGroupMetaData;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -157,6 +159,30 @@ pub async fn assert_same(client: &Client, storage: &Path, shape: Shape) {
     for kind in KINDS {
         let difference = compare(client, storage, shape, kind).await;
         assert!(difference.is_none(), "{}: {difference}", kind.table());
+        assert_portable(&storage.join(kind.folder()));
+    }
+}
+
+/// Makes sure that every engine can read a table's files: they have only encodings that readers of 2022 know.
+///
+/// # Panics
+///
+/// When one has others.
+pub fn assert_portable(table: &Path) {
+    for path in files(table).unwrap_or_else(|error| panic!("{error}")) {
+        let file = File::open(&path).expect("a file that the log names");
+        let reader = ParquetRecordBatchReaderBuilder::try_new(file).expect("a Parquet file");
+        for column in reader.metadata().row_groups().iter().flat_map(RowGroupMetaData::columns) {
+            let is_integer = matches!(column.column_type(), PhysicalType::INT32 | PhysicalType::INT64);
+            for encoding in column.encodings() {
+                let is_known = match encoding {
+                    Encoding::PLAIN | Encoding::RLE | Encoding::RLE_DICTIONARY => true,
+                    Encoding::DELTA_BINARY_PACKED => is_integer,
+                    _ => false,
+                };
+                assert!(is_known, "{}: {encoding} in {}", path.display(), column.column_path());
+            }
+        }
     }
 }
 

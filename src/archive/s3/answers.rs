@@ -105,10 +105,10 @@ impl Answers {
             let detail = if detail.is_empty() { format!("the store answered {status}") } else { detail };
             return Err(HttpError::new(HttpErrorKind::Unknown, Verdict { detail, policy }));
         }
-        if is_passing(&document.code) {
-            if let Ok(unavailable) = 503_u16.try_into() {
-                parts.status = unavailable;
-            }
+        if is_passing(&document.code)
+            && let Ok(unavailable) = 503_u16.try_into()
+        {
+            parts.status = unavailable;
         }
         if let Some(seconds) = retry_after {
             tokio::time::sleep(Duration::from_secs(seconds).min(RETRY_AFTER_MAX)).await;
