@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
 use rand::RngExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
@@ -74,6 +74,14 @@ pub(crate) enum Work {
     },
     /// Nothing is pending before this position.
     Idle {
+        /// A keepalive's position.
+        lsn: Lsn,
+    },
+    /// Somebody wants to know that everything before is done.
+    Tell(oneshot::Sender<()>),
+    /// Nothing is pending before this position, and nothing will come: it is in the archive's logs only, since a watermark row
+    /// would be something new in the server's log.
+    Last {
         /// A keepalive's position.
         lsn: Lsn,
     },
@@ -193,6 +201,16 @@ impl Committer {
                 self.record_position(lsn).await
             }
             Work::Idle { lsn } => self.record_position(lsn).await,
+            Work::Tell(done) => {
+                // Nobody may want to know any more.
+                let _ = done.send(());
+                Ok(())
+            }
+            Work::Last { lsn } => {
+                self.mark(lsn).await?;
+                self.acknowledge(lsn);
+                Ok(())
+            }
         }
     }
 
@@ -272,12 +290,16 @@ impl Committer {
             Err(error) => return Err(error),
         }
         failpoint::hit("before-ack");
+        self.acknowledge(lsn);
+        Ok(())
+    }
+
+    fn acknowledge(&self, lsn: Lsn) {
         self.parts.durable.send_if_modified(|durable| {
             let moved = lsn > *durable;
             *durable = lsn.max(*durable);
             moved
         });
-        Ok(())
     }
 
     async fn mirror(&mut self, lsn: Lsn) -> Result<()> {

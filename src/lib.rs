@@ -71,8 +71,9 @@
 //! | [`setup`] | the publication, the slot, the migrations |
 //! | `gap`, `backfill` | rows that the stream did not bring |
 //! | `foreign` | what others do to the archive |
+//! | `commit`, `stream`, `sidecar` | the tasks of a session, and sessions one after the other |
 //! | [`verify`], `retention` | the archive compared with Postgres; by itself before rows are purged |
-//! | `commit`, `stream`, `sidecar` | the tasks of a session, and [`Archiver`] over them |
+//! | `archiver` | [`Archiver`]: sessions, and verifications beside them |
 //! | [`reader`] | the history: binned queries, SQL |
 //! | [`check`] | the preflight |
 //! | [`cli`] | the command line |
@@ -80,6 +81,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
 pub mod archive;
+mod archiver;
 mod backfill;
 pub mod batch;
 pub mod check;
@@ -111,11 +113,11 @@ pub mod unarchived;
 pub mod verify;
 pub mod watermark;
 
+pub use archiver::Archiver;
 pub use config::Config;
 pub use error::{Error, Policy, Result};
 pub use lsn::Lsn;
 pub use reader::Archive;
-pub use sidecar::Archiver;
 
 /// The README's examples compile.
 #[cfg(doctest)]

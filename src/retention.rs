@@ -101,11 +101,11 @@ async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
         tracing::warn!(table, partition, "not verified, so it is not purged: {why}");
         Some(FAILED_PAUSE)
     };
-    let mut verified = verify::verify(config, &options, &|_| {}).await;
+    let mut verified = verify::verify_beside(config, &options).await;
     if verified.as_ref().is_ok_and(|report| report.tables.iter().any(|table| doubles(table) > 0)) {
         // Rows that were moved. Again, because whoever removes something claims the tables before it reads them.
         options.repair = RepairMode::RemoveDoubles;
-        verified = verify::verify(config, &options, &|_| {}).await;
+        verified = verify::verify_beside(config, &options).await;
     }
     let report = match verified {
         Ok(report) => report,

@@ -1,5 +1,4 @@
-//! Sessions one after the other, until somebody says stop: what the sidecar runs and an embedding server
-//! calls.
+//! Sessions one after the other, until somebody says stop.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +24,6 @@ use crate::postgres::{
 };
 use crate::record::Kind;
 use crate::recover;
-use crate::retention;
 use crate::setup;
 use crate::slot::{self, Identity, Slot};
 use crate::source;
@@ -54,65 +52,23 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(25);
 /// How long whole checkpoints that are queued may still take after the connection is lost.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The archiver as a background task of the current Tokio runtime (multi-threaded).
+/// Archives until `shutdown` changes or its sender is gone, which cuts a last checkpoint, acknowledges it, and ends.
 ///
-/// ```no_run
-/// # async fn example() -> highwater::Result<()> {
-/// let (shutdown, watcher) = tokio::sync::watch::channel(());
-/// let archiver = highwater::Archiver::start(highwater::Config::from_env()?, watcher);
-/// // ... serve ...
-/// shutdown.send_replace(());
-/// archiver.wait().await
-/// # }
-/// ```
+/// # Errors
 ///
-/// It survives whatever may pass by itself (a restart of the server, storage that fails) and ends on what
-/// only a person can mend. Dropping it ends it at once, as a crash would; nothing is lost or doubled by that.
-#[derive(Debug)]
-pub struct Archiver {
-    task: JoinHandle<Result<()>>,
-}
-
-impl Archiver {
-    /// Starts archiving. A change of `shutdown`, or the end of its sender, asks it to stop: it cuts a last
-    /// checkpoint, acknowledges it, and ends.
-    ///
-    /// # Panics
-    ///
-    /// Outside a Tokio runtime.
-    #[must_use]
-    pub fn start(config: Config, shutdown: watch::Receiver<()>) -> Self {
-        Self { task: tokio::spawn(run(config, shutdown)) }
-    }
-
-    /// Waits until it has stopped.
-    ///
-    /// # Errors
-    ///
-    /// Why it ended although nobody asked it to; or why a stop was not clean (rows that were not archived yet
-    /// are still in Postgres).
-    pub async fn wait(mut self) -> Result<()> {
-        let result = (&mut self.task).await;
-        result.unwrap_or_else(|error| Err(Error::Internal(format!("the archiver failed: {error}"))))
-    }
-}
-
-impl Drop for Archiver {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
-    let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone())));
+/// As [`Archiver::wait`](crate::Archiver::wait).
+pub(crate) async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
     let wants_text = Arc::new(AtomicBool::new(false));
     let mut pause = RETRY_PAUSE.0;
     let mut refused_since: Option<Instant> = None;
+    // Why the session before this one failed.
+    let mut failure: Option<Error> = None;
     loop {
         let started = Instant::now();
         // The session sees the change in its own copy, so that this one still shows it afterwards.
         let error = match session(&config, &shutdown, &wants_text).await {
-            Ok(()) => return Ok(()),
+            Ok(Ended::Whole) => return Ok(()),
+            Ok(Ended::Unopened) => return failure.map_or(Ok(()), Err),
             Err(error) => error,
         };
         refused_since = error.is_refused_password().then(|| refused_since.unwrap_or_else(Instant::now));
@@ -131,9 +87,11 @@ async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
         tracing::warn!(error = error.chain(), retry_in = ?jittered, "not archiving; rows wait in Postgres");
         tokio::select! {
             biased;
-            () = stop(&shutdown) => return Ok(()),
+            // Rows may wait that nobody could archive.
+            () = stop(&shutdown) => return Err(error),
             () = sleep(jittered) => {}
         }
+        failure = Some(error);
         pause = (pause * 2).min(RETRY_PAUSE.1);
     }
 }
@@ -158,7 +116,8 @@ struct Tasks {
 }
 
 /// A task that ends with its handle: an archiver that is dropped must leave nothing behind that goes on trying.
-struct Owned<T>(JoinHandle<T>);
+#[derive(Debug)]
+pub(crate) struct Owned<T>(pub(crate) JoinHandle<T>);
 
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
@@ -166,15 +125,23 @@ impl<T> Drop for Owned<T> {
     }
 }
 
+/// How a session ended that was told to.
+enum Ended {
+    /// Everything that it received is archived.
+    Whole,
+    /// It had not begun to stream.
+    Unopened,
+}
+
 /// One hold of the slot.
 async fn session(
     config: &Config,
     shutdown: &watch::Receiver<()>,
     wants_text: &Arc<AtomicBool>,
-) -> Result<()> {
+) -> Result<Ended> {
     let opened = tokio::select! {
         biased;
-        () = stop(shutdown) => return Ok(()),
+        () = stop(shutdown) => return Ok(Ended::Unopened),
         opened = open(config, wants_text) => opened?,
     };
     let Tasks { mut receiver, chunks, mut committer, builder } = opened;
@@ -200,7 +167,7 @@ async fn session(
         }
     }
     outcome?;
-    receiver.finish().await
+    receiver.finish().await.map(|()| Ended::Whole)
 }
 
 fn late_stop() -> Error {
@@ -477,7 +444,8 @@ async fn ensure_slot(
         connection.query(&format!("DROP_REPLICATION_SLOT {}", quote_identifier(&config.slot))).await?;
     }
     failpoint::hit("before-new-slot");
-    slot::create(connection, &config.slot, "LOGICAL", "nothing").await.map(drop)
+    let nothing = slot::SnapshotUse::Nothing;
+    slot::create(&config.source, connection, &config.slot, true, nothing).await.map(drop)
 }
 
 /// A slot ahead of the archive means that rows were skipped.

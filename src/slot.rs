@@ -1,7 +1,13 @@
 //! The replication slot as the server's catalog shows it.
 
+use std::fmt;
+use std::future::pending;
+use std::time::Duration;
+
+use tokio::time::sleep;
 use tokio_postgres::types::PgLsn;
 
+use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier};
@@ -42,6 +48,14 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
     let plugin: Option<String> = row.try_get(0).map_err(Error::sql(unreadable))?;
     let here: Option<bool> = row.try_get(1).map_err(Error::sql(unreadable))?;
     let lsn: Option<PgLsn> = row.try_get(2).map_err(Error::sql(unreadable))?;
+    let active_pid: Option<i32> = row.try_get(5).map_err(Error::sql(unreadable))?;
+    if let (Some("pgoutput"), Some(true), None, Some(pid)) = (plugin.as_deref(), here, lsn, active_pid) {
+        let detail = format!(
+            "process {pid} is still making it, and waits for transactions that began before; let them end, or take it back with \
+             `select pg_terminate_backend({pid});`"
+        );
+        return Err(Error::Slot { slot: name.to_owned(), detail, transient: true });
+    }
     let (Some("pgoutput"), Some(true), Some(lsn)) = (plugin.as_deref(), here, lsn) else {
         let detail = format!(
             "it is not a pgoutput slot of this database (plugin {}); choose another name with HIGHWATER_SLOT",
@@ -53,26 +67,55 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
         name: name.to_owned(),
         confirmed_flush_lsn: Lsn(lsn.into()),
         wal_status: row.try_get(3).map_err(Error::sql(unreadable))?,
-        active_pid: row.try_get(5).map_err(Error::sql(unreadable))?,
+        active_pid,
         retained_wal_bytes: row.try_get(4).map_err(Error::sql(unreadable))?,
     }))
 }
 
-/// Makes a pgoutput slot (`CREATE_REPLICATION_SLOT`, manual section 55.4); with `kind` and `snapshot` in the command's own words.
+/// What becomes of the snapshot that a new slot has (manual section 55.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotUse {
+    /// Nobody wants it.
+    Nothing,
+    /// Others may import it, until the connection is used again.
+    Export,
+    /// It is that of the transaction in which the connection is from then on.
+    Take,
+}
+
+/// Makes a pgoutput slot (`CREATE_REPLICATION_SLOT`, manual section 55.4); one that is not `lasting` ends with its connection.
 /// Returns its consistent point, and the name of the snapshot if one is exported.
+///
+/// That takes until every transaction has ended that runs now. After a few seconds the log says whom it waits for. If we end
+/// meanwhile, the server takes back what it has made.
 ///
 /// # Errors
 ///
 /// The server refused, or did not answer as it should.
 pub(crate) async fn create(
+    source: &SourceConfig,
     connection: &mut ReplicationConnection,
     name: &str,
-    kind: &str,
-    snapshot: &str,
+    lasting: bool,
+    snapshot: SnapshotUse,
 ) -> Result<(Lsn, Option<String>)> {
-    let name = quote_identifier(name);
-    let command = format!("CREATE_REPLICATION_SLOT {name} {kind} pgoutput (SNAPSHOT '{snapshot}')");
-    let rows = connection.query(&command).await?;
+    let kind = if lasting { "LOGICAL" } else { "TEMPORARY LOGICAL" };
+    connection.query(NOTICE_LOSS).await?;
+    let snapshot = match snapshot {
+        SnapshotUse::Nothing => "nothing",
+        SnapshotUse::Export => "export",
+        SnapshotUse::Take => {
+            connection.query("begin transaction isolation level repeatable read read only").await?;
+            "use"
+        }
+    };
+    let command =
+        format!("CREATE_REPLICATION_SLOT {} {kind} pgoutput (SNAPSHOT '{snapshot}')", quote_identifier(name));
+    let process = connection.process_id();
+    let rows = tokio::select! {
+        rows = connection.query(&command) => rows?,
+        () = tell_waiting(source, name, process) => Vec::new(),
+    };
     let mut row = rows.into_iter().next().unwrap_or_default().into_iter();
     let (point, snapshot) = (row.nth(1).flatten(), row.next().flatten());
     let point = point.and_then(|text| text.parse().ok()).ok_or_else(|| Error::Protocol {
@@ -80,6 +123,89 @@ pub(crate) async fn create(
         detail: "the answer has no consistent point".to_owned(),
     })?;
     Ok((point, snapshot))
+}
+
+/// A process that waits doesn't see by itself that its client is gone, and what it was to make would stay behind, half-made.
+/// The second statement starts the clock, which goes on in the command that follows (where the server's system can tell).
+const NOTICE_LOSS: &str = "
+    do $$ begin
+        set client_connection_check_interval = '2s';
+    exception when others then null;
+    end $$;
+    select 1";
+
+/// When it is first said whom a slot waits for, and how often it is looked up.
+const WAIT_INTERVAL: Duration = Duration::from_secs(3);
+
+/// After how many looks it is said again.
+const WAIT_REMINDER: u32 = 20;
+
+/// Says whom a server process that makes a slot waits for; never returns.
+async fn tell_waiting(source: &SourceConfig, slot: &str, process: i32) {
+    let mut sql = Session::new(source.clone());
+    let mut told = Vec::new();
+    for look in 1_u32.. {
+        sleep(WAIT_INTERVAL).await;
+        match sql.run(async |client| holders_up(client, process).await).await {
+            Ok(found) if !found.is_empty() && (found != told || look.is_multiple_of(WAIT_REMINDER)) => {
+                tracing::warn!(
+                    slot,
+                    "still waiting for what began before, until it ends: {}; a slot can begin only then, and Ctrl-C leaves \
+                     nothing behind",
+                    found.iter().map(Holdup::to_string).collect::<Vec<_>>().join("; ")
+                );
+                told = found;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(slot, error = error.chain(), "looking whom the slot waits for"),
+        }
+    }
+    pending().await
+}
+
+/// A transaction that a process waits for.
+#[derive(Debug)]
+struct Holdup {
+    who: String,
+    age: String,
+    what: String,
+}
+
+impl PartialEq for Holdup {
+    fn eq(&self, other: &Self) -> bool {
+        self.who == other.who
+    }
+}
+
+impl fmt::Display for Holdup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, begun {} ago ({})", self.who, self.age, self.what)
+    }
+}
+
+async fn holders_up(client: &tokio_postgres::Client, process: i32) -> Result<Vec<Holdup>> {
+    let query = "
+        select format('process %s of %s', a.pid, coalesce(a.usename::text, 'the server')),
+               date_trunc('second', clock_timestamp() - coalesce(a.xact_start, a.backend_start))::text,
+               coalesce(a.state || ': ', '') || left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 200)
+        from pg_stat_activity a where a.pid = any(pg_blocking_pids($1))
+        union all
+        select format('prepared transaction %L of %s', p.gid, p.owner), date_trunc('second', clock_timestamp() - p.prepared)::text,
+               format('end it with commit prepared %L or rollback prepared %L', p.gid, p.gid)
+        from pg_locks l join pg_prepared_xacts p on p.transaction = l.transactionid
+        where l.pid = $1 and not l.granted
+        order by 1";
+    let failed = || Error::sql("looking whom the slot waits for");
+    let mut found = Vec::new();
+    for row in client.query(query, &[&process]).await.map_err(failed())? {
+        let text = |column: usize| row.try_get::<_, Option<String>>(column).map_err(failed());
+        found.push(Holdup {
+            who: text(0)?.unwrap_or_default(),
+            age: text(1)?.unwrap_or_default(),
+            what: text(2)?.unwrap_or_default(),
+        });
+    }
+    Ok(found)
 }
 
 /// Prefix and content of the logical message that asks for a checkpoint.

@@ -23,8 +23,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::batch::Batches;
 use crate::commit::{Range, Work};
@@ -36,7 +36,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::record::{Kind, Window, WindowWidth};
-use crate::slot::CHECKPOINT_REQUEST;
+use crate::slot::{self, CHECKPOINT_REQUEST};
 use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -49,6 +49,9 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
 const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
+
+/// How long a stop waits for the server to have passed what we have written ourselves.
+const LAST_POSITION_WAIT: Duration = Duration::from_secs(3);
 
 /// The builder's state.
 pub(crate) struct Builder {
@@ -189,7 +192,35 @@ impl Builder {
             }
         }
         self.cut().await?;
-        self.answer().await
+        self.answer().await?;
+        timeout(LAST_POSITION_WAIT, self.catch_up_with_itself(&mut chunks)).await.unwrap_or(Ok(()))
+    }
+
+    /// Passes the watermark rows that the last checkpoint has written, too: a server that is upgraded wants a slot before which
+    /// nothing is left (`pg_upgrade`). So this position is only in the archive's logs; the next session takes it from there.
+    async fn catch_up_with_itself(&mut self, chunks: &mut mpsc::Receiver<Chunk>) -> Result<()> {
+        let (done, written) = oneshot::channel();
+        self.hand_on(Work::Tell(done)).await?;
+        // The committer that is gone tells why itself.
+        let Ok(()) = written.await else { return Ok(()) };
+        let end = match self.lookup.sql().run(slot::wal_end).await {
+            Ok(end) => end,
+            Err(error) => {
+                tracing::debug!(error = error.chain(), "the end of the log is not known");
+                return Ok(());
+            }
+        };
+        // The server tells its position as soon as it is past what we have acknowledged.
+        while self.range.is_none() && self.idle.is_none_or(|idle| idle < end) {
+            let Some(chunk) = chunks.recv().await else { return Ok(()) };
+            self.take(&chunk).await?;
+        }
+        match self.idle {
+            Some(lsn) if self.open.is_none() && self.range.is_none() => {
+                self.hand_on(Work::Last { lsn }).await
+            }
+            _ => Ok(()),
+        }
     }
 
     /// When [`Builder::fall_due`] has something to do.

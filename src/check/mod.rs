@@ -55,13 +55,44 @@ async fn connect(source: &SourceConfig) -> Result<Client> {
     }
 }
 
-/// The stream takes a login of its own, which a pooler may refuse.
-async fn check_walsender(config: &Config, report: &mut Report) {
-    match within("logging in for replication", ReplicationConnection::connect(&config.source)).await {
-        Ok(_) => report.ok("replication-login", config.source.to_string(), "is accepted"),
-        Err(error) if is_standby(&error) => {}
-        Err(error) => report.failure("replication-login", config.source.to_string(), &error),
+/// The stream takes a login of its own, which a pooler may refuse; and it must reach the server that the watermarks speak of.
+async fn check_walsender(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let mut connection =
+        match within("logging in for replication", ReplicationConnection::connect(&config.source)).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                if !is_standby(&error) {
+                    report.failure("replication-login", config.source.to_string(), &error);
+                }
+                return Ok(());
+            }
+        };
+    report.ok("replication-login", config.source.to_string(), "is accepted");
+    let readable = "select coalesce(has_schema_privilege(to_regnamespace('highwater'), 'usage')
+                                    and has_table_privilege(to_regclass('highwater.watermark'), 'select'), false)";
+    let failed = || Error::sql("comparing the server with the watermarks");
+    if !client.query_one(readable, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())? {
+        return Ok(());
     }
+    let identity = crate::slot::identify(&mut connection).await?;
+    let others = "select source_table, system_identifier from highwater.watermark
+                  where slot_name = $1 and system_identifier <> $2 order by 1 limit 1";
+    let slot = config.slot.as_str();
+    match client.query_opt(others, &[&slot, &identity.system_identifier]).await.map_err(failed())? {
+        None => report.ok("system", "server", format!("is system {}", identity.system_identifier)),
+        Some(row) => {
+            let (table, other): (String, String) =
+                (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+            let message = format!(
+                "is system {}, but {table} is archived from system {other}: upgraded, restored or copied, or the wrong one; `run` \
+                 refuses it",
+                identity.system_identifier
+            );
+            let remedy = "if it has taken the place of the other for good, start once with `highwater run --accept-new-system`";
+            report.error("system", "server", message, remedy);
+        }
+    }
+    Ok(())
 }
 
 async fn check_database(client: &Client, config: &Config, report: &mut Report) {
@@ -78,7 +109,9 @@ async fn check_database(client: &Client, config: &Config, report: &mut Report) {
     if let Err(error) = within(steps, server::check_role(client, &server, report)).await {
         report.failure("role", &server.role, &error);
     }
-    check_walsender(config, report).await;
+    if let Err(error) = within("reading the watermarks", check_walsender(client, config, report)).await {
+        report.failure("system", "server", &error);
+    }
     if let Err(error) = within(steps, database::check(client, &server, report)).await {
         report.failure("state-schema", "highwater", &error);
     }

@@ -10,11 +10,12 @@ use crate::error::{Error, Result};
 
 // Extensions live in whatever schema they were created in.
 const PART_CONFIG: &str = "
-    select n.nspname::text, has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select')
+    select n.nspname::text, has_schema_privilege(n.oid, 'usage') and bool_and(has_table_privilege(c.oid, 'select'))
       from pg_extension e
       join pg_namespace n on n.oid = e.extnamespace
-      join pg_class c on c.relnamespace = n.oid and c.relname = 'part_config'
-     where e.extname = 'pg_partman'";
+      join pg_class c on c.relnamespace = n.oid and c.relname in ('part_config', 'part_config_sub')
+     where e.extname = 'pg_partman'
+     group by n.oid, n.nspname";
 
 const CONTEXT: &str = "reading pg_partman's configuration";
 
@@ -35,8 +36,9 @@ pub(super) async fn check(
     if !row.try_get::<_, bool>(1).map_err(Error::sql(CONTEXT))? {
         let message = "can't be read, so it may drop partitions that are not archived";
         let remedy = format!(
-            "grant usage on schema {} to {role}; grant select on {part_config} to {role};",
-            identifier(&schema)
+            "grant usage on schema {} to {role}; grant select on {part_config}, {} to {role};",
+            identifier(&schema),
+            qualified(&schema, "part_config_sub")
         );
         report.warning("partman", part_config, message, remedy);
         return Ok(());
@@ -64,6 +66,48 @@ pub(super) async fn check(
     }
     for row in rows {
         report_retention(&row, &part_config, report)?;
+    }
+    report_gone(client, &part_config, report).await?;
+    report_failed_run(client, report).await
+}
+
+/// A set whose table is gone makes each run of its maintenance fail.
+async fn report_gone(client: &Client, part_config: &str, report: &mut Report) -> Result<()> {
+    let query = format!(
+        "select parent_table::text from {part_config} p where not exists (
+             select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+             where n.nspname || '.' || c.relname = p.parent_table::text) order by 1"
+    );
+    for row in client.query(&query, &[]).await.map_err(Error::sql(CONTEXT))? {
+        let parent: String = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+        let remedy = format!("delete from {part_config} where parent_table = {};", literal(&parent));
+        let message =
+            "is in pg_partman's configuration, and there is no such table: its maintenance fails on it";
+        report.warning("partman-table", parent, message, remedy);
+    }
+    Ok(())
+}
+
+/// Whether pg_cron's last run of the maintenance has failed, as far as this role can see: then nobody makes partitions.
+async fn report_failed_run(client: &Client, report: &mut Report) -> Result<()> {
+    let readable = "select coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage')
+                                    and has_table_privilege(to_regclass('cron.job_run_details'), 'select'), false)";
+    let row = client.query_one(readable, &[]).await;
+    if !row.and_then(|row| row.try_get(0)).map_err(Error::sql(CONTEXT))? {
+        return Ok(());
+    }
+    let last = "select j.jobid, d.status, d.return_message from cron.job j, lateral (
+                    select r.status, r.return_message from cron.job_run_details r
+                    where r.jobid = j.jobid and r.status in ('failed', 'succeeded') order by r.runid desc limit 1) d
+                where j.command ilike '%run_maintenance%' and j.database = current_database() and d.status = 'failed'";
+    for row in client.query(last, &[]).await.map_err(Error::sql(CONTEXT))? {
+        let id: i64 = row.try_get(0).map_err(Error::sql(CONTEXT))?;
+        let answer: Option<String> = row.try_get(2).map_err(Error::sql(CONTEXT))?;
+        let message = format!(
+            "pg_partman's maintenance has failed when it last ran, so partitions may not be made: {}",
+            answer.unwrap_or_default().trim()
+        );
+        report.warning("partman-run", format!("pg_cron's job {id}"), message, "see the reason, and mend it");
     }
     Ok(())
 }

@@ -67,6 +67,7 @@ pub(super) async fn check(client: &Client, config: &Config, report: &mut Report)
         check_cron(client, config, report).await?;
     }
     check_default_partitions(client, config, report).await?;
+    check_next_partitions(client, config, report).await?;
     check_archive_logs(client, report).await?;
     check_runs(client, config, report).await
 }
@@ -121,6 +122,46 @@ async fn check_default_partitions(client: &Client, config: &Config, report: &mut
             format!("create table {}.{name} partition of {table} default;", identifier(&config.schema));
         let message = "has no default partition: a late row for a day that was purged can't be inserted";
         report.warning("purge-default", &table, message, remedy);
+    }
+    Ok(())
+}
+
+/// Rows of tomorrow need a place, too, and one of their own.
+async fn check_next_partitions(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql(CONTEXT);
+    let query = "
+        select c.oid::regclass::text, nullif(p.partdefid, 0)::regclass::text,
+               has_table_privilege(nullif(p.partdefid, 0), 'select') is true,
+               (select max(u.range_end) from highwater.purge_units(c.oid) u where u.is_attached) <= now() + interval '1 day'
+        from highwater.watermark w join pg_class c on c.oid = w.table_oid join pg_partitioned_table p on p.partrelid = c.oid
+        where w.slot_name = $1 and p.partstrat = 'r' order by 1";
+    for row in client.query(query, &[&config.slot]).await.map_err(failed())? {
+        let table: String = row.try_get(0).map_err(failed())?;
+        let default: Option<String> = row.try_get(1).map_err(failed())?;
+        if row.try_get::<_, Option<bool>>(3).map_err(failed())? == Some(true) {
+            let then = if default.is_some() {
+                "its rows go to the default partition, and are then in the way of one of their own"
+            } else {
+                "its rows are refused"
+            };
+            let remedy = "make it; with pg_partman: call its run_maintenance_proc(), and see why nobody does";
+            report.warning(
+                "next-partition",
+                &table,
+                format!("has no partition for tomorrow: {then}"),
+                remedy,
+            );
+        }
+        let Some(default) = default.filter(|_| row.try_get(2).unwrap_or(false)) else { continue };
+        let fills =
+            format!("select exists (select from {default} where created_at > now() - interval '1 day')");
+        if client.query_one(&fills, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())? {
+            let message = format!(
+                "rows of today go to its default partition {default}: none was made for them in time"
+            );
+            let remedy = "move them, with pg_partman by its partition_data_proc(); what is archived twice by that is removed again";
+            report.warning("default-partition", &table, message, remedy);
+        }
     }
     Ok(())
 }
@@ -227,6 +268,11 @@ async fn check_runs(client: &Client, config: &Config, report: &mut Report) -> Re
     Ok(())
 }
 
+/// Something that this role may not look into.
+fn unseen<'a>(own: &[&'a Finding]) -> Option<&'a Finding> {
+    own.iter().find(|finding| finding.row_count.is_none() && finding.blocked_by.is_some()).copied()
+}
+
 /// What the purge says of a table.
 struct Run {
     table: String,
@@ -257,8 +303,10 @@ impl Run {
     }
 
     fn report_blocked(&self, own: &[&Finding], report: &mut Report) {
-        let unseen = own.iter().find(|finding| finding.row_count.is_none() && finding.blocked_by.is_some());
-        if let Some(unseen) = unseen {
+        // The owner's purge sees it, and has told what it could not drop.
+        if let Some(unseen) = unseen(own)
+            && !self.is_recent
+        {
             let what = unseen.partition.as_ref().unwrap_or(&self.table);
             let why = unseen.blocked_by.as_deref().unwrap_or_default();
             let remedy = "have the owner of the table run the purge, and this check";
@@ -304,12 +352,16 @@ impl Run {
         let rows: i64 = own.iter().filter_map(|finding| finding.row_count).sum();
         if self.is_recent {
             report.ok("purge", table, format!("last ran {}", ago.as_deref().unwrap_or_default()));
-        } else if rows == 0 {
+        } else if rows == 0 && unseen(own).is_none() {
             report.ok("purge", table, format!("nothing is past its retention of {retention}"));
         } else {
             let last =
                 ago.as_ref().map_or_else(|| "has never run".to_owned(), |ago| format!("last ran {ago}"));
-            let message = format!("{last}, and about {rows} rows are past their retention of {retention}");
+            let message = if rows == 0 {
+                format!("{last}; whether rows are past their retention of {retention} can't be seen")
+            } else {
+                format!("{last}, and about {rows} rows are past their retention of {retention}")
+            };
             let remedy = format!(
                 "run `highwater setup --schedule-purge`, or: call highwater.purge({}, {});",
                 literal(table),

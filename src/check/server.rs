@@ -27,6 +27,75 @@ pub(super) struct Server {
     /// Whether the configured slot is one of those in use, and its walsender one of those at work.
     has_own_slot: bool,
     has_own_sender: bool,
+    encoding: String,
+    service: Service,
+}
+
+/// Who runs the server, as the roles tell that are there: settings are changed in their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Service {
+    Own,
+    AmazonRds,
+    CloudSql,
+    Azure,
+    Supabase,
+}
+
+impl Service {
+    fn of(role: Option<&str>) -> Self {
+        match role {
+            Some("rds_superuser") => Self::AmazonRds,
+            Some("cloudsqlsuperuser") => Self::CloudSql,
+            Some("azure_pg_admin") => Self::Azure,
+            Some("supabase_admin") => Self::Supabase,
+            _ => Self::Own,
+        }
+    }
+
+    /// How a setting of the server is changed.
+    fn set(self, name: &str, value: &str, needs_restart: bool) -> String {
+        let restart = |how: &str| if needs_restart { how.to_owned() } else { String::new() };
+        match (self, name) {
+            (Self::Own, _) => format!(
+                "alter system set {name} = {value};{}",
+                if needs_restart { " -- then restart the server" } else { " select pg_reload_conf();" }
+            ),
+            (Self::AmazonRds, "wal_level") => {
+                "set rds.logical_replication = 1 in the instance's parameter group, then reboot it".to_owned()
+            }
+            (Self::AmazonRds, _) => {
+                format!(
+                    "set {name} = {value} in the instance's parameter group{}",
+                    restart(", then reboot it")
+                )
+            }
+            (Self::CloudSql, "wal_level") => {
+                "set the instance's flag cloudsql.logical_decoding = on, which restarts it".to_owned()
+            }
+            (Self::CloudSql, _) => {
+                format!("set the instance's flag {name} = {value}{}", restart(", which restarts it"))
+            }
+            (Self::Azure, _) => {
+                format!("set the server parameter {name} = {value}{}", restart(", then restart it"))
+            }
+            (Self::Supabase, _) => {
+                format!(
+                    "supabase postgres-config update --config {name}={value}{}",
+                    restart(", which restarts it")
+                )
+            }
+        }
+    }
+
+    /// How a role gets the right to replicate.
+    fn grant_replication(self, role: &str) -> String {
+        let role = identifier(role);
+        if self == Self::AmazonRds {
+            format!("grant rds_replication to {role};")
+        } else {
+            format!("alter role {role} replication;")
+        }
+    }
 }
 
 const SERVER: &str = "
@@ -43,7 +112,10 @@ const SERVER: &str = "
            coalesce((select setting::int8 from pg_settings where name = 'max_slot_wal_keep_size'), -1),
            coalesce((select setting::int8 from pg_settings where name = 'idle_replication_slot_timeout'), 0),
            exists (select from pg_replication_slots where slot_name = $1::text),
-           exists (select from pg_replication_slots where slot_name = $1::text and active)";
+           exists (select from pg_replication_slots where slot_name = $1::text and active),
+           current_setting('server_encoding'),
+           (select rolname::text from pg_roles
+             where rolname in ('rds_superuser', 'cloudsqlsuperuser', 'azure_pg_admin', 'supabase_admin') order by 1 limit 1)";
 
 impl Server {
     pub(super) async fn read(client: &Client, slot: &str) -> Result<Self> {
@@ -67,6 +139,8 @@ impl Server {
             idle_slot_timeout: row.try_get(11)?,
             has_own_slot: row.try_get(12)?,
             has_own_sender: row.try_get(13)?,
+            encoding: row.try_get(14)?,
+            service: Service::of(row.try_get(15)?),
         })
     }
 
@@ -85,9 +159,23 @@ impl Server {
                 "point DATABASE_URI at the primary",
             );
         }
+        self.report_encoding(report);
         self.report_wal_level(report);
         self.report_capacity(config, report);
         self.report_limits(report);
+    }
+
+    fn report_encoding(&self, report: &mut Report) {
+        match self.encoding.as_str() {
+            "UTF8" => report.ok("encoding", &self.database, "is in UTF8"),
+            "SQL_ASCII" => report.warning(
+                "encoding",
+                &self.database,
+                "is in SQL_ASCII, so a text in it may be anything: a row with one that is not UTF-8 goes to the quarantine",
+                "have the clients write UTF-8; `select * from` the archive's quarantine shows what was not",
+            ),
+            other => report.ok("encoding", &self.database, format!("is in {other}: texts are archived in UTF-8")),
+        }
     }
 
     fn report_wal_level(&self, report: &mut Report) {
@@ -98,7 +186,7 @@ impl Server {
             "wal-level",
             "wal_level",
             format!("is {}: rows can't be read from the log", self.wal_level),
-            "alter system set wal_level = 'logical'; -- then restart the server",
+            self.service.set("wal_level", "'logical'", true),
         );
     }
 
@@ -108,8 +196,7 @@ impl Server {
             report.ok("replication-slots", "max_replication_slots", slots);
         } else {
             let more = self.slots_max.saturating_add(5);
-            let remedy =
-                format!("alter system set max_replication_slots = {more}; -- then restart the server");
+            let remedy = self.service.set("max_replication_slots", &more.to_string(), true);
             let message = format!("{slots}: none is free for {:?}", config.slot);
             report.error("replication-slots", "max_replication_slots", message, remedy);
         }
@@ -118,7 +205,7 @@ impl Server {
             report.ok("wal-senders", "max_wal_senders", senders);
         } else {
             let more = self.senders_max.saturating_add(5);
-            let remedy = format!("alter system set max_wal_senders = {more}; -- then restart the server");
+            let remedy = self.service.set("max_wal_senders", &more.to_string(), true);
             report.error("wal-senders", "max_wal_senders", format!("{senders}: none is free"), remedy);
         }
     }
@@ -130,8 +217,10 @@ impl Server {
                 "wal-limit",
                 name,
                 "is -1: a stopped sidecar can fill the server's disk with log",
-                "alter system set max_slot_wal_keep_size = '64GB'; select pg_reload_conf(); \
-                 -- less than the disk has free; past it the slot is lost, and rows deleted meanwhile with it",
+                format!(
+                    "{} -- less than the disk has free; past it the slot is lost, and rows deleted meanwhile with it",
+                    self.service.set(name, "'64GB'", false)
+                ),
             );
         } else {
             report.ok("wal-limit", name, format!("is {} MiB", self.wal_keep_mib));
@@ -141,16 +230,17 @@ impl Server {
                 "idle-slot-timeout",
                 "idle_replication_slot_timeout",
                 "is on: a sidecar that is stopped for that long loses its slot, and has to compare days",
-                "alter system set idle_replication_slot_timeout = 0; select pg_reload_conf();",
+                self.service.set("idle_replication_slot_timeout", "0", false),
             );
         }
     }
 }
 
-// `rds_replication` stands for `rolreplication` on Amazon RDS, where nobody gets the attribute.
+// `rds_replication` stands for `rolreplication` on Amazon RDS, where nobody gets the attribute; elsewhere it is a role like any.
 const ROLE: &str = "
     select rolreplication or rolsuper
-           or exists (select from pg_roles g where g.rolname = 'rds_replication' and pg_has_role(g.oid, 'member'))
+           or (exists (select from pg_settings where name = 'rds.logical_replication')
+               and exists (select from pg_roles g where g.rolname = 'rds_replication' and pg_has_role(g.oid, 'member')))
       from pg_roles
      where rolname = current_user";
 
@@ -160,7 +250,7 @@ pub(super) async fn check_role(client: &Client, server: &Server, report: &mut Re
     if row.try_get(0).map_err(Error::sql(context))? {
         report.ok("role", &server.role, "may replicate");
     } else {
-        let remedy = format!("alter role {} replication;", identifier(&server.role));
+        let remedy = server.service.grant_replication(&server.role);
         report.error("role", &server.role, "may not start replication", remedy);
     }
     Ok(())

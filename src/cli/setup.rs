@@ -16,10 +16,12 @@ pub(super) struct SetupFlags {
     schedule_purge: Option<String>,
 }
 
-/// The exit code is 1 if the purge was to be scheduled and could not be.
+/// The exit code is 1 if something is left to do without which rows may be dropped unarchived, or the purge was to be scheduled
+/// and could not be.
 pub(super) async fn setup(config: &Config, flags: &SetupFlags) -> Result<ExitCode> {
-    tell(&setup::setup(config).await?)?;
-    let mut code = ExitCode::SUCCESS;
+    let report = setup::setup(config).await?;
+    tell(&report)?;
+    let mut code = if report.todo.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     if let Some(schedule) = &flags.schedule_purge {
         let report = setup::schedule_purge(config, schedule).await?;
         tell(&report)?;

@@ -71,10 +71,7 @@ struct SourceTable {
 pub async fn setup(config: &Config) -> Result<Report> {
     let mut report = Report::default();
     let mut client = sql::connect(&config.source).await?;
-    client
-        .execute("select pg_advisory_lock($1)", &[&SETUP_LOCK])
-        .await
-        .map_err(Error::sql("waiting for another setup to end"))?;
+    lock_out_others(&client).await?;
     check_server(&client).await?;
     // A slot keeps the server's log until rows are archived, so it is not made for a storage that can't take them.
     Storage::open(&config.storage)?.prove_once().await?;
@@ -119,6 +116,22 @@ pub async fn setup(config: &Config) -> Result<Report> {
         told.tell(&client, &row.source_table).await?;
     }
     Ok(report)
+}
+
+/// Waits until this is the only setup, and says so.
+async fn lock_out_others(client: &Client) -> Result<()> {
+    let failed = || Error::sql("waiting for another setup to end");
+    let row = client.query_one("select pg_try_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(failed())?;
+    if row.try_get(0).map_err(failed())? {
+        return Ok(());
+    }
+    let query = "select string_agg(pid::text, ', ') from pg_locks
+                 where locktype = 'advisory' and granted and classid = ($1 >> 32)::bigint::oid
+                   and objid = ($1 & 4294967295)::oid and database = (select oid from pg_database where datname = current_database())";
+    let row = client.query_one(query, &[&SETUP_LOCK]).await.map_err(failed())?;
+    let process: Option<String> = row.try_get(0).map_err(failed())?;
+    tracing::warn!(process, "waiting for another setup of this database to end");
+    client.execute("select pg_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(failed()).map(drop)
 }
 
 /// A slot reads the log with the catalog of that time (manual section 49.2.1): where the publication did not exist, it
@@ -391,8 +404,8 @@ async fn create_slot<'a>(
     config: &Config,
     tables: &'a [SourceTable],
 ) -> Result<(Lsn, Vec<(&'a SourceTable, State)>)> {
-    replication.query("begin transaction isolation level repeatable read read only").await?;
-    let (start, _) = slot::create(replication, &config.slot, "LOGICAL", "use").await?;
+    let (start, _) =
+        slot::create(&config.source, replication, &config.slot, true, slot::SnapshotUse::Take).await?;
     let mut states = Vec::new();
     for table in tables {
         let rows = replication.query(&holds_rows(config, table)).await?;

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{READING, ReplicationConnection, sql};
-use crate::slot;
+use crate::slot::{self, SnapshotUse};
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]
@@ -39,7 +39,8 @@ impl Point {
         let mut replication = ReplicationConnection::connect(&config.source).await?;
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
-        let (lsn, snapshot) = slot::create(&mut replication, &name, "TEMPORARY LOGICAL", "export").await?;
+        let (lsn, snapshot) =
+            slot::create(&config.source, &mut replication, &name, false, SnapshotUse::Export).await?;
         let snapshot = snapshot.ok_or_else(|| Error::Protocol {
             context: "CREATE_REPLICATION_SLOT".to_owned(),
             detail: "the answer has no snapshot".to_owned(),

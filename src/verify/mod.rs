@@ -16,6 +16,7 @@ mod damage;
 mod report;
 mod rows;
 mod tail;
+mod upkeep;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -37,26 +38,46 @@ use crate::watermark::{self, State, Verified, Watermark};
 pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};
 use rows::{Comparison, Found, Repair};
 use tail::Tail;
+use upkeep::Upkeep;
 
 /// How often the watermarks are looked at while the archive is to pass the point.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long nobody may hold the slot before that is an error: a sidecar that begins anew holds none.
-const HOLDER_WAIT: Duration = Duration::from_secs(15);
-
 /// How long the log of a table may be behind its watermark.
 const ARCHIVE_WAIT: Duration = Duration::from_secs(15);
 
-/// Added to twice the staleness bound: how long the archive may take to pass the point.
-const CHECKPOINT_WAIT: Duration = Duration::from_secs(60);
-
-/// Compares the archive with Postgres; see the module's documentation. `tell` is called as it goes on.
+/// Compares the archive with Postgres; see the module's documentation. `tell` is called as it goes on. Where nobody archives, it
+/// brings the archive up to Postgres by itself, and keeps it so until it is done.
 ///
 /// # Errors
 ///
-/// Nobody archives, the archive does not pass the point in time, or one of both sides can't be read. What a repair has added by
-/// then stays.
+/// Nobody archives, and it can't either; the archive does not pass the point in time; or one of both sides can't be read. What a
+/// repair has added by then stays.
 pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress) + Sync)) -> Result<Report> {
+    let mut sql = Session::new(config.source.clone());
+    let rows = watermark::choose(sql.run(watermark::read).await?, &config.slot, &options.tables)?;
+    let storage = Storage::open_existing(&config.storage)?;
+    let mut upkeep = Upkeep::begin(config, &storage, &mut sql, &rows, tell).await?;
+    let report = compare(config, options, tell, &mut upkeep).await;
+    upkeep.end().await;
+    report
+}
+
+/// As [`verify`], beside an archiver of this process that may be between two sessions.
+///
+/// # Errors
+///
+/// As [`verify`], and if nobody archives.
+pub(crate) async fn verify_beside(config: &Config, options: &Options) -> Result<Report> {
+    compare(config, options, &|_| {}, &mut Upkeep::default()).await
+}
+
+async fn compare(
+    config: &Config,
+    options: &Options,
+    tell: &(dyn Fn(Progress) + Sync),
+    upkeep: &mut Upkeep,
+) -> Result<Report> {
     let mut sql = Session::new(config.source.clone());
     foreign::wait_until_noted(config, &mut sql).await?;
     let (point, mut slot) = Point::take(config).await?;
@@ -65,7 +86,7 @@ pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress)
     let chosen = choose(config, options, &identity.system_identifier, sql.run(watermark::read).await?)?;
     let storage = Storage::open_existing(&config.storage)?;
     sql.run(slot::ask_for_checkpoint).await?;
-    wait_until_archived(config, &mut sql, &chosen, point.lsn).await?;
+    upkeep.wait_until_archived(config, &mut sql, &chosen, point.lsn, tell).await?;
     let (mut archives, broken) = archives_of(config, &storage, &mut sql, &chosen, &app_id, point.lsn).await?;
     let mut repair = Repair::default();
     if options.repair != RepairMode::Report {
@@ -227,55 +248,6 @@ fn is_about_table(error: &Error) -> bool {
         // The table or a column is gone, or locked by somebody.
         Error::Server { code, .. } => ["42P01", "42703", "55P03"].contains(&code.as_str()),
         _ => false,
-    }
-}
-
-/// Waits until the watermarks of these tables have passed `lsn`.
-async fn wait_until_archived(
-    config: &Config,
-    sql: &mut Session,
-    chosen: &[Watermark],
-    lsn: Lsn,
-) -> Result<()> {
-    let begun = Instant::now();
-    let mut held = Instant::now();
-    loop {
-        let rows = sql.run(watermark::read).await?;
-        let of = |row: &Watermark| rows.iter().find(|now| now.source_table == row.source_table);
-        let flushed: Vec<Lsn> =
-            chosen.iter().map(|row| of(row).map_or(Lsn::ZERO, |now| now.flushed_lsn)).collect();
-        // The others are not compared.
-        let streaming = chosen.iter().zip(&flushed).filter(|(row, _)| row.state == State::Streaming);
-        if streaming.into_iter().all(|(_, flushed)| *flushed >= lsn) {
-            return Ok(());
-        }
-        let holder = slot::find(sql, &config.slot).await?.and_then(|slot| slot.active_pid);
-        let waited = |detail: &str| Error::Slot {
-            slot: config.slot.clone(),
-            detail: format!(
-                "the archive has not reached {lsn}, where Postgres was when this began: {detail}"
-            ),
-            transient: true,
-        };
-        if holder.is_some() {
-            held = Instant::now();
-        } else if held.elapsed() > HOLDER_WAIT {
-            return Err(waited(
-                "nobody archives; start `highwater run`, which has to go on while this compares",
-            ));
-        }
-        if begun.elapsed() > config.max_lag * 2 + CHECKPOINT_WAIT {
-            let busy = rows.iter().find(|row| row.state != State::Streaming);
-            let detail = busy.map_or("the sidecar is behind; see its log".to_owned(), |row| {
-                format!(
-                    "the sidecar adds the rows of {} first (state {})",
-                    row.source_table,
-                    row.state.name()
-                )
-            });
-            return Err(waited(&detail));
-        }
-        sleep(LOOK_INTERVAL).await;
     }
 }
 

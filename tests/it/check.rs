@@ -303,6 +303,7 @@ async fn a_fresh_server_is_told_what_it_lacks() {
             "replication-slots",
             "wal-senders",
             "role",
+            "replication-login",
             "state-schema",
             "slot",
             "tables",

@@ -275,7 +275,7 @@ async fn what_a_connection_string_asks_for() {
             true,
         ),
         (
-            "keepalives=0&sslsni=0&gssencmode=disable&options=-c%20statement_timeout=1&application_name=own",
+            "keepalives=0&sslsni=0&gssencmode=disable&options=-c%20statement_timeout=100&application_name=own",
             true,
         ),
     ] {

@@ -322,9 +322,9 @@ async fn entities_are_counted_once_when_sql_is_slow() {
     let client = stage.connect().await;
     // Longer than the sidecar waits for a statement; it goes on in the server, and takes effect.
     let slow = "create function slow() returns trigger language plpgsql as
-                    'begin if pg_sleep(case when (select count(*) from slept) = 0 then 33 else 0 end) is not null
-                     then insert into slept values (1); end if; return null; end';
-                create table slept (n int);
+                    'begin if pg_sleep(case when (select count(*) from public.slept) = 0 then 33 else 0 end) is not null
+                     then insert into public.slept values (1); end if; return null; end';
+                create table public.slept (n int);
                 create trigger slow after insert on highwater.entity_watermark for each row execute function slow()";
     client.batch_execute(slow).await.unwrap();
     let sidecar = stage.launch().start();

@@ -45,5 +45,6 @@ mod tidy;
 mod unarchived;
 mod values;
 mod verify;
+mod waiting;
 mod windows;
 mod writers;

@@ -321,7 +321,7 @@ async fn a_repair_that_is_killed_is_finished_by_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_sidecar_or_a_table_it_says_so() {
+async fn without_a_table_or_its_archive_it_says_so() {
     let stage = Stage::shared(Shape::Named).await;
     stage.launch().must(&["setup"]);
     let said = |flags: &[&str]| {
@@ -346,6 +346,29 @@ async fn without_a_sidecar_or_a_table_it_says_so() {
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     let reversed = said(&["--from", "2026-11-22", "--to", "2026-11-22"]);
     assert!(reversed.contains("later than --from"), "{reversed}");
-    let alone = said(&[]);
-    assert!(alone.contains("nobody archives; start `highwater run`"), "{alone}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_sidecar_it_archives_by_itself() {
+    let stage = Stage::shared(Shape::Named).await;
+    let client = stage.connect().await;
+    // From before the slot, and after it.
+    stage.insert_one(&client, "earlier", Some(1.0)).await;
+    stage.launch().must(&["setup"]);
+    for turn in 0..2 {
+        stage.insert_one(&client, &format!("turn {turn}"), Some(1.0)).await;
+        let (report, code) = verify(&stage.launch(), &[]);
+        assert_eq!(code, 0, "{report:#}");
+        assert_eq!(table(&report, "scouter.custom_drift")["archive_rows"], 2 + turn, "{report:#}");
+        assert_eq!(stage.holder(&client).await, None);
+    }
+    // A sidecar goes on from there; one that can't archive is told with its reason.
+    let mut sidecar = stage.start().await;
+    stage.insert_one(&client, "by the sidecar", None).await;
+    stage.assert_archived(DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    client.batch_execute("update highwater.watermark set system_identifier = '7'").await.unwrap();
+    let output = stage.launch().output(&["verify"]);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && errors.contains("is archived from system 7"), "{errors}");
 }

@@ -118,14 +118,19 @@ impl Launch {
 
     /// Starts `highwater run` with these flags.
     pub fn start_with(&self, flags: &[&str]) -> Sidecar {
+        self.start_command(&[&["run"], flags].concat())
+    }
+
+    /// Starts a subcommand.
+    pub fn start_command(&self, arguments: &[&str]) -> Sidecar {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("log file");
         let start = log.metadata().map(|metadata| metadata.len()).unwrap_or_default();
-        let child = self.spawn(flags, log);
+        let child = self.spawn(arguments, log);
         Sidecar { child, log: self.log.clone(), log_start: start }
     }
 
-    fn spawn(&self, flags: &[&str], log: File) -> Child {
-        let mut command = self.command(&[&["run"], flags].concat());
+    fn spawn(&self, arguments: &[&str], log: File) -> Child {
+        let mut command = self.command(arguments);
         command.stdout(log.try_clone().expect("log file")).stderr(log);
         command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()))
     }

@@ -56,6 +56,8 @@ declare
     system text := (select s.system_identifier from pg_control_system() s);
     newest bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
     unseen text := highwater.unseen(root);
+    reporter text;
+    unfit record;
     time_type regtype := (select a.atttypid from pg_attribute a
                            where a.attrelid = root and a.attname = 'created_at' and not a.attisdropped);
 begin
@@ -74,24 +76,31 @@ begin
     reported_at := watermark.updated_at;
     cutoff_literal := case time_type when 'timestamptz'::regtype then quote_literal(cutoff) || '::timestamptz'
                                      when 'timestamp'::regtype then quote_literal(cutoff at time zone 'UTC') || '::timestamp' end;
+    reporter := case
+        when exists (select from highwater.archive_log l where l.kind = watermark.kind)
+            then format('the sidecar last reported %s', highwater.ago(reported_at))
+        else 'no sidecar has archived it yet: start `highwater run`' end;
+    select u.* into unfit from highwater.unfit_columns(root) u
+    where not exists (select from highwater.retention r where r.source_table = watermark.source_table and r.accepts_quarantine)
+    limit 1;
     blocked_by := case
         when watermark.system_identifier <> system then format(
             'it was archived from system %s, and this server is system %s: restored, upgraded or copied (`highwater run --accept-new-system` once)',
             watermark.system_identifier, system)
         when watermark.state = 'gap' then format(
-            'its state is gap: the archive may lack rows until the sidecar, which last reported %s, has compared them',
-            highwater.ago(reported_at))
+            'its state is gap: the archive may lack rows until the sidecar has compared them; %s', reporter)
         when watermark.state <> 'streaming' then format(
-            'its state is %s: its older rows are not archived yet; the sidecar last reported %s',
-            watermark.state, highwater.ago(reported_at))
-        when horizon is null then format(
-            'archived_before is not known yet; the sidecar last reported %s', highwater.ago(reported_at))
+            'its state is %s: its older rows are not archived yet; %s', watermark.state, reporter)
+        when horizon is null then format('archived_before is not known yet; %s', reporter)
         when horizon > newest then format(
             'archived_before is %s, and the server has given out transactions up to %s only: its ids were reset (`highwater resync`)',
             horizon, newest)
         when unseen is not null then unseen
         when cutoff_literal is null then
             format('created_at is of type %s; timestamptz or timestamp is needed', coalesce(time_type::text, 'no known type'))
+        when unfit.column_name is not null then format(
+            'column %s %s, so only the quarantine holds its rows: %s has them archived, or update highwater.retention set accepts_quarantine = true where source_table = %L lets them be deleted',
+            unfit.column_name, unfit.problem, unfit.remedy, source_table)
     end;
 end
 $$;
@@ -144,6 +153,9 @@ begin
             current_user)
         when class.relpersistence <> 'p' then format(
             'it is unlogged, so its rows are in no log and not archived: alter table %s set logged', unit::regclass)
+        when class.relkind = 'r' and class.relam <> (select a.oid from pg_am a where a.amname = 'heap') then format(
+            'it has the access method %s, so its rows are in no log and not archived: alter table %s set access method heap',
+            (select a.amname from pg_am a where a.oid = class.relam), unit::regclass)
         when covered.partition_oid is null
             or (highwater.is_part(unit, root)
                 and (covered.detached_at is not null or covered.attachment is distinct from highwater.attachment(unit))) then format(

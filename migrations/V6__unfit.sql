@@ -50,29 +50,3 @@ alter table highwater.retention add column accepts_quarantine boolean not null d
 
 comment on column highwater.retention.accepts_quarantine is
     'Whether the purge may delete rows that only the quarantine holds, because a column of the table can''t be archived (highwater.unfit_columns).';
-
--- No row of such a table is deleted, unless somebody has said that its quarantine will do. (highwater.purge_key is asked before
--- anything is deleted, in the transaction that deletes.)
-alter function highwater.purge_key(oid, timestamptz) rename to archived_key;
-
-create function highwater.purge_key(
-    root oid, cutoff timestamptz,
-    out source_table text, out horizon bigint, out reported_at timestamptz, out cutoff_literal text, out blocked_by text)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-    unfit record;
-begin
-    select k.source_table, k.horizon, k.reported_at, k.cutoff_literal, k.blocked_by
-    into purge_key.source_table, purge_key.horizon, purge_key.reported_at, purge_key.cutoff_literal, purge_key.blocked_by
-    from highwater.archived_key(root, cutoff) k;
-    if purge_key.blocked_by is null
-        and not exists (select from highwater.retention r where r.source_table = purge_key.source_table and r.accepts_quarantine) then
-        select u.* into unfit from highwater.unfit_columns(root) u limit 1;
-        if found then
-            purge_key.blocked_by := format(
-                'column %s %s, so only the quarantine holds its rows: %s has them archived, or update highwater.retention set accepts_quarantine = true where source_table = %L lets them be deleted',
-                unfit.column_name, unfit.problem, unfit.remedy, purge_key.source_table);
-        end if;
-    end if;
-end
-$$;
