@@ -47,12 +47,14 @@ pub async fn check(config: &Config) -> Report {
 
 /// As everybody connects; and to a standby where there is no primary, which is then a finding of its own.
 async fn connect(source: &SourceConfig) -> Result<Client> {
-    match sql::connect(source).await {
+    let client = match sql::connect(source).await {
         Err(error) if is_standby(&error) => {
-            sql::connect(&SourceConfig { target: Target::Any, ..source.clone() }).await
+            sql::connect(&SourceConfig { target: Target::Any, ..source.clone() }).await?
         }
-        result => result,
-    }
+        result => result?,
+    };
+    sql::see_own_rows(&client).await?;
+    Ok(client)
 }
 
 /// The stream takes a login of its own, which a pooler may refuse; and it must reach the server that the watermarks speak of.
@@ -106,10 +108,15 @@ async fn check_database(client: &Client, config: &Config, report: &mut Report) {
         return;
     }
     let steps = "reading the catalogs";
-    if let Err(error) = within(steps, server::check_role(client, &server, report)).await {
-        report.failure("role", &server.role, &error);
-    }
-    if let Err(error) = within("reading the watermarks", check_walsender(client, config, report)).await {
+    let may_replicate = match within(steps, server::check_role(client, &server, report)).await {
+        Ok(may_replicate) => may_replicate,
+        Err(error) => {
+            report.failure("role", &server.role, &error);
+            false
+        }
+    };
+    // Otherwise the login says the same again.
+    if may_replicate && let Err(error) = within(steps, check_walsender(client, config, report)).await {
         report.failure("system", "server", &error);
     }
     if let Err(error) = within(steps, database::check(client, &server, report)).await {

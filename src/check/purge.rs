@@ -352,16 +352,15 @@ impl Run {
         let rows: i64 = own.iter().filter_map(|finding| finding.row_count).sum();
         if self.is_recent {
             report.ok("purge", table, format!("last ran {}", ago.as_deref().unwrap_or_default()));
-        } else if rows == 0 && unseen(own).is_none() {
-            report.ok("purge", table, format!("nothing is past its retention of {retention}"));
+        } else if rows == 0 {
+            // What can't be seen was told.
+            if unseen(own).is_none() {
+                report.ok("purge", table, format!("nothing is past its retention of {retention}"));
+            }
         } else {
             let last =
                 ago.as_ref().map_or_else(|| "has never run".to_owned(), |ago| format!("last ran {ago}"));
-            let message = if rows == 0 {
-                format!("{last}; whether rows are past their retention of {retention} can't be seen")
-            } else {
-                format!("{last}, and about {rows} rows are past their retention of {retention}")
-            };
+            let message = format!("{last}, and about {rows} rows are past their retention of {retention}");
             let remedy = format!(
                 "run `highwater setup --schedule-purge`, or: call highwater.purge({}, {});",
                 literal(table),

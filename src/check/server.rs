@@ -244,14 +244,16 @@ const ROLE: &str = "
       from pg_roles
      where rolname = current_user";
 
-pub(super) async fn check_role(client: &Client, server: &Server, report: &mut Report) -> Result<()> {
+/// Whether the role may replicate.
+pub(super) async fn check_role(client: &Client, server: &Server, report: &mut Report) -> Result<bool> {
     let context = "reading the role's attributes";
     let row = client.query_one(ROLE, &[]).await.map_err(Error::sql(context))?;
-    if row.try_get(0).map_err(Error::sql(context))? {
+    let may_replicate = row.try_get(0).map_err(Error::sql(context))?;
+    if may_replicate {
         report.ok("role", &server.role, "may replicate");
     } else {
         let remedy = server.service.grant_replication(&server.role);
         report.error("role", &server.role, "may not start replication", remedy);
     }
-    Ok(())
+    Ok(may_replicate)
 }

@@ -17,6 +17,16 @@ use super::startup::Process;
 use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
+/// Has a session see what policies let it see, and no more, where any other of ours ends with an error (`row_security`): a role
+/// sees its own jobs in pg_cron's tables that way.
+///
+/// # Errors
+///
+/// The statement failed.
+pub(crate) async fn see_own_rows(client: &Client) -> Result<()> {
+    client.batch_execute("set row_security = on").await.map_err(Error::sql("starting an SQL session"))
+}
+
 /// Opens an SQL session. Its connection is driven by a task of its own, which ends when the client is dropped
 /// or the connection fails; the client's next call then says so.
 ///

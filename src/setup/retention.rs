@@ -102,6 +102,7 @@ pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut 
 pub async fn schedule_purge(config: &Config, schedule: &str) -> Result<Report> {
     let mut report = Report::default();
     let client = sql::connect(&config.source).await?;
+    sql::see_own_rows(&client).await?;
     let failed = || Error::sql(format!("scheduling the purge with pg_cron as {schedule:?}"));
     let here = "select current_database()::text, current_user::text, exists (select from pg_extension where extname = 'pg_cron'),
                        coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage'), false)";

@@ -73,10 +73,11 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     ]);
     sql(&cluster, HEALTHY).await;
     let (config, _archive) = config(&cluster, "archiver");
+    let report = check(&config).await;
     assert_eq!(
-        seen(&check(&config).await),
+        seen(&report),
         [("state-schema", Error), ("slot", Error), ("pg-cron", Warning)],
-        "the publication alone is not enough"
+        "the publication alone is not enough: {report:#?}"
     );
     highwater::setup::setup(&config).await.unwrap();
     assert_eq!(seen(&check(&config).await), [("pg-cron", Warning)], "nobody purges yet");
@@ -86,6 +87,9 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     assert_eq!(seen(&report), [], "{report:#?}");
 
     let day = |ago| (chrono::Utc::now() - chrono::Duration::days(ago)).date_naive();
+    let coming: Vec<String> = (1..=4)
+        .map(|days| format!("scouter.psi_drift_p{}", day(-days).to_string().replace('-', "_")))
+        .collect();
     for (break_it, expected, mend_it) in [
         ("alter role archiver noreplication", vec![("role", Error)], "alter role archiver replication"),
         (
@@ -166,6 +170,34 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
             "revoke select on partman.part_config from archiver",
             vec![("partman", Warning)],
             "grant select on partman.part_config to archiver",
+        ),
+        (
+            "update partman.part_config set parent_table = 'scouter.gone' where parent_table = 'scouter.psi_drift'",
+            vec![("partman-table", Warning)],
+            "update partman.part_config set parent_table = 'scouter.psi_drift' where parent_table = 'scouter.gone'",
+        ),
+        (
+            "set role archiver; select cron.schedule('make', '@daily', 'call partman.run_maintenance_proc()'); reset role;
+             insert into cron.job_run_details (jobid, database, username, command, status, return_message)
+             select jobid, database, username, command, 'failed', 'no such table' from cron.job where jobname = 'make'",
+            vec![("partman-run", Warning)],
+            "delete from cron.job_run_details; delete from cron.job where jobname = 'make'",
+        ),
+        (
+            "insert into scouter.psi_drift values (now() + interval '1 year', 1, 'f', 1, 1, false)",
+            vec![("default-partition", Warning)],
+            "delete from scouter.psi_drift",
+        ),
+        (
+            &format!("drop table {}", coming.join(", ")),
+            vec![("next-partition", Warning)],
+            "update partman.part_config set infinite_time_partitions = true;
+             set role archiver; select partman.run_maintenance('scouter.psi_drift'); reset role",
+        ),
+        (
+            "update highwater.watermark set system_identifier = '7'",
+            vec![("system", Error)],
+            "update highwater.watermark set system_identifier = (select system_identifier::text from pg_control_system())",
         ),
         (
             "drop extension pg_cron",
@@ -264,7 +296,7 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
         ),
         (
             "alter schema scouter rename to moved",
-            vec![("tables", Error)],
+            vec![("tables", Error), ("partman-table", Warning)],
             "alter schema moved rename to scouter",
         ),
     ] {
@@ -303,7 +335,6 @@ async fn a_fresh_server_is_told_what_it_lacks() {
             "replication-slots",
             "wal-senders",
             "role",
-            "replication-login",
             "state-schema",
             "slot",
             "tables",

@@ -74,8 +74,9 @@ async fn a_stop_acknowledges_all_that_the_server_has() {
         }
         assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
         // As pg_upgrade has it: nothing may be left that could be decoded.
-        let left = "select count(*) from pg_replication_slots s,
-                           pg_get_wal_records_info(s.confirmed_flush_lsn, pg_current_wal_lsn()) r
+        let left = "select count(*) from
+                    (select confirmed_flush_lsn as lsn from pg_replication_slots where confirmed_flush_lsn < pg_current_wal_lsn() offset 0) s,
+                    lateral pg_get_wal_records_info(s.lsn, pg_current_wal_lsn()) r
                     where r.resource_manager in ('Transaction', 'Heap', 'Heap2', 'LogicalMessage') and r.record_type not like 'PRUNE%'";
         assert_eq!(number(&client, left).await, 0, "turn {turn}: {}", sidecar.log());
     }
