@@ -20,7 +20,7 @@ demo:
 	cargo run --quiet $(FEATURES) --example demo
 
 test:
-	scripts/setup reader stores spark
+	scripts/setup reader stores spark postgres
 	$(if $(shell command -v clippy-driver),$(LINTED)) cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
 
 lint:

@@ -45,6 +45,40 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     order by k.place limit 1
 $$;
 
+-- Why a partition can't be dropped because of rows of other tables that refer to it by a foreign key; null if none do.
+create function highwater.referrers(unit oid) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp set row_security = off as $$
+declare
+    key record;
+    is_referred boolean;
+begin
+    for key in
+        select c.conname, c.conrelid, c.conparentid,
+               (select string_agg(format('f.%I = u.%I', f.attname, u.attname), ' and ')
+                from unnest(c.conkey, c.confkey) as k (own, other)
+                join pg_attribute f on f.attrelid = c.conrelid and f.attnum = k.own
+                join pg_attribute u on u.attrelid = c.confrelid and u.attnum = k.other) as same
+        from pg_constraint c join pg_class t on t.oid = c.conrelid
+        where c.contype = 'f' and c.confrelid = unit and not t.relispartition
+        order by c.conname
+    loop
+        -- One that names the partition itself, and not a table above it, would have to be dropped first, whatever the rows.
+        if key.conparentid = 0 then
+            return format('foreign key %I of table %s depends on it, and would have to be dropped first', key.conname, key.conrelid::regclass);
+        end if;
+        if not has_table_privilege(key.conrelid, 'select') then
+            return format('rows of %s may refer to it (foreign key %I), and role %s may not read them', key.conrelid::regclass, key.conname, current_user);
+        end if;
+        execute format('select exists (select from %s f join only %s u on %s)', key.conrelid::regclass, unit::regclass, key.same)
+        into is_referred;
+        if is_referred then
+            return format('rows of %s refer to it (foreign key %I): delete those first', key.conrelid::regclass, key.conname);
+        end if;
+    end loop;
+    return null;
+end
+$$;
+
 -- Whether rows of a table (oid of the partitioned table, or of a plain one) may be deleted at all: the transaction below which
 -- they are archived, or why not. `cutoff` as a literal of the type of its created_at, which without a time zone is UTC.
 create or replace function highwater.purge_key(
@@ -209,12 +243,15 @@ begin
             into young, first_young using horizon;
         if first_young < key.horizon then
             is_due_again := true;
-            blocked_by := format('%s came after its rows were read back from the archive (transaction %s or later; verified up to %s): it is verified again',
+            blocked_by := format('%s came, or were written anew, after its rows were read back from the archive (transaction %s or later; verified up to %s): a purge has it verified again, and `highwater verify` does that now',
                 highwater.rows(young), first_young, verified);
         else
             blocked_by := format('%s of transaction %s or later are not archived yet; archived_before is %s; the sidecar last reported %s',
                 highwater.rows(young), first_young, key.horizon, highwater.ago(key.reported_at));
         end if;
+    end if;
+    if blocked_by is null and is_whole then
+        blocked_by := highwater.referrers(unit);
     end if;
     deletable := case when blocked_by is null then row_count when is_whole then 0 else greatest(row_count - young, 0) end;
     -- Only what was counted to the end, and only a comparison that held: null is no proof.

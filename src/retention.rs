@@ -66,7 +66,7 @@ pub(crate) async fn keep_verified(config: Config) {
         let now = Instant::now();
         let next = all.iter().find(|due| not_before.get(&due.oid).is_none_or(|time| *time <= now));
         let Some(next) = next else { continue };
-        if let Some(pause) = verify_one(&config, next).await {
+        if let Some(pause) = verify_one(&config, &mut sql, next).await {
             not_before.insert(next.oid, Instant::now() + pause);
         }
         // There may be more.
@@ -88,8 +88,30 @@ async fn tell_unarchived(config: &Config, sql: &mut Session, told: &mut Told) {
     }
 }
 
-/// Verifies a partition; how long it is to be left alone if it could not be.
-async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
+/// Verifies a partition; how long it is to be left alone if it could not be. One that was dropped meanwhile needs no more.
+async fn verify_one(config: &Config, sql: &mut Session, due: &Due) -> Option<Duration> {
+    let pause = compare_one(config, due).await;
+    let (pause, why) = match pause {
+        Ok(pause) => return pause,
+        Err(why) => (FAILED_PAUSE, why),
+    };
+    let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
+    let query = "select exists (select from pg_class where oid = $1)";
+    let is_there = async |client: &Client| {
+        let row = client.query_one(query, &[&due.oid]).await;
+        row.and_then(|row| row.try_get::<_, bool>(0)).map_err(Error::sql("looking for a partition"))
+    };
+    // If that can't be told, the reason of the comparison can.
+    if sql.run(is_there).await.unwrap_or(true) {
+        tracing::warn!(table, partition, "not verified, so it is not purged: {why}");
+    } else {
+        tracing::info!(table, partition, "dropped while it was read back");
+    }
+    Some(pause)
+}
+
+/// Compares a partition; how long it is to be left alone. The error is why it could not be compared.
+async fn compare_one(config: &Config, due: &Due) -> Result<Option<Duration>, String> {
     let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
     let mut options = Options {
         tables: vec![due.source_table.clone()],
@@ -97,36 +119,29 @@ async fn verify_one(config: &Config, due: &Due) -> Option<Duration> {
         to: due.range.map(|(_, to)| to),
         ..Options::default()
     };
-    let failed = |why: String| {
-        tracing::warn!(table, partition, "not verified, so it is not purged: {why}");
-        Some(FAILED_PAUSE)
-    };
     let mut verified = verify::verify_beside(config, &options).await;
     if verified.as_ref().is_ok_and(|report| report.tables.iter().any(|table| doubles(table) > 0)) {
         // Rows that were moved. Again, because whoever removes something claims the tables before it reads them.
         options.repair = RepairMode::RemoveDoubles;
         verified = verify::verify_beside(config, &options).await;
     }
-    let report = match verified {
-        Ok(report) => report,
-        Err(error) => return failed(error.chain()),
-    };
-    let Some(found) = report.tables.first() else { return failed("the table is gone".to_owned()) };
+    let report = verified.map_err(|error| error.chain())?;
+    let found = report.tables.first().ok_or("the table is gone")?;
     if let Some(why) = &found.not_compared {
-        return failed(why.clone());
+        return Err(why.clone());
     }
     match found.partitions.iter().find(|one| one.partition == due.partition) {
         Some(one) if one.verified => {
             tracing::info!(table, partition, rows = one.row_count, "read back from the archive: equal");
-            None
+            Ok(None)
         }
         // It is still due: what was written anew is read back.
-        Some(_) if is_mended(found) => None,
+        Some(_) if is_mended(found) => Ok(None),
         Some(_) if !found.differences.is_empty() => {
             tell_difference(found, partition);
-            Some(DIFFERENT_PAUSE)
+            Ok(Some(DIFFERENT_PAUSE))
         }
-        _ => failed("it was changed meanwhile, or is gone".to_owned()),
+        _ => Err("it was changed meanwhile, or is gone".to_owned()),
     }
 }
 

@@ -424,8 +424,11 @@ async fn ensure_slot(
 ) -> Result<()> {
     let what = match &found {
         Some(slot) if slot.wal_status != "lost" => return Ok(()),
-        Some(_) => "the server has removed WAL that the slot still needed (wal_status is lost)",
-        None => "the slot does not exist",
+        Some(slot) => format!(
+            "the server has removed WAL that the slot still needed (wal_status is lost{})",
+            slot.invalidation_reason.as_ref().map(|reason| format!(", {reason}")).unwrap_or_default()
+        ),
+        None => "the slot does not exist".to_owned(),
     };
     for table in sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await? {
         tracing::error!(table, "gap: {what}, so rows may have passed unseen; its purge is blocked");
@@ -445,7 +448,8 @@ async fn ensure_slot(
     }
     failpoint::hit("before-new-slot");
     let nothing = slot::SnapshotUse::Nothing;
-    slot::create(&config.source, connection, &config.slot, true, nothing).await.map(drop)
+    let lifetime = slot::Lifetime::Lasting { failover: config.failover };
+    slot::create(&config.source, connection, &config.slot, lifetime, nothing).await.map(drop)
 }
 
 /// A slot ahead of the archive means that rows were skipped.

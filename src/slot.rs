@@ -25,6 +25,10 @@ pub(crate) struct Slot {
     pub active_pid: Option<i32>,
     /// Bytes of log that it keeps from being removed; `None` when it is lost.
     pub(crate) retained_wal_bytes: Option<i64>,
+    /// Whether standbys are to have it, too; `None` before PostgreSQL 17, which has no such slots.
+    pub(crate) failover: Option<bool>,
+    /// Why it is lost, as far as the server says (from 17 on).
+    pub(crate) invalidation_reason: Option<String>,
 }
 
 /// The slot of that name in the session's database.
@@ -38,8 +42,9 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
             let query = "select plugin::text, database::text = current_database(), confirmed_flush_lsn,
                                 coalesce(wal_status, 'reserved'),
                                 pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
-                                                     else pg_current_wal_lsn() end, restart_lsn)::bigint, active_pid
-                         from pg_replication_slots where slot_name = $1";
+                                                     else pg_current_wal_lsn() end, restart_lsn)::bigint, active_pid,
+                                (to_jsonb(s) ->> 'failover')::boolean, to_jsonb(s) ->> 'invalidation_reason'
+                         from pg_replication_slots s where slot_name = $1";
             client.query_opt(query, &[&name]).await.map_err(Error::sql(format!("looking for slot {name:?}")))
         })
         .await?;
@@ -69,7 +74,21 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
         wal_status: row.try_get(3).map_err(Error::sql(unreadable))?,
         active_pid,
         retained_wal_bytes: row.try_get(4).map_err(Error::sql(unreadable))?,
+        failover: row.try_get(6).map_err(Error::sql(unreadable))?,
+        invalidation_reason: row.try_get(7).map_err(Error::sql(unreadable))?,
     }))
+}
+
+/// How long a new slot is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lifetime {
+    /// As long as its connection.
+    Connection,
+    /// Until somebody drops it; on standbys, too, if that is wanted and the server can.
+    Lasting {
+        /// Whether it is wanted.
+        failover: bool,
+    },
 }
 
 /// What becomes of the snapshot that a new slot has (manual section 55.4).
@@ -83,7 +102,7 @@ pub(crate) enum SnapshotUse {
     Take,
 }
 
-/// Makes a pgoutput slot (`CREATE_REPLICATION_SLOT`, manual section 55.4); one that is not `lasting` ends with its connection.
+/// Makes a pgoutput slot (`CREATE_REPLICATION_SLOT`, manual section 55.4); for as long as `lifetime` says.
 /// Returns its consistent point, and the name of the snapshot if one is exported.
 ///
 /// That takes until every transaction has ended that runs now. After a few seconds the log says whom it waits for. If we end
@@ -96,10 +115,16 @@ pub(crate) async fn create(
     source: &SourceConfig,
     connection: &mut ReplicationConnection,
     name: &str,
-    lasting: bool,
+    lifetime: Lifetime,
     snapshot: SnapshotUse,
 ) -> Result<(Lsn, Option<String>)> {
-    let kind = if lasting { "LOGICAL" } else { "TEMPORARY LOGICAL" };
+    let (kind, more) = match lifetime {
+        Lifetime::Connection => ("TEMPORARY LOGICAL", ""),
+        Lifetime::Lasting { failover } if failover && keeps_on_standbys(connection).await? => {
+            ("LOGICAL", ", FAILOVER true")
+        }
+        Lifetime::Lasting { .. } => ("LOGICAL", ""),
+    };
     connection.query(NOTICE_LOSS).await?;
     let snapshot = match snapshot {
         SnapshotUse::Nothing => "nothing",
@@ -109,8 +134,10 @@ pub(crate) async fn create(
             "use"
         }
     };
-    let command =
-        format!("CREATE_REPLICATION_SLOT {} {kind} pgoutput (SNAPSHOT '{snapshot}')", quote_identifier(name));
+    let command = format!(
+        "CREATE_REPLICATION_SLOT {} {kind} pgoutput (SNAPSHOT '{snapshot}'{more})",
+        quote_identifier(name)
+    );
     let process = connection.process_id();
     let rows = tokio::select! {
         rows = connection.query(&command) => rows?,
@@ -123,6 +150,27 @@ pub(crate) async fn create(
         detail: "the answer has no consistent point".to_owned(),
     })?;
     Ok((point, snapshot))
+}
+
+/// Whether the server can keep slots on its standbys (manual of PostgreSQL 17, section 47.2.3).
+async fn keeps_on_standbys(connection: &mut ReplicationConnection) -> Result<bool> {
+    let rows = connection.query("select current_setting('server_version_num')::int >= 170000").await?;
+    Ok(rows.first().and_then(|row| row.first()?.as_deref()) == Some("t"))
+}
+
+/// Has the server keep a slot, which nobody may hold, on its standbys, or not any more (`ALTER_REPLICATION_SLOT`, manual of
+/// PostgreSQL 17, section 53.4).
+///
+/// # Errors
+///
+/// The server refused.
+pub(crate) async fn set_failover(
+    connection: &mut ReplicationConnection,
+    name: &str,
+    failover: bool,
+) -> Result<()> {
+    let command = format!("ALTER_REPLICATION_SLOT {} (FAILOVER {failover})", quote_identifier(name));
+    connection.query(&command).await.map(drop)
 }
 
 /// A process that waits doesn't see by itself that its client is gone, and what it was to make would stay behind, half-made.

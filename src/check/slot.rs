@@ -22,13 +22,21 @@ struct Slot {
     wal_status: Option<String>,
     is_temporary: bool,
     retained_bytes: Option<i64>,
+    failover: Option<bool>,
+    invalidation_reason: Option<String>,
+    inactive_since: Option<String>,
+    is_ready: bool,
+    active_pid: Option<i32>,
 }
 
 const SLOT: &str = "
     select plugin::text, database::text, active, wal_status, temporary,
            pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
-                                else pg_current_wal_lsn() end, restart_lsn)::int8
-      from pg_replication_slots
+                                else pg_current_wal_lsn() end, restart_lsn)::int8,
+           (to_jsonb(s) ->> 'failover')::boolean, to_jsonb(s) ->> 'invalidation_reason',
+           date_trunc('second', (to_jsonb(s) ->> 'inactive_since')::timestamptz)::text,
+           confirmed_flush_lsn is not null or slot_type <> 'logical', active_pid
+      from pg_replication_slots s
      where slot_name = $1::text";
 
 const WATERMARK_EXISTS: &str = "
@@ -53,6 +61,7 @@ pub(super) async fn check(
     let slot = read(&row).map_err(Error::sql(CONTEXT))?;
     if report_identity(&slot, name, server, report) {
         report_status(&slot, name, report);
+        report_failover(&slot, name, config, report);
         report_retained(&slot, name, server, report);
     }
     Ok(())
@@ -66,6 +75,11 @@ fn read(row: &Row) -> Result<Slot, tokio_postgres::Error> {
         wal_status: row.try_get(3)?,
         is_temporary: row.try_get(4)?,
         retained_bytes: row.try_get(5)?,
+        failover: row.try_get(6)?,
+        invalidation_reason: row.try_get(7)?,
+        inactive_since: row.try_get(8)?,
+        is_ready: row.try_get(9)?,
+        active_pid: row.try_get(10)?,
     })
 }
 
@@ -102,6 +116,14 @@ fn report_identity(slot: &Slot, name: &str, server: &Server, report: &mut Report
         (_, Some(database)) if database != server.database => {
             format!("belongs to the database {database:?}, not {:?}", server.database)
         }
+        _ if !slot.is_ready => {
+            let pid = slot.active_pid.unwrap_or_default();
+            let message =
+                format!("is being made by process {pid}, which waits for transactions that began before");
+            let remedy = format!("let them end, or take it back with: select pg_terminate_backend({pid});");
+            report.error("slot", name, message, remedy);
+            return false;
+        }
         _ if slot.is_temporary => "is temporary: it ends with the session that made it".to_owned(),
         _ => return true,
     };
@@ -117,7 +139,9 @@ fn report_status(slot: &Slot, name: &str, report: &mut Report) {
                  pg_drop_replication_slot({});",
                 literal(name)
             );
-            report.error("slot", name, "is lost: the log that it needs was removed", remedy);
+            let reason =
+                slot.invalidation_reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+            report.error("slot", name, format!("is lost: the log that it needs was removed{reason}"), remedy);
         }
         Some("unreserved") => report.warning(
             "slot",
@@ -126,7 +150,24 @@ fn report_status(slot: &Slot, name: &str, report: &mut Report) {
             "start `highwater` at once, or raise max_slot_wal_keep_size",
         ),
         _ if slot.is_active => report.ok("slot", name, "is in use by a running archiver"),
-        _ => report.ok("slot", name, "is ready; nobody streams from it now"),
+        _ => {
+            let since =
+                slot.inactive_since.as_ref().map(|since| format!(" (since {since})")).unwrap_or_default();
+            report.ok("slot", name, format!("is ready; nobody streams from it now{since}"));
+        }
+    }
+}
+
+fn report_failover(slot: &Slot, name: &str, config: &Config, report: &mut Report) {
+    match slot.failover {
+        Some(true) => report.ok("slot-failover", name, "is kept on standbys that synchronise slots"),
+        Some(false) if config.failover => report.warning(
+            "slot-failover",
+            name,
+            "is not kept on standbys: one that is promoted has every row compared",
+            "stop the sidecar and run `highwater setup`; or set HIGHWATER_FAILOVER to false",
+        ),
+        _ => {}
     }
 }
 

@@ -76,6 +76,11 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "DURATION")]
     purge_trust: Option<String>,
 
+    /// Whether the slot is kept on standbys, too, which a server can from PostgreSQL 17 on: true or false [env:
+    /// HIGHWATER_FAILOVER] [default: true]
+    #[arg(long, global = true, value_name = "BOOL")]
+    failover: Option<String>,
+
     /// Address of the HTTP server; not used yet [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
     #[arg(long, global = true, value_name = "ADDRESS")]
     http: Option<String>,
@@ -106,6 +111,7 @@ impl SettingFlags {
             Setting::BackfillRowsPerSecond => &self.backfill_rows_per_second,
             Setting::VerifyHours => &self.verify_hours,
             Setting::PurgeTrust => &self.purge_trust,
+            Setting::Failover => &self.failover,
             Setting::Http => &self.http,
         }
     }

@@ -87,6 +87,8 @@ pub struct Config {
     /// How old the sidecar's last look at the archive's logs may be for a purge, in [`PURGE_TRUST_RANGE`]: somebody else may
     /// have taken rows out of them since.
     pub purge_trust: Duration,
+    /// Whether the server is to keep the slot on its standbys, too, which it can from PostgreSQL 17 on; earlier ones can't.
+    pub failover: bool,
     /// Where the HTTP server listens.
     pub http: SocketAddr,
     /// Whether a server of another history (restored, promoted) takes the place of the one that was archived so far: its
@@ -111,6 +113,7 @@ impl Config {
             backfill_rows_per_second: None,
             verify_hours: HoursOfDay::ALL,
             purge_trust: Duration::from_hours(24),
+            failover: true,
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 9808)),
             accept_new_system: false,
         }
@@ -143,7 +146,7 @@ impl Config {
         let config = Self {
             source,
             storage,
-            retention_days: parse::whole_number(layers, Setting::RetentionDays, "1 or more whole days")?,
+            retention_days: parse::parsed(layers, Setting::RetentionDays, "1 or more whole days")?,
             window: parse::window(layers)?,
             max_lag: parse::duration(layers, Setting::MaxLag, MAX_LAG_ACCEPTED)?,
             memory_bytes: parse::bytes(layers, Setting::Memory, MEMORY_ACCEPTED)?,
@@ -151,8 +154,9 @@ impl Config {
             slot: layers.text(Setting::Slot).to_owned(),
             publication: layers.text(Setting::Publication).to_owned(),
             backfill_rows_per_second: parse::rate(layers)?,
-            verify_hours: parse::whole_number(layers, Setting::VerifyHours, hours::ACCEPTED)?,
+            verify_hours: parse::parsed(layers, Setting::VerifyHours, hours::ACCEPTED)?,
             purge_trust: parse::duration(layers, Setting::PurgeTrust, PURGE_TRUST_ACCEPTED)?,
+            failover: parse::parsed(layers, Setting::Failover, "true or false")?,
             http: parse::address(layers)?,
             accept_new_system: false,
         };

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::record::WindowWidth;
 
 /// A whole number, or whatever else its type reads from text.
-pub(super) fn whole_number<T: FromStr>(layers: &Layers, setting: Setting, accepted: &str) -> Result<T> {
+pub(super) fn parsed<T: FromStr>(layers: &Layers, setting: Setting, accepted: &str) -> Result<T> {
     layers.text(setting).trim().parse().map_err(|_| refused(layers, setting, accepted))
 }
 
@@ -35,11 +35,11 @@ pub(super) fn rate(layers: &Layers) -> Result<Option<NonZeroU32>> {
     if layers.text(setting).trim() == "unlimited" {
         return Ok(None);
     }
-    whole_number(layers, setting, "1 or more rows per second, or `unlimited`").map(Some)
+    parsed(layers, setting, "1 or more rows per second, or `unlimited`").map(Some)
 }
 
 pub(super) fn address(layers: &Layers) -> Result<SocketAddr> {
-    whole_number(layers, Setting::Http, "an IP address and a port, such as 127.0.0.1:9808 or [::1]:9808")
+    parsed(layers, Setting::Http, "an IP address and a port, such as 127.0.0.1:9808 or [::1]:9808")
 }
 
 fn parse_bytes(text: &str) -> Option<usize> {

@@ -29,13 +29,15 @@ pub enum Setting {
     VerifyHours,
     /// How old the last look at the archive's logs may be for a purge.
     PurgeTrust,
+    /// Whether the slot is kept on standbys, too.
+    Failover,
     /// Address of the HTTP server.
     Http,
 }
 
 impl Setting {
     /// Every setting, in the order of the documentation.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::DatabaseUri,
         Self::StorageUri,
         Self::Region,
@@ -49,6 +51,7 @@ impl Setting {
         Self::BackfillRowsPerSecond,
         Self::VerifyHours,
         Self::PurgeTrust,
+        Self::Failover,
         Self::Http,
     ];
 
@@ -69,6 +72,7 @@ impl Setting {
             Self::BackfillRowsPerSecond => "backfill_rows_per_second",
             Self::VerifyHours => "verify_hours",
             Self::PurgeTrust => "purge_trust",
+            Self::Failover => "failover",
             Self::Http => "http",
         }
     }
@@ -90,6 +94,7 @@ impl Setting {
             Self::BackfillRowsPerSecond => "HIGHWATER_BACKFILL_ROWS_PER_SECOND",
             Self::VerifyHours => "HIGHWATER_VERIFY_HOURS",
             Self::PurgeTrust => "HIGHWATER_PURGE_TRUST",
+            Self::Failover => "HIGHWATER_FAILOVER",
             Self::Http => "HIGHWATER_HTTP",
         }
     }
@@ -110,6 +115,7 @@ impl Setting {
             Self::BackfillRowsPerSecond => Some("unlimited"),
             Self::VerifyHours => Some("all"),
             Self::PurgeTrust => Some("1d"),
+            Self::Failover => Some("true"),
             Self::Http => Some("127.0.0.1:9808"),
         }
     }

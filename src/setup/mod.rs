@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::record::Kind;
-use crate::slot::{self, Identity};
+use crate::slot::{self, Identity, Slot};
 use crate::source::{self, Partition};
 use crate::unarchived::{self, Part, Told};
 use crate::watermark::{self, NewWatermark, State};
@@ -85,6 +85,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
         (Some(_), false) => return Err(unreadable_slot(config)),
         (Some(found), true) => {
             report.left.push(format!("replication slot {} at {}", config.slot, found.confirmed_flush_lsn));
+            keep_on_standbys(config, &mut replication, &found, &mut report).await?;
             let fed = Some((&identity, found.confirmed_flush_lsn));
             alter_publication(&mut client, config, fed, &mut report).await?;
             // Nobody knows any more what the tables held when the slot was made.
@@ -116,6 +117,29 @@ pub async fn setup(config: &Config) -> Result<Report> {
         told.tell(&client, &row.source_table).await?;
     }
     Ok(report)
+}
+
+/// Has the slot kept on standbys, or not, as the setting says, where the server can.
+async fn keep_on_standbys(
+    config: &Config,
+    replication: &mut ReplicationConnection,
+    found: &Slot,
+    report: &mut Report,
+) -> Result<()> {
+    if found.failover.is_none_or(|failover| failover == config.failover) || found.wal_status == "lost" {
+        return Ok(());
+    }
+    if found.active_pid.is_some() {
+        let how = if config.failover { "not kept on standbys" } else { "kept on standbys" };
+        report.left.push(format!(
+            "the slot is {how}; to change that, stop the sidecar, run `highwater setup`, and start it again"
+        ));
+        return Ok(());
+    }
+    slot::set_failover(replication, &config.slot, config.failover).await?;
+    let how = if config.failover { "will have" } else { "will not have" };
+    report.done.push(format!("changed replication slot {}: standbys {how} it", config.slot));
+    Ok(())
 }
 
 /// Waits until this is the only setup, and says so.
@@ -404,8 +428,9 @@ async fn create_slot<'a>(
     config: &Config,
     tables: &'a [SourceTable],
 ) -> Result<(Lsn, Vec<(&'a SourceTable, State)>)> {
+    let lifetime = slot::Lifetime::Lasting { failover: config.failover };
     let (start, _) =
-        slot::create(&config.source, replication, &config.slot, true, slot::SnapshotUse::Take).await?;
+        slot::create(&config.source, replication, &config.slot, lifetime, slot::SnapshotUse::Take).await?;
     let mut states = Vec::new();
     for table in tables {
         let rows = replication.query(&holds_rows(config, table)).await?;

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{READING, ReplicationConnection, sql};
-use crate::slot::{self, SnapshotUse};
+use crate::slot::{self, Lifetime, SnapshotUse};
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]
@@ -40,7 +40,8 @@ impl Point {
         let name: String = config.slot.chars().take(50).collect();
         let name = format!("{name}_{:08x}", rand::random::<u32>());
         let (lsn, snapshot) =
-            slot::create(&config.source, &mut replication, &name, false, SnapshotUse::Export).await?;
+            slot::create(&config.source, &mut replication, &name, Lifetime::Connection, SnapshotUse::Export)
+                .await?;
         let snapshot = snapshot.ok_or_else(|| Error::Protocol {
             context: "CREATE_REPLICATION_SLOT".to_owned(),
             detail: "the answer has no snapshot".to_owned(),

@@ -45,6 +45,7 @@ mod tidy;
 mod unarchived;
 mod values;
 mod verify;
+mod versions;
 mod waiting;
 mod windows;
 mod writers;

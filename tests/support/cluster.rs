@@ -139,15 +139,7 @@ fn free_port() -> u16 {
 impl Cluster {
     /// A running cluster with settings added to, or replacing, the usual ones.
     pub fn start_new(settings: &[(&str, &str)]) -> Self {
-        let bin = server_bin();
-        let home = new_home();
-        let cluster = Self { port: free_port(), guard: start_guard(&bin, &home), bin, home };
-        must(
-            as_server_user(cluster.bin.join("initdb"))
-                .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "-D"])
-                .arg(cluster.data()),
-            "initdb",
-        );
+        let cluster = Self::make(server_bin(), new_home());
         let extensions = Command::new(cluster.bin.join("pg_config")).arg("--sharedir").output();
         if let Ok(output) = extensions {
             let share = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()).join("extension");
@@ -162,6 +154,39 @@ impl Cluster {
                 );
             }
         }
+        cluster.conf(&[
+            ("shared_preload_libraries", "pg_cron"),
+            ("cron.database_name", CRON_DATABASE),
+            // Jobs run without a connection of their own, so no password or hba entry is needed.
+            ("cron.use_background_workers", "on"),
+        ]);
+        cluster.conf(settings);
+        cluster.start();
+        cluster
+    }
+
+    /// As [`Cluster::start_new`], of another version (`scripts/setup postgres`), which has no extensions.
+    pub fn start_version(major: u32, settings: &[(&str, &str)]) -> Self {
+        let native = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/postgres{major}/native"));
+        assert!(native.is_dir(), "{} is missing: run `scripts/setup postgres`", native.display());
+        let home = new_home();
+        // The server's user may not reach the folder that it is in.
+        must(Command::new("cp").arg("-r").arg(&native).arg(home.join("native")), "cp");
+        let cluster = Self::make(home.join("native/bin"), home);
+        cluster.conf(settings);
+        cluster.start();
+        cluster
+    }
+
+    /// A cluster that was not started yet.
+    fn make(bin: PathBuf, home: PathBuf) -> Self {
+        let cluster = Self { port: free_port(), guard: start_guard(&bin, &home), bin, home };
+        must(
+            as_server_user(cluster.bin.join("initdb"))
+                .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "-D"])
+                .arg(cluster.data()),
+            "initdb",
+        );
         let socket_folder = cluster.home.display().to_string();
         let port = cluster.port.to_string();
         cluster.conf(&[
@@ -172,16 +197,10 @@ impl Cluster {
             ("max_replication_slots", "64"),
             ("max_wal_senders", "64"),
             ("max_connections", "200"),
-            ("shared_preload_libraries", "pg_cron"),
-            ("cron.database_name", CRON_DATABASE),
-            // Jobs run without a connection of their own, so no password or hba entry is needed.
-            ("cron.use_background_workers", "on"),
             ("max_worker_processes", "20"),
             ("max_wal_size", "4GB"),
             ("log_line_prefix", "%m [%p] %a %d "),
         ]);
-        cluster.conf(settings);
-        cluster.start();
         cluster
     }
 
@@ -212,6 +231,33 @@ impl Cluster {
         );
         let (port, folder) = (copy.port.to_string(), copy.home.display().to_string());
         copy.conf(&[("port", &port), ("unix_socket_directories", &folder)]);
+        copy.start();
+        copy
+    }
+
+    /// A standby that keeps the slots of this cluster that are meant for standbys (from PostgreSQL 17 on). This cluster is
+    /// restarted: such versions come without `pg_basebackup`.
+    pub async fn synchronised_standby(&self) -> Self {
+        let slot = "select pg_create_physical_replication_slot('standby', true)";
+        self.connect("postgres").await.batch_execute(slot).await.expect("a physical slot");
+        self.stop(Stop::Fast);
+        let home = new_home();
+        must(Command::new("cp").arg("-a").arg(self.data()).arg(home.join("data")), "cp");
+        self.start();
+        let copy =
+            Self { port: free_port(), guard: start_guard(&self.bin, &home), bin: self.bin.clone(), home };
+        let (port, folder) = (copy.port.to_string(), copy.home.display().to_string());
+        let primary = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port);
+        copy.conf(&[
+            ("port", &port),
+            ("unix_socket_directories", &folder),
+            ("primary_conninfo", &primary),
+            ("primary_slot_name", "standby"),
+            ("sync_replication_slots", "on"),
+            ("hot_standby_feedback", "on"),
+        ]);
+        copy.install("standby.signal", b"");
+        must(Command::new("rm").arg("-rf").arg(copy.data().join("pg_replslot/standby")), "rm");
         copy.start();
         copy
     }
@@ -375,7 +421,8 @@ impl Cluster {
 
     /// Runs SQL with psql, without a runtime: for clean-up in `Drop`. Failures are ignored.
     pub fn psql_quietly(&self, database: &str, sql: &str) {
-        let mut command = Command::new(self.bin.join("psql"));
+        // Not every version here comes with one.
+        let mut command = Command::new(server_bin().join("psql"));
         command
             .args(["-X", "-q", "-U", "postgres", "-h"])
             .arg(&self.home)

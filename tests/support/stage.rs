@@ -55,6 +55,12 @@ impl Stage {
         Self::on(Server::Own(cluster), shape, Partitions::DefaultOnly).await
     }
 
+    /// On a server of its own, of another version.
+    pub async fn of_version(major: u32, shape: Shape, settings: &[(&str, &str)]) -> Self {
+        let cluster = Box::new(Cluster::start_version(major, settings));
+        Self::on(Server::Own(cluster), shape, Partitions::DefaultOnly).await
+    }
+
     /// On a server of its own, partitioned by pg_partman.
     pub async fn private_partitioned(shape: Shape) -> Self {
         Self::on(Server::Own(Box::new(Cluster::start_new(&[]))), shape, Partitions::Partman).await
