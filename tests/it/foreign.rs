@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 use crate::support::archive::{assert_same, files};
 use crate::support::schema::Shape;
 use crate::support::sidecar::Launch;
-use crate::support::stage::Stage;
+use crate::support::stage::{Stage, archived};
 use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -98,21 +98,6 @@ async fn drops(client: &Client) {
 async fn settled(stage: &Stage, client: &Client) {
     stage.assert_archived(DEADLINE).await;
     archived(client).await;
-}
-
-/// Everything that was committed is archived, and below the horizon.
-async fn archived(client: &Client) {
-    let id =
-        client.query_one("select pg_current_xact_id()::text::bigint", &[]).await.unwrap().get::<_, i64>(0);
-    until("the horizon has passed what was committed", DEADLINE, async || {
-        client
-            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
-            .await
-            .unwrap();
-        let sql = "select coalesce(min(archived_before::text::bigint), 0) from highwater.watermark";
-        (client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > id).then_some(())
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,7 +10,7 @@ use crate::support::cluster::Stop;
 use crate::support::schema::Shape;
 use crate::support::shadow;
 use crate::support::sidecar::{Launch, Sidecar};
-use crate::support::stage::Stage;
+use crate::support::stage::{Stage, archived};
 use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -33,22 +33,6 @@ async fn fill(client: &Client, days: i32, minutes: i32) {
          from generate_series(0, {minutes} - 1) n"
     );
     client.batch_execute(&sql).await.unwrap();
-}
-
-/// Waits until everything that was committed so far is below the horizon of all tables.
-async fn archived(client: &Client) {
-    let id =
-        client.query_one("select pg_current_xact_id()::text::bigint", &[]).await.unwrap().get::<_, i64>(0);
-    until("the horizon has passed what was committed", DEADLINE, async || {
-        // Writes, too, so that there is a position to record.
-        client
-            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
-            .await
-            .unwrap();
-        let sql = "select coalesce(min(archived_before::text::bigint), 0) from highwater.watermark";
-        (client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > id).then_some(())
-    })
-    .await;
 }
 
 async fn exists(client: &Client, table: &str) -> bool {
@@ -457,6 +441,30 @@ async fn a_detached_partition_is_verified_and_dropped() {
     assert!(!exists(&client, "scouter.old").await);
     assert!(exists(&client, "scouter.psi_drift_p2020_01_01").await);
     assert_eq!(count(&client, "shadow.psi_drift").await, 1000);
+}
+
+/// Rows of other tables that refer to it keep a partition; a dry run says so, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_foreign_keys_refer_to_stays() {
+    let (stage, client, _sidecar) = started(Shape::Named).await;
+    client
+        .batch_execute(
+            "create table public.note as
+                 select created_at, name, space, version, feature, bin_id from scouter.old limit 1;
+             alter table public.note add constraint noted foreign key (created_at, name, space, version, feature, bin_id)
+                 references scouter.psi_drift (created_at, name, space, version, feature, bin_id)",
+        )
+        .await
+        .unwrap();
+    archived(&client).await;
+    quiet(&stage).must(&["verify"]);
+    let dry_run = String::from_utf8(quiet(&stage).output(&["purge", "--dry-run"]).stdout).unwrap();
+    assert!(dry_run.contains("rows of note refer to it (foreign key noted)"), "{dry_run}");
+    purge(&client).await;
+    assert!(exists(&client, "scouter.old").await && !exists(&client, "scouter.older").await);
+    client.batch_execute("delete from public.note").await.unwrap();
+    purge(&client).await;
+    assert!(!exists(&client, "scouter.old").await, "{:?}", logged(&client, Some("scouter.old")).await);
 }
 
 /// pg_cron runs the purge; the statement that setup prints for a pg_cron in another database is run as it is.

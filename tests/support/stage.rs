@@ -224,3 +224,19 @@ impl Drop for Stage {
         }
     }
 }
+
+/// Waits until everything that was committed so far is below the horizon of all tables.
+pub async fn archived(client: &Client) {
+    let id =
+        client.query_one("select pg_current_xact_id()::text::bigint", &[]).await.unwrap().get::<_, i64>(0);
+    until("the horizon has passed what was committed", Duration::from_secs(60), async || {
+        // Writes, too, so that there is a position to record.
+        client
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .await
+            .unwrap();
+        let sql = "select coalesce(min(archived_before::text::bigint), 0) from highwater.watermark";
+        (client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > id).then_some(())
+    })
+    .await;
+}
