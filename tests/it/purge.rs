@@ -459,7 +459,7 @@ async fn a_partition_that_foreign_keys_refer_to_stays() {
     archived(&client).await;
     quiet(&stage).must(&["verify"]);
     let dry_run = String::from_utf8(quiet(&stage).output(&["purge", "--dry-run"]).stdout).unwrap();
-    assert!(dry_run.contains("rows of note refer to it (foreign key noted)"), "{dry_run}");
+    assert!(dry_run.contains("rows of public.note refer to it (foreign key noted)"), "{dry_run}");
     purge(&client).await;
     assert!(exists(&client, "scouter.old").await && !exists(&client, "scouter.older").await);
     client.batch_execute("delete from public.note").await.unwrap();
