@@ -169,6 +169,50 @@ async fn a_promoted_standby_of_18_has_the_slot() {
     a_promoted_standby_has_the_slot(18).await;
 }
 
+/// `pg_upgrade` makes another system of the same rows.
+async fn goes_on_after_an_upgrade(stage: Stage) {
+    let old = stage.cluster();
+    stage.launch().must(&["setup"]);
+    let mut sidecar = stage.start().await;
+    let load = Load::start(&old.uri_tcp(&stage.name), stage.shape);
+    load.goes_on(2_000, DEADLINE).await;
+    load.stop().await;
+    // In this order, as the README says.
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    old.stop(Stop::Fast);
+    let new = old.upgraded();
+    let launch = stage.launch().with("DATABASE_URI", &new.uri_tcp(&stage.name));
+    let mut sidecar = launch.start();
+    assert!(!sidecar.wait(DEADLINE).await.success());
+    assert!(sidecar.log().contains("--accept-new-system"), "{}", sidecar.log());
+    let check = launch.output(&["check"]);
+    assert!(String::from_utf8_lossy(&check.stdout).contains("is archived from system"), "{check:?}");
+    let mut sidecar = launch.start_with(&["--accept-new-system"]);
+    let load = Load::start(&new.uri_tcp(&stage.name), stage.shape);
+    load.goes_on(2_000, DEADLINE).await;
+    load.stop().await;
+    let client = new.connect(&stage.name).await;
+    for kind in KINDS {
+        until("everything is archived", DEADLINE, async || {
+            compare(&client, &stage.storage(), stage.shape, kind).await.is_none().then_some(())
+        })
+        .await;
+    }
+    launch.must(&["verify"]);
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_from_15_to_18() {
+    let settings = [("shared_preload_libraries", ""), ("fsync", "off")];
+    goes_on_after_an_upgrade(Stage::private(Shape::Named, &settings).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_from_17_to_18_with_the_slot() {
+    goes_on_after_an_upgrade(Stage::of_version(17, Shape::Entity, &[]).await).await;
+}
+
 /// What an earlier release has made is changed.
 #[tokio::test(flavor = "multi_thread")]
 async fn setup_has_a_slot_kept_on_standbys() {

