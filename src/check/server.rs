@@ -257,3 +257,27 @@ pub(super) async fn check_role(client: &Client, server: &Server, report: &mut Re
     }
     Ok(may_replicate)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_service_has_its_own_way() {
+        let own = Service::of(None);
+        assert_eq!(
+            own.set("max_wal_senders", "20", true),
+            "alter system set max_wal_senders = 20; -- then restart the server"
+        );
+        for role in ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin", "supabase_admin"] {
+            let service = Service::of(Some(role));
+            assert_ne!(service, Service::Own);
+            for name in ["wal_level", "max_wal_senders", "max_slot_wal_keep_size"] {
+                let remedy = service.set(name, "20", name != "max_slot_wal_keep_size");
+                assert!(!remedy.contains("alter system"), "{role}: {remedy}");
+            }
+        }
+        assert_eq!(Service::AmazonRds.grant_replication("a b"), r#"grant rds_replication to "a b";"#);
+        assert_eq!(Service::Azure.grant_replication("a"), r#"alter role "a" replication;"#);
+    }
+}

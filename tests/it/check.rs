@@ -81,6 +81,10 @@ async fn a_healthy_server_passes_and_each_broken_thing_is_found() {
     );
     highwater::setup::setup(&config).await.unwrap();
     assert_eq!(seen(&check(&config).await), [("pg-cron", Warning)], "nobody purges yet");
+    let key = "select blocked_by from highwater.purge_key('scouter.psi_drift'::regclass, now())";
+    let blocked: String =
+        cluster.connect(CRON_DATABASE).await.query_one(key, &[]).await.unwrap().get("blocked_by");
+    assert!(blocked.contains("no sidecar has archived it yet"), "{blocked}");
     let scheduled = highwater::setup::schedule_purge(&config, "17 * * * *").await.unwrap();
     assert!(scheduled.todo.is_empty() && scheduled.done.len() == 1, "{scheduled:?}");
     let report = check(&config).await;
