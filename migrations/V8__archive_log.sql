@@ -45,6 +45,20 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     order by k.place limit 1
 $$;
 
+-- Takes back what verifications have said of some partitions, and says why they may lack rows (if `reason` is not null). Each
+-- statement sees what was recorded until the first one had its lock, for which the recording of a verification waits, or which
+-- waits for that.
+create function highwater.void_partitions(table_name text, partitions oid[], reason text, held bigint) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+    update highwater.watermark w set gap_count = w.gap_count + 1, row_count = least(w.row_count, coalesce(held, w.row_count))
+    where w.source_table = table_name;
+    update highwater.covered_partition p set lacks_since = coalesce(p.lacks_since, clock_timestamp()), lacks_reason = reason
+    where p.source_table = table_name and p.partition_oid = any (partitions) and reason is not null;
+    delete from highwater.verified_partition v where v.source_table = table_name and v.partition_oid = any (partitions);
+end
+$$;
+
 -- Why a partition can't be dropped because of rows of other tables that refer to it by a foreign key; null if none do.
 create function highwater.referrers(unit oid) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp set row_security = off as $$

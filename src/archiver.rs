@@ -5,7 +5,7 @@ use tokio::sync::watch;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::retention;
-use crate::sidecar::{self, Owned};
+use crate::sidecar::{self, Owned, Phase};
 
 /// The archiver as a background task of the current Tokio runtime (multi-threaded).
 ///
@@ -38,7 +38,7 @@ impl Archiver {
         Self {
             task: Owned(tokio::spawn(async move {
                 let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone())));
-                sidecar::run(config, shutdown).await
+                sidecar::run(config, shutdown, watch::channel(Phase::Opening).0).await
             })),
         }
     }

@@ -1,7 +1,7 @@
 //! Sessions one after the other, until somebody says stop.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rand::RngExt;
@@ -57,7 +57,11 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// # Errors
 ///
 /// As [`Archiver::wait`](crate::Archiver::wait).
-pub(crate) async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result<()> {
+pub(crate) async fn run(
+    config: Config,
+    shutdown: watch::Receiver<()>,
+    phase: watch::Sender<Phase>,
+) -> Result<()> {
     let wants_text = Arc::new(AtomicBool::new(false));
     let mut pause = RETRY_PAUSE.0;
     let mut refused_since: Option<Instant> = None;
@@ -66,11 +70,13 @@ pub(crate) async fn run(config: Config, shutdown: watch::Receiver<()>) -> Result
     loop {
         let started = Instant::now();
         // The session sees the change in its own copy, so that this one still shows it afterwards.
-        let error = match session(&config, &shutdown, &wants_text).await {
+        phase.send_replace(Phase::Opening);
+        let error = match session(&config, &shutdown, &wants_text, &phase).await {
             Ok(Ended::Whole) => return Ok(()),
             Ok(Ended::Unopened) => return failure.map_or(Ok(()), Err),
             Err(error) => error,
         };
+        phase.send_replace(Phase::Failed);
         refused_since = error.is_refused_password().then(|| refused_since.unwrap_or_else(Instant::now));
         // A table that somebody has made unusable stops alone: the next session goes on without it.
         let may_pass = refused_since.map_or_else(
@@ -125,6 +131,17 @@ impl<T> Drop for Owned<T> {
     }
 }
 
+/// What a session is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// It gets the slot, and adds what the archive lacks.
+    Opening,
+    /// It archives what the stream brings.
+    Streaming,
+    /// The last one has failed; the next one begins soon.
+    Failed,
+}
+
 /// How a session ended that was told to.
 enum Ended {
     /// Everything that it received is archived.
@@ -138,6 +155,7 @@ async fn session(
     config: &Config,
     shutdown: &watch::Receiver<()>,
     wants_text: &Arc<AtomicBool>,
+    phase: &watch::Sender<Phase>,
 ) -> Result<Ended> {
     let opened = tokio::select! {
         biased;
@@ -145,17 +163,24 @@ async fn session(
         opened = open(config, wants_text) => opened?,
     };
     let Tasks { mut receiver, chunks, mut committer, builder } = opened;
+    phase.send_replace(Phase::Streaming);
+    let stopped_at = OnceLock::new();
+    let stopping = async {
+        stop(shutdown).await;
+        stopped_at.get_or_init(Instant::now);
+    };
     let outcome = tokio::select! {
         biased;
         // The committer's own error says more than that its queue is closed.
         result = &mut committer.0 => return Err(committer_ended(result)),
-        result = builder.run(chunks, stop(shutdown)) => result,
+        result = builder.run(chunks, stopping) => result,
         result = receiver.ended() => Err(receiver_ended(result)),
         // The queue to the committer is full, and storage takes nothing.
         () = async { stop(shutdown).await; sleep(STOP_TIMEOUT).await } => Err(late_stop()),
     };
     // The builder is gone, and with it the sender of work: the committer ends after what is queued.
-    let wait = if outcome.is_ok() { STOP_TIMEOUT } else { DRAIN_TIMEOUT };
+    let since = stopped_at.get().map(Instant::elapsed).unwrap_or_default();
+    let wait = if outcome.is_ok() { STOP_TIMEOUT.saturating_sub(since) } else { DRAIN_TIMEOUT };
     match timeout(wait, &mut committer.0).await {
         // Its error comes first: it may be the reason for the builder's.
         Ok(drained) => {

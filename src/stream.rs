@@ -184,7 +184,7 @@ impl Builder {
         while self.open.is_some() {
             tokio::select! {
                 biased;
-                () = sleep_until(deadline) => return Ok(()),
+                () = sleep_until(deadline) => return Err(unfinished()),
                 chunk = chunks.recv() => match chunk {
                     Some(chunk) => self.take(&chunk).await?,
                     None => return Ok(()),
@@ -462,6 +462,15 @@ impl Builder {
         // The committer has failed; its own error says why.
         self.work.send(work).await.map_err(|_| Error::Internal("the committer is gone".to_owned()))
     }
+}
+
+/// A stop came in the middle of a transaction.
+fn unfinished() -> Error {
+    let context = format!(
+        "a transaction was still being received {TRANSACTION_END_WAIT:?} after the stop; its rows, and those since the last \
+         checkpoint, are still in Postgres"
+    );
+    Error::io(context)(std::io::ErrorKind::TimedOut.into())
 }
 
 /// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter

@@ -239,7 +239,13 @@ fn link(staging: &FilePath, target: &FilePath) -> io::Result<()> {
 fn rename_noreplace(staging: &FilePath, target: &FilePath) -> io::Result<()> {
     #[cfg(test)]
     tests::fail_if_lacking(tests::Ability::RenameNew, target)?;
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::fs::{CWD, RenameFlags, renameat_with, statfs};
+    // Linux asks an SMB server for a rename that replaces: another machine's name would be lost (fs/smb/client).
+    const SMB: [i64; 3] = [0xFF53_4D42, 0xFE53_4D42, 0x517B];
+    let folder = target.parent().unwrap_or(target);
+    if SMB.contains(&statfs(folder)?.f_type) {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
     Ok(renameat_with(CWD, staging, CWD, target, RenameFlags::NOREPLACE)?)
 }
 

@@ -480,9 +480,11 @@ impl Table {
     ///
     /// As [`Table::commit`].
     pub async fn look(&mut self) -> Result<()> {
+        // A process that sleeps meanwhile must not take this for a fresh look.
+        let begun = SystemTime::now();
         self.catch_up(None).await?;
         self.check_end(self.version).await?;
-        self.looked_at = SystemTime::now();
+        self.looked_at = begun;
         Ok(())
     }
 

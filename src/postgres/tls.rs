@@ -201,7 +201,8 @@ impl Trust {
             None
         } else {
             let builder = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
-                .with_crls(lists);
+                .with_crls(lists)
+                .enforce_revocation_expiration();
             Some(builder.build().map_err(|error| Error::Setting {
                 setting: "sslrootcert, sslcrl".to_owned(),
                 value: error.to_string(),

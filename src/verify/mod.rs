@@ -56,8 +56,9 @@ const ARCHIVE_WAIT: Duration = Duration::from_secs(15);
 pub async fn verify(config: &Config, options: &Options, tell: &(dyn Fn(Progress) + Sync)) -> Result<Report> {
     let mut sql = Session::new(config.source.clone());
     let rows = watermark::choose(sql.run(watermark::read).await?, &config.slot, &options.tables)?;
-    let storage = Storage::open_existing(&config.storage)?;
-    let mut upkeep = Upkeep::begin(config, &storage, &mut sql, &rows, tell).await?;
+    // Where nothing was archived, nothing is begun.
+    Storage::open_existing(&config.storage)?;
+    let mut upkeep = Upkeep::begin(config, &mut sql, &rows, tell).await?;
     let report = compare(config, options, tell, &mut upkeep).await;
     upkeep.end().await;
     report
@@ -393,7 +394,9 @@ impl Table<'_> {
             let rows = postgres_rows + archive_rows;
             let found = comparison.hour(*hour, rows, is_held, (&mut *repair, &mut *sql)).await?;
             if found.missing + found.surplus + found.doubles > 0 {
-                if found.missing > 0 || !self.accepts_surplus {
+                // Files that were written anew, without the surplus copies, are to be read back.
+                let is_rewritten = found.doubles > 0 && repair.is_on();
+                if found.missing > 0 || is_rewritten || !self.accepts_surplus {
                     different.hours.insert(*hour);
                 }
                 let Found { missing, surplus, doubles, .. } = found;

@@ -52,6 +52,11 @@ impl Repair {
         Ok(Self { tables, mode, namer: Some(Arc::new(Namer::new())) })
     }
 
+    /// Whether it may write.
+    pub(super) fn is_on(&self) -> bool {
+        self.mode != RepairMode::Report
+    }
+
     /// Takes over what others have written since the claim; to be called again and again, since a comparison may take hours.
     pub(super) async fn look(&mut self) -> Result<()> {
         for table in &mut self.tables {
@@ -170,7 +175,7 @@ impl<'a> Comparison<'a> {
             tail,
             namer: repair.namer.clone().filter(|_| repair.mode != RepairMode::RemoveDoubles),
             copier: Copier::open(config, &table.point.client).await?,
-            doubles: (repair.mode != RepairMode::Report).then(Doubles::default),
+            doubles: repair.is_on().then(Doubles::default),
             removed: 0,
         })
     }

@@ -7,14 +7,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::{LOOK_INTERVAL, Progress};
-use crate::archive::Storage;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::foreign;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
-use crate::record::Kind;
-use crate::sidecar::{self, Owned};
+use crate::sidecar::{self, Owned, Phase};
 use crate::slot;
 use crate::watermark::{self, State, Watermark};
 
@@ -31,9 +28,16 @@ pub(super) struct Upkeep(Option<Own>);
 struct Own {
     task: Owned<Result<()>>,
     shutdown: watch::Sender<()>,
+    phase: watch::Receiver<Phase>,
 }
 
 impl Own {
+    fn start(config: &Config) -> Self {
+        let (shutdown, stopped) = watch::channel(());
+        let (told, phase) = watch::channel(Phase::Opening);
+        Self { task: Owned(tokio::spawn(sidecar::run(config.clone(), stopped, told))), shutdown, phase }
+    }
+
     /// Waits for its end; why that was.
     async fn wait(mut self) -> Result<()> {
         let result = (&mut self.task.0).await;
@@ -46,44 +50,53 @@ impl Upkeep {
     ///
     /// # Errors
     ///
-    /// Why our own archiver ended: nobody else can archive either.
+    /// There is no slot to archive with: a lasting one would keep the server's log when this is over. Or why our own archiver
+    /// ended: nobody else can archive either.
     pub(super) async fn begin(
         config: &Config,
-        storage: &Storage,
         sql: &mut Session,
         chosen: &[Watermark],
         tell: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self> {
-        let holder = slot::find(sql, &config.slot).await?.and_then(|slot| slot.active_pid);
-        if holder.is_some() {
+        if is_held(config, sql, HOLDER_WAIT).await? {
             return Ok(Self::default());
+        }
+        let slot = slot::find(sql, &config.slot).await?;
+        if slot.is_none_or(|slot| slot.wal_status == "lost") {
+            return Err(Error::Slot {
+                slot: config.slot.clone(),
+                detail: "nobody archives, and the slot is gone or lost: start `highwater run`, which makes a new one and adds what \
+                         the archive lacks"
+                    .to_owned(),
+                transient: false,
+            });
         }
         tracing::info!(
             slot = config.slot,
             "nobody archives: bringing the archive up to date first, and as long as this takes"
         );
-        let (shutdown, watcher) = watch::channel(());
-        let task = Owned(tokio::spawn(sidecar::run(config.clone(), watcher)));
-        let mut own = Self(Some(Own { task, shutdown }));
-        loop {
+        let mut own = Self(Some(Own::start(config)));
+        while let Some(Own { phase, .. }) = &own.0 {
+            let at = *phase.borrow();
+            match at {
+                Phase::Streaming => break,
+                // Somebody else was quicker.
+                Phase::Failed if is_held(config, sql, Duration::ZERO).await? => {
+                    own.end().await;
+                    return Ok(Self::default());
+                }
+                Phase::Opening | Phase::Failed => {}
+            }
             own.go_on().await?;
             let rows = sql.run(watermark::read).await?;
-            let of = |row: &Watermark| rows.iter().find(|now| now.source_table == row.source_table);
-            let mut waits_for = None;
-            for row in chosen.iter().filter_map(of).filter(|row| row.state != State::Streaming) {
-                // A table that is broken is left out, and told as such.
-                let kind = Kind::of_name(&row.kind);
-                if let Some(kind) = kind
-                    && foreign::is_mended(storage, kind).await
-                {
-                    waits_for = Some(row);
-                }
+            let is_chosen = |row: &&Watermark| chosen.iter().any(|one| one.source_table == row.source_table);
+            if let Some(row) = rows.iter().filter(is_chosen).find(|row| row.state != State::Streaming) {
+                let step = format!("adding what the archive lacks (state {})", row.state.name());
+                tell(Progress { table: row.source_table.clone(), step, done: 0, all: 0, unit: "rows" });
             }
-            let Some(row) = waits_for else { return Ok(own) };
-            let step = format!("adding what the archive lacks (state {})", row.state.name());
-            tell(Progress { table: row.source_table.clone(), step, done: 0, all: 0, unit: "rows" });
             sleep(LOOK_INTERVAL).await;
         }
+        Ok(own)
     }
 
     /// An error if our own archiver has ended: why.
@@ -117,6 +130,7 @@ impl Upkeep {
             // The others are not compared.
             let streaming = chosen.iter().filter(|row| row.state == State::Streaming);
             let behind = streaming
+                .filter(|row| of(row).is_none_or(|now| now.state == State::Streaming))
                 .map(|row| (row, of(row).map_or(Lsn::ZERO, |now| now.flushed_lsn)))
                 .filter(|(_, flushed)| *flushed < lsn)
                 .min_by_key(|(_, flushed)| *flushed);
@@ -171,5 +185,20 @@ impl Upkeep {
                 "what came meanwhile is not archived yet; it waits in Postgres"
             );
         }
+    }
+}
+
+/// Whether somebody holds the slot, now or soon: one that begins anew holds none for a moment.
+async fn is_held(config: &Config, sql: &mut Session, patience: Duration) -> Result<bool> {
+    let begun = Instant::now();
+    loop {
+        let slot = slot::find(sql, &config.slot).await?;
+        if slot.is_some_and(|slot| slot.active_pid.is_some()) {
+            return Ok(true);
+        }
+        if begun.elapsed() >= patience {
+            return Ok(false);
+        }
+        sleep(LOOK_INTERVAL).await;
     }
 }

@@ -113,16 +113,7 @@ pub struct Void<'a> {
 ///
 /// The statement failed.
 pub async fn void_partitions(client: &Client, void: &Void<'_>) -> Result<()> {
-    let statement = "
-        with counted as (
-            update highwater.watermark
-            set gap_count = gap_count + 1, row_count = least(row_count, coalesce($4::bigint, row_count))
-            where source_table = $1),
-        lacking as (
-            update highwater.covered_partition
-            set lacks_since = coalesce(lacks_since, clock_timestamp()), lacks_reason = $3::text
-            where source_table = $1 and partition_oid = any($2::oid[]) and $3::text is not null)
-        delete from highwater.verified_partition where source_table = $1 and partition_oid = any($2::oid[])";
+    let statement = "select highwater.void_partitions($1, $2::oid[], $3::text, $4::bigint)";
     let row_count = void.row_count.map(signed);
     let voided =
         client.execute(statement, &[&void.source_table, &void.partitions, &void.reason, &row_count]).await;

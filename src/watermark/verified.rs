@@ -34,7 +34,7 @@ pub async fn record_verified(client: &Client, verified: &Verified<'_>) -> Result
         insert into highwater.verified_partition as v
             (source_table, partition_oid, partition_name, row_count, checksum, horizon)
         select source_table, $2, $3, $4, $5, $6::text::xid8 from highwater.watermark
-        where source_table = $1 and state = 'streaming' and gap_count = $7
+        where source_table = $1 and state = 'streaming' and gap_count = $7 for update
         on conflict (source_table, partition_oid) do update
         set partition_name = excluded.partition_name, row_count = excluded.row_count, checksum = excluded.checksum,
             horizon = excluded.horizon, verified_at = clock_timestamp()";
@@ -77,9 +77,10 @@ pub async fn forget_verified(client: &Client, verified: &Verified<'_>) -> Result
 pub async fn set_lacking(client: &Client, verified: &Verified<'_>, lacks: bool) -> Result<()> {
     // What was noticed since the comparison began is not taken back by it.
     let statement = "
+        with held as (select gap_count from highwater.watermark where source_table = $1 for update)
         update highwater.covered_partition set lacks_since = case when $3 then clock_timestamp() end, lacks_reason = null
         where source_table = $1 and partition_oid = $2 and (lacks_since is not null) <> $3
-          and ($3 or exists (select from highwater.watermark w where w.source_table = $1 and w.gap_count = $4))";
+          and exists (select from held where $3 or held.gap_count = $4)";
     let context = format!("writing whether the archive lacks rows of {}", verified.partition_name);
     let written = client
         .execute(statement, &[&verified.source_table, &verified.partition_oid, &lacks, &verified.gap_count])
