@@ -324,9 +324,12 @@ async fn prepare(
         }
     }
     tracing::info!(session, "claimed the archive's tables");
+    let logged = logged_switches(config, &tables, identity).await?;
     match history {
-        History::Same { switches } => check_timeline(config, sql, &tables, switches).await?,
-        History::Accepted => {
+        History::Same { switches } if logged.is_empty() || !config.accept_new_system => {
+            check_timeline(config, sql, &tables, (switches, &logged)).await?;
+        }
+        History::Same { .. } | History::Accepted => {
             // The positions so far belong to another log. First in the Delta logs: until the watermarks follow, this
             // history has to be accepted again, or is a gap.
             sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
@@ -346,6 +349,10 @@ async fn prepare(
                 );
             }
         }
+    }
+    for table in &mut tables {
+        // Before any position of this timeline is written.
+        table.set_timeline(identity.timeline_id).await?;
     }
     foreign::look_back(config, sql, &mut tables).await?;
     recover::watermarks(storage, &tables, sql, config).await?;
@@ -510,6 +517,30 @@ async fn switch_points(
     Ok(switches)
 }
 
+/// Where the timelines ended that the archive's positions are of, if they are not the server's: by kind. The watermarks are
+/// those of the server that is asked: where two claim to be the primary, each has its own, but there is one archive.
+async fn logged_switches(config: &Config, tables: &[Table], identity: &Identity) -> Result<Vec<(Kind, Lsn)>> {
+    let mut switches = Vec::new();
+    let mut connection = None;
+    for table in tables {
+        let Some(logged) = table.timeline().filter(|logged| *logged != identity.timeline_id) else {
+            continue;
+        };
+        let mut switch = None;
+        // A later timeline is in no history of this one.
+        if logged < identity.timeline_id {
+            let mut server = match connection.take() {
+                Some(server) => server,
+                None => ReplicationConnection::connect(&config.source).await?,
+            };
+            switch = slot::switch_point(&mut server, logged, identity.timeline_id).await?;
+            connection = Some(server);
+        }
+        switches.push((table.kind(), switch.unwrap_or(Lsn::ZERO)));
+    }
+    Ok(switches)
+}
+
 /// A server that was promoted before it had received everything has lost transactions that are archived, and uses
 /// their positions again: what it writes there would be taken for archived. So the archive must not reach past the point
 /// where the timelines part; nor past the end of the server's log.
@@ -517,7 +548,7 @@ async fn check_timeline(
     config: &Config,
     sql: &mut Session,
     tables: &[Table],
-    switches: &[(String, Lsn)],
+    (switches, logged): (&[(String, Lsn)], &[(Kind, Lsn)]),
 ) -> Result<()> {
     let wal_end = sql.run(slot::wal_end).await?;
     let watermarks = sql.run(watermark::read).await?;
@@ -528,7 +559,9 @@ async fn check_timeline(
         // The quarantine has no watermark; it moves with the others.
         let switch =
             switches.iter().filter(|(switched, _)| name.as_ref().is_none_or(|name| name == switched));
-        let end = switch.map(|(_, lsn)| *lsn).min().map_or(wal_end, |lsn| lsn.min(wal_end));
+        let logged_here = logged.iter().filter(|(kind, _)| *kind == table.kind());
+        let switch = switch.map(|(_, lsn)| *lsn).chain(logged_here.map(|(_, lsn)| *lsn)).min();
+        let end = switch.map_or(wal_end, |lsn| lsn.min(wal_end));
         if reach <= end {
             continue;
         }
@@ -538,7 +571,7 @@ async fn check_timeline(
              what is archived (a promoted standby, a restored copy?), and new rows can't be told from archived ones by their \
              position; {}",
             table.kind().name(),
-            if switches.is_empty() {
+            if switches.is_empty() && logged.is_empty() {
                 "give HIGHWATER_SLOT a new name and run `highwater setup`, which makes it and marks the gap; then drop the \
                  old slot"
             } else {

@@ -123,6 +123,13 @@ fn sidecar_of(app_id: &str) -> &str {
 
 const REPAIR: &str = "/repair";
 
+/// The id of the `txn` whose version is the server's timeline that the sidecar's positions are of.
+pub(super) fn timeline_id(app_id: &str) -> String {
+    format!("{app_id}{TIMELINE}")
+}
+
+const TIMELINE: &str = "/timeline";
+
 /// The id of the `txn` whose version is how many surplus copies were ever removed from the table. No application's: it goes on
 /// whichever slot feeds the table.
 pub(super) const DOUBLES_REMOVED: &str = "highwater/doubles-removed";
@@ -315,6 +322,8 @@ impl Entry {
             match id.strip_prefix(sidecar_of(app_id)) {
                 Some("") => self.is_ours = true,
                 Some(REPAIR) => self.is_repair = true,
+                // Says nothing of rows.
+                Some(TIMELINE) => self.is_ours = true,
                 Some(rest) => self.has_mark |= rest.starts_with('/'),
                 None => {}
             }

@@ -71,6 +71,8 @@ pub struct Table {
     app_id: String,
     session_id: String,
     version: u64,
+    /// See [`Table::timeline`].
+    timeline: Option<i32>,
     commit_number: u64,
     lsn: Lsn,
     files: BTreeMap<String, TableFile>,
@@ -199,7 +201,9 @@ impl Table {
         let state = delta.snapshot().map_err(failed())?;
         let log_store = delta.log_store();
         let txn = async |id: &str| state.transaction_version(log_store.as_ref(), id).await.map_err(failed());
-        let (position, doubles) = futures::try_join!(txn(app_id), txn(log::DOUBLES_REMOVED))?;
+        let timeline_id = log::timeline_id(app_id);
+        let (position, timeline, doubles) =
+            futures::try_join!(txn(app_id), txn(&timeline_id), txn(log::DOUBLES_REMOVED))?;
         let doubles_removed = doubles.and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
         let mut table = Self {
             storage: storage.clone(),
@@ -210,6 +214,7 @@ impl Table {
             version: state.version(),
             commit_number: 0,
             lsn: position.map_or(Ok(start), |version| to_lsn(kind, version))?,
+            timeline: timeline.and_then(|timeline| i32::try_from(timeline).ok()),
             files: BTreeMap::new(),
             totals: Totals { doubles_removed, ..Totals::default() },
             foreign_copy: None,
@@ -224,6 +229,28 @@ impl Table {
         }
         table.checkpoint_version = table.read_checkpoint_version().await?;
         Ok(table)
+    }
+
+    /// The server's timeline that its position is of, as the log has it.
+    #[must_use]
+    pub const fn timeline(&self) -> Option<i32> {
+        self.timeline
+    }
+
+    /// Writes down which timeline the positions are of from now on, if the log does not say so yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`].
+    pub async fn set_timeline(&mut self, timeline: i32) -> Result<()> {
+        if self.timeline == Some(timeline) {
+            return Ok(());
+        }
+        let mut change = self.change("HIGHWATER TIMELINE", self.lsn);
+        change.marks.push((log::timeline_id(&self.app_id), i64::from(timeline)));
+        self.land(change).await?;
+        self.timeline = Some(timeline);
+        Ok(())
     }
 
     /// Position up to which the table is complete.
