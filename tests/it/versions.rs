@@ -157,6 +157,18 @@ async fn a_promoted_standby_has_the_slot(major: u32) {
     let log = sidecar.log();
     assert!(!log.contains("gap") && !log.contains("--accept-new-system"), "{log}");
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+
+    // The old primary comes back and goes on: its positions are not those that are archived.
+    primary.start();
+    let load = Load::start(&primary.uri_tcp(&stage.name), stage.shape);
+    load.goes_on(6_000, DEADLINE).await;
+    load.stop().await;
+    let mut refused = stage.launch().start();
+    assert!(!refused.wait(DEADLINE).await.success());
+    assert!(refused.log().contains("has lost what is archived"), "{}", refused.log());
+    let mut sidecar = launch.start();
+    sidecar.says("archiving slot", DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
