@@ -327,7 +327,7 @@ async fn prepare(
     let logged = logged_switches(config, &tables, identity).await?;
     match history {
         History::Same { switches } if logged.is_empty() || !config.accept_new_system => {
-            check_timeline(config, sql, &tables, (switches, &logged)).await?;
+            check_timeline(config, sql, &tables, switches, &logged).await?;
         }
         History::Same { .. } | History::Accepted => {
             // The positions so far belong to another log. First in the Delta logs: until the watermarks follow, this
@@ -548,7 +548,8 @@ async fn check_timeline(
     config: &Config,
     sql: &mut Session,
     tables: &[Table],
-    (switches, logged): (&[(String, Lsn)], &[(Kind, Lsn)]),
+    switches: &[(String, Lsn)],
+    logged: &[(Kind, Lsn)],
 ) -> Result<()> {
     let wal_end = sql.run(slot::wal_end).await?;
     let watermarks = sql.run(watermark::read).await?;

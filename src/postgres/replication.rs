@@ -36,7 +36,7 @@ impl ReplicationConnection {
     ///
     /// # Errors
     ///
-    /// Those of [`Socket::connect`](super::Socket::connect); [`Error::Server`] if the login is refused,
+    /// [`Error::Io`] if no server can be reached, [`Error::Server`] if the login is refused,
     /// [`Error::Protocol`] if the server asks for an authentication that is not supported.
     pub async fn connect(config: &SourceConfig) -> Result<Self> {
         Connection::open(config, Process::Walsender).await.map(Self)
