@@ -67,14 +67,14 @@ declare
     is_referred boolean;
 begin
     for key in
-        select c.conname, c.conrelid, c.conparentid,
+        select coalesce((select p.conname from pg_constraint p where p.oid = c.conparentid), c.conname) as conname, c.conrelid, c.conparentid,
                (select string_agg(format('f.%I = u.%I', f.attname, u.attname), ' and ')
                 from unnest(c.conkey, c.confkey) as k (own, other)
                 join pg_attribute f on f.attrelid = c.conrelid and f.attnum = k.own
                 join pg_attribute u on u.attrelid = c.confrelid and u.attnum = k.other) as same
         from pg_constraint c join pg_class t on t.oid = c.conrelid
         where c.contype = 'f' and c.confrelid = unit and not t.relispartition
-        order by c.conname
+        order by 1
     loop
         -- One that names the partition itself, and not a table above it, would have to be dropped first, whatever the rows.
         if key.conparentid = 0 then

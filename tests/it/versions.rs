@@ -11,7 +11,7 @@ use crate::support::cluster::Stop;
 use crate::support::load::Load;
 use crate::support::schema::{KINDS, Shape};
 use crate::support::stage::Stage;
-use crate::support::wait::until;
+use crate::support::wait::{until, within};
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
@@ -32,7 +32,7 @@ async fn life_of_a_row(major: u32, shape: Shape) {
     load.stop().await;
     let old = "insert into scouter.custom_drift
                select (jsonb_populate_record(c, jsonb_build_object('created_at', '2001-01-01Z'::timestamptz + n * interval '1 second'))).*
-               from (select d as c, row_number() over () as n from scouter.custom_drift d where isfinite(created_at) limit 200) as some";
+               from (select d as c, row_number() over () as n from scouter.custom_drift d where isfinite(created_at) limit 200) as few";
     assert_eq!(client.execute(old, &[]).await.unwrap(), 200);
     stage.launch().must(&["setup"]);
     let has_failover =
@@ -126,12 +126,20 @@ async fn a_promoted_standby_has_the_slot(major: u32) {
     stage.streaming().await;
     let load = Load::start(&primary.uri_tcp(&stage.name), stage.shape);
     load.goes_on(2_000, DEADLINE).await;
+    load.stop().await;
     let replica = standby.connect("postgres").await;
+    // A slot is synchronised once it has passed what ran when it was made; on an idle server that takes a record of what runs,
+    // and a position past it.
+    let client = stage.connect().await;
     let synced = async || {
+        let pass = "select pg_log_standby_snapshot(); select pg_logical_emit_message(true, 'highwater', 'checkpoint')";
+        client.batch_execute(pass).await.unwrap();
         let query = "select count(*) from pg_replication_slots where synced and not temporary and invalidation_reason is null";
         (replica.query_one(query, &[]).await.unwrap().get::<_, i64>(0) == 1).then_some(())
     };
-    until("the standby has the slot", DEADLINE, synced).await;
+    let is_synced = within(DEADLINE, synced).await.is_some();
+    assert!(is_synced, "{}", std::fs::read_to_string(standby.log()).unwrap());
+    let load = Load::start(&primary.uri_tcp(&stage.name), stage.shape);
     load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
     // Nothing may be lost between the two, so that source and archive can be compared.
@@ -190,6 +198,7 @@ async fn goes_on_after_an_upgrade(stage: Stage) {
     load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
     // In this order, as the README says.
+    stage.assert_archived(DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     old.stop(Stop::Fast);
     let new = old.upgraded();
@@ -210,7 +219,10 @@ async fn goes_on_after_an_upgrade(stage: Stage) {
         })
         .await;
     }
-    launch.must(&["verify"]);
+    until("the archive is proved", DEADLINE, async || {
+        launch.output(&["verify"]).status.success().then_some(())
+    })
+    .await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
 
@@ -235,7 +247,8 @@ async fn setup_has_a_slot_kept_on_standbys() {
     assert_eq!(text(&client, failover).await, "false");
     let check = stage.launch().output(&["check"]);
     assert!(String::from_utf8_lossy(&check.stdout).contains("is not kept on standbys"), "{check:?}");
-    let mut sidecar = stage.start().await;
+    let mut sidecar = stage.launch().with("HIGHWATER_FAILOVER", "false").start();
+    sidecar.says("archiving slot", DEADLINE).await;
     assert!(stage.launch().must(&["setup"]).contains("stop the sidecar"));
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     assert!(stage.launch().must(&["setup"]).contains("standbys will have it"));

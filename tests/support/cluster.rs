@@ -203,7 +203,18 @@ impl Cluster {
     fn old_bin(&self) -> PathBuf {
         if !self.bin.join("pg_controldata").exists() {
             let told = server_bin().join("pg_controldata");
-            let script = format!("#!/bin/sh\nfor data; do :; done\nexec {} \"$data\"\n", told.display());
+            let script = format!(
+                "#!/bin/sh
+                 for data; do :; done
+                 {} \"$data\" || exit
+                 segment=$({} \"$data\" | sed -n \"s/^Latest checkpoint's REDO WAL file: *//p\")
+                 log=$(echo $segment | cut -c 9-16)
+                 echo \"First log segment after reset: $(echo $segment | cut -c 1-8)$log$(printf %08X $((0x$(echo $segment | cut -c 17-24) + 1)))\"
+                 echo 'Default char data signedness: signed'
+                ",
+                told.display(),
+                told.display()
+            );
             for name in ["pg_controldata", "pg_resetwal"] {
                 let path = self.bin.join(name);
                 fs::write(&path, &script).expect("a script");
