@@ -8,7 +8,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::support::archive::compare;
 use crate::support::cluster::Stop;
-use crate::support::load::Load;
+use crate::support::load::{Load, create_entities};
 use crate::support::schema::{KINDS, Shape};
 use crate::support::stage::Stage;
 use crate::support::wait::{until, within};
@@ -24,6 +24,9 @@ async fn life_of_a_row(major: u32, shape: Shape) {
     let client = stage.connect().await;
     let version = text(&client, "show server_version").await;
     assert!(version.starts_with(&major.to_string()), "{version}");
+    if shape == Shape::Entity {
+        create_entities(&client).await;
+    }
     // Some rows are past retention, in a partition of their own, and from before the slot.
     let old = "create table scouter.old partition of scouter.custom_drift for values from ('2001-01-01Z') to ('2001-01-02Z')";
     client.batch_execute(old).await.unwrap();
@@ -192,6 +195,9 @@ async fn a_promoted_standby_of_18_has_the_slot() {
 /// `pg_upgrade` makes another system of the same rows.
 async fn goes_on_after_an_upgrade(stage: Stage) {
     let old = stage.cluster();
+    if stage.shape == Shape::Entity {
+        create_entities(&stage.connect().await).await;
+    }
     stage.launch().must(&["setup"]);
     let mut sidecar = stage.start().await;
     let load = Load::start(&old.uri_tcp(&stage.name), stage.shape);
