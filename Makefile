@@ -11,8 +11,8 @@ FEATURES := --features failpoints
 # as well.
 LINTED := RUSTC_WORKSPACE_WRAPPER=clippy-driver CLIPPY_ARGS=-Dwarnings
 
-# Many tests wait most of the time, but some are a whole machine's worth of load: on two cores four at once are the fastest.
-TEST_THREADS ?= 4
+# Many tests wait most of the time, but some are a whole machine's worth of load: on two cores three at once are the fastest.
+TEST_THREADS ?= 3
 
 demo:
 	scripts/setup

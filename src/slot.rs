@@ -29,6 +29,8 @@ pub(crate) struct Slot {
     pub(crate) failover: Option<bool>,
     /// Why it is lost, as far as the server says (from 17 on).
     pub(crate) invalidation_reason: Option<String>,
+    /// Since when nobody streams from it, RFC 3339, as far as the server says (from 17 on).
+    pub(crate) inactive_since: Option<String>,
 }
 
 /// The slot of that name in the session's database.
@@ -43,7 +45,8 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
                                 coalesce(wal_status, 'reserved'),
                                 pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
                                                      else pg_current_wal_lsn() end, restart_lsn)::bigint, active_pid,
-                                (to_jsonb(s) ->> 'failover')::boolean, to_jsonb(s) ->> 'invalidation_reason'
+                                (to_jsonb(s) ->> 'failover')::boolean, to_jsonb(s) ->> 'invalidation_reason',
+                                to_char((to_jsonb(s) ->> 'inactive_since')::timestamptz at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
                          from pg_replication_slots s where slot_name = $1";
             client.query_opt(query, &[&name]).await.map_err(Error::sql(format!("looking for slot {name:?}")))
         })
@@ -76,6 +79,7 @@ pub(crate) async fn find(sql: &mut Session, name: &str) -> Result<Option<Slot>> 
         retained_wal_bytes: row.try_get(4).map_err(Error::sql(unreadable))?,
         failover: row.try_get(6).map_err(Error::sql(unreadable))?,
         invalidation_reason: row.try_get(7).map_err(Error::sql(unreadable))?,
+        inactive_since: row.try_get(8).map_err(Error::sql(unreadable))?,
     }))
 }
 

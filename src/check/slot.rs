@@ -34,7 +34,7 @@ const SLOT: &str = "
            pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
                                 else pg_current_wal_lsn() end, restart_lsn)::int8,
            (to_jsonb(s) ->> 'failover')::boolean, to_jsonb(s) ->> 'invalidation_reason',
-           date_trunc('second', (to_jsonb(s) ->> 'inactive_since')::timestamptz)::text,
+           to_char((to_jsonb(s) ->> 'inactive_since')::timestamptz at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'),
            confirmed_flush_lsn is not null or slot_type <> 'logical', active_pid
       from pg_replication_slots s
      where slot_name = $1::text";

@@ -30,6 +30,8 @@ struct SlotObject<'a> {
     wal_status: &'a str,
     /// Why it is lost, as far as the server says.
     invalidation_reason: Option<&'a str>,
+    /// Since when nobody streams from it, as far as the server says.
+    inactive_since: Option<&'a str>,
     retained_wal_bytes: Option<i64>,
 }
 
@@ -88,6 +90,7 @@ fn document<'a>(
             confirmed_flush_lsn: slot.confirmed_flush_lsn.to_string(),
             wal_status: &slot.wal_status,
             invalidation_reason: slot.invalidation_reason.as_deref(),
+            inactive_since: slot.inactive_since.as_deref(),
             retained_wal_bytes: slot.retained_wal_bytes,
         }),
         tables: watermarks.iter().map(|row| table_object(row, purges, end)).collect(),
@@ -139,12 +142,16 @@ fn table(
 ) -> String {
     let mut text = match slot {
         Some(slot) => format!(
-            "slot {}: confirmed {}, WAL {}{}, {} retained\n\n",
+            "slot {}: confirmed {}, WAL {}{}, {} retained{}\n\n",
             slot.name,
             slot.confirmed_flush_lsn,
             slot.wal_status,
             slot.invalidation_reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default(),
             slot.retained_wal_bytes.map_or_else(|| "nothing".to_owned(), bytes),
+            slot.inactive_since
+                .as_ref()
+                .map(|since| format!("; nobody streams since {since}"))
+                .unwrap_or_default(),
         ),
         None => format!("slot {}: missing; run `highwater setup`\n\n", config.slot),
     };

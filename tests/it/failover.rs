@@ -5,12 +5,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use tokio_postgres::types::PgLsn;
-
-use crate::support::archive::compare;
 use crate::support::cluster::Stop;
 use crate::support::load::Load;
-use crate::support::schema::{KINDS, Shape};
+use crate::support::schema::Shape;
 use crate::support::sidecar::Launch;
 use crate::support::stage::Stage;
 use crate::support::wait::until;
@@ -46,13 +43,7 @@ async fn a_standby_that_is_named_first_takes_over_under_load() {
     // Nothing may be lost between the two, so that source and archive can be compared.
     load.stop().await;
     let client = stage.connect().await;
-    let end: PgLsn = client.query_one("select pg_current_wal_lsn()", &[]).await.unwrap().get(0);
-    let replica = standby.connect(&stage.name).await;
-    let replayed = async || {
-        let row = replica.query_one("select pg_last_wal_replay_lsn()", &[]).await.unwrap();
-        (row.get::<_, PgLsn>(0) >= end).then_some(())
-    };
-    until("the standby has everything", DEADLINE, replayed).await;
+    standby.follows(&client, DEADLINE).await;
     primary.stop(Stop::Fast);
     standby.promote();
     let load = Load::start(&standby.uri_tcp(&stage.name), stage.shape);
@@ -63,12 +54,7 @@ async fn a_standby_that_is_named_first_takes_over_under_load() {
     load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
     let client = standby.connect(&stage.name).await;
-    for kind in KINDS {
-        until("everything is archived", DEADLINE, async || {
-            compare(&client, &stage.storage(), stage.shape, kind).await.is_none().then_some(())
-        })
-        .await;
-    }
+    stage.assert_archived_from(&client, DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
 

@@ -4,12 +4,10 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use tokio_postgres::types::PgLsn;
 
-use crate::support::archive::compare;
 use crate::support::cluster::Stop;
 use crate::support::load::{Load, create_entities};
-use crate::support::schema::{KINDS, Shape};
+use crate::support::schema::Shape;
 use crate::support::stage::Stage;
 use crate::support::wait::{until, within};
 
@@ -102,7 +100,8 @@ async fn a_slot_that_was_idle_for_too_long() {
         (text(&client, reason).await == "idle_timeout").then_some(())
     };
     until("the slot is invalidated", DEADLINE, lost).await;
-    assert!(stage.launch().must(&["--watermarks"]).contains("lost (idle_timeout)"));
+    let marks = stage.launch().must(&["--watermarks"]);
+    assert!(marks.contains("lost (idle_timeout)") && marks.contains("nobody streams since 20"), "{marks}");
     let check = stage.launch().output(&["check"]);
     let check = String::from_utf8_lossy(&check.stdout).into_owned();
     assert!(check.contains("(idle_timeout)") && check.contains("idle_replication_slot_timeout"), "{check}");
@@ -147,24 +146,14 @@ async fn a_promoted_standby_has_the_slot(major: u32) {
     load.stop().await;
     // Nothing may be lost between the two, so that source and archive can be compared.
     let client = stage.connect().await;
-    let end: PgLsn = client.query_one("select pg_current_wal_lsn()", &[]).await.unwrap().get(0);
-    let replayed = async || {
-        let row = replica.query_one("select pg_last_wal_replay_lsn()", &[]).await.unwrap();
-        (row.get::<_, PgLsn>(0) >= end).then_some(())
-    };
-    until("the standby has everything", DEADLINE, replayed).await;
+    standby.follows(&client, DEADLINE).await;
     primary.stop(Stop::Immediate);
     standby.promote();
     let load = Load::start(&standby.uri_tcp(&stage.name), stage.shape);
     load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
     let client = standby.connect(&stage.name).await;
-    for kind in KINDS {
-        until("everything is archived", DEADLINE, async || {
-            compare(&client, &stage.storage(), stage.shape, kind).await.is_none().then_some(())
-        })
-        .await;
-    }
+    stage.assert_archived_from(&client, DEADLINE).await;
     let log = sidecar.log();
     assert!(!log.contains("gap") && !log.contains("--accept-new-system"), "{log}");
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
@@ -219,12 +208,7 @@ async fn goes_on_after_an_upgrade(stage: Stage) {
     load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
     let client = new.connect(&stage.name).await;
-    for kind in KINDS {
-        until("everything is archived", DEADLINE, async || {
-            compare(&client, &stage.storage(), stage.shape, kind).await.is_none().then_some(())
-        })
-        .await;
-    }
+    stage.assert_archived_from(&client, DEADLINE).await;
     until("the archive is proved", DEADLINE, async || {
         launch.output(&["verify"]).status.success().then_some(())
     })

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, NoTls};
 
 use super::wait::until;
@@ -308,6 +309,18 @@ impl Cluster {
         must(Command::new("rm").arg("-rf").arg(copy.data().join("pg_replslot/standby")), "rm");
         copy.start();
         copy
+    }
+
+    /// Waits until this standby has everything that was written to its primary by now, of which `client` is a session.
+    pub async fn follows(&self, client: &Client, deadline: Duration) {
+        let end: PgLsn =
+            client.query_one("select pg_current_wal_lsn()", &[]).await.expect("a position").get(0);
+        let replica = self.connect("postgres").await;
+        until("the standby has everything", deadline, async || {
+            let row = replica.query_one("select pg_last_wal_replay_lsn()", &[]).await.expect("a position");
+            (row.get::<_, PgLsn>(0) >= end).then_some(())
+        })
+        .await;
     }
 
     /// Makes a standby the primary.

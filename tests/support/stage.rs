@@ -200,6 +200,16 @@ impl Stage {
         assert_same(&client, &self.storage(), self.shape).await;
     }
 
+    /// Waits until everything that another server has in this stage's tables is archived.
+    pub async fn assert_archived_from(&self, client: &Client, deadline: Duration) {
+        for kind in KINDS {
+            until("everything is archived", deadline, async || {
+                compare(client, &self.storage(), self.shape, kind).await.is_none().then_some(())
+            })
+            .await;
+        }
+    }
+
     /// Compares all rows, now.
     pub async fn assert_same(&self) {
         assert_same(&self.connect().await, &self.storage(), self.shape).await;
