@@ -9,7 +9,7 @@ use crate::support::schema::Shape;
 use crate::support::stage::Stage;
 use crate::support::wait::within;
 
-const DEADLINE: Duration = Duration::from_secs(90);
+const DEADLINE: Duration = Duration::from_secs(240);
 
 /// Enough for kills to hit every phase of a checkpoint, few enough for a test.
 const KILLS: u32 = 25;
