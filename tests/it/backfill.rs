@@ -15,7 +15,7 @@ use crate::support::sidecar::{Launch, Sidecar};
 use crate::support::stage::Stage;
 use crate::support::wait::{until, within};
 
-const DEADLINE: Duration = Duration::from_secs(240);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// Rows of each table that are there before the slot; `TEST_EARLIER_ROWS=1700000` makes 5 million of three tables.
 fn earlier() -> i64 {
