@@ -257,7 +257,7 @@ begin
             into young, first_young using horizon;
         if first_young < key.horizon then
             is_due_again := true;
-            blocked_by := format('%s came, or were written anew, after its rows were read back from the archive (transaction %s or later; verified up to %s): a purge has it verified again, and `highwater verify` does that now',
+            blocked_by := format('%s came after its rows were read back from the archive, or was written anew (transaction %s or later; verified up to %s): a purge has it verified again, and `highwater verify` does that now',
                 highwater.rows(young), first_young, verified);
         else
             blocked_by := format('%s of transaction %s or later are not archived yet; archived_before is %s; the sidecar last reported %s',

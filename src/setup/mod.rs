@@ -150,8 +150,8 @@ async fn lock_out_others(client: &Client) -> Result<()> {
         return Ok(());
     }
     let query = "select string_agg(pid::text, ', ') from pg_locks
-                 where locktype = 'advisory' and granted and classid = ($1 >> 32)::bigint::oid
-                   and objid = ($1 & 4294967295)::oid and database = (select oid from pg_database where datname = current_database())";
+                 where locktype = 'advisory' and granted and classid = ($1::bigint >> 32)::oid
+                   and objid = ($1::bigint & 4294967295)::oid and database = (select oid from pg_database where datname = current_database())";
     let row = client.query_one(query, &[&SETUP_LOCK]).await.map_err(failed())?;
     let process: Option<String> = row.try_get(0).map_err(failed())?;
     tracing::warn!(process, "waiting for another setup of this database to end");

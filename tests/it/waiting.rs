@@ -28,7 +28,7 @@ async fn setup_says_whom_it_waits_for_and_leaves_nothing_behind() {
     forgotten.batch_execute(&format!("begin; {insert}")).await.unwrap();
     let pid = number(&forgotten, "select pg_backend_pid()::bigint").await;
     let slots = "select count(*) from pg_replication_slots";
-    for signal in ["INT", "KILL"] {
+    for signal in ["TERM", "KILL"] {
         let mut setup = stage.launch().start_command(&["setup"]);
         setup.says(&format!("process {pid} of postgres"), DEADLINE).await;
         assert!(setup.log().contains("pg_backend_pid"), "its query is shown: {}", setup.log());
