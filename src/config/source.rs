@@ -595,7 +595,7 @@ mod tests {
             ("host=h user=u password='secret", "single quote"),
             ("host=h passwort=secret", "\"passwort\", but must be one of host"),
             ("host=h password=my-secret /secret=x", "\"***\", but must be one of"),
-            ("postgres://u:secret@h/d?pasword=secret", "\"pasword\", but must be one of host, port"),
+            ("postgres://u:secret@h/d?pasword=secret", "\"pasword\", but must be one of host"),
         ] {
             let error = load(Some(uri), &[]).unwrap_err();
             assert!(matches!(error, Error::Setting { .. }), "{uri}: {error:?}");
