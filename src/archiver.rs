@@ -3,7 +3,7 @@
 use tokio::sync::watch;
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::retention;
 use crate::sidecar::{self, Owned, Phase};
 
@@ -50,7 +50,6 @@ impl Archiver {
     /// Why it ended although nobody asked it to; or why a stop was not clean (rows that were not archived yet
     /// are still in Postgres).
     pub async fn wait(mut self) -> Result<()> {
-        let result = (&mut self.task.0).await;
-        result.unwrap_or_else(|error| Err(Error::Internal(format!("the archiver failed: {error}"))))
+        self.task.outcome("the archiver").await
     }
 }

@@ -108,9 +108,8 @@ pub(crate) async fn wait_until_noted(config: &Config, sql: &mut Session) -> Resu
         while begun.elapsed() < config.max_lag * 2 + NOTE_WAIT {
             let logs = sql.run(watermark::read_archive_logs).await?;
             let Some(log) = logs.get(kind.name()) else { break };
-            let is_held = slot::find(sql, &config.slot).await?.is_some_and(|slot| slot.active_pid.is_some());
             let is_behind = archive::removes_since(&storage, kind, &app_id, log.version).await;
-            if !is_held || !is_behind.unwrap_or(false) {
+            if !is_behind.unwrap_or(false) || !slot::is_held(sql, &config.slot).await? {
                 break;
             }
             sleep(NOTE_INTERVAL).await;

@@ -90,10 +90,9 @@ async fn tell_unarchived(config: &Config, sql: &mut Session, told: &mut Told) {
 
 /// Verifies a partition; how long it is to be left alone if it could not be. One that was dropped meanwhile needs no more.
 async fn verify_one(config: &Config, sql: &mut Session, due: &Due) -> Option<Duration> {
-    let pause = compare_one(config, due).await;
-    let (pause, why) = match pause {
+    let why = match compare_one(config, due).await {
         Ok(pause) => return pause,
-        Err(why) => (FAILED_PAUSE, why),
+        Err(why) => why,
     };
     let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
     let query = "select exists (select from pg_class where oid = $1)";
@@ -107,7 +106,7 @@ async fn verify_one(config: &Config, sql: &mut Session, due: &Due) -> Option<Dur
     } else {
         tracing::info!(table, partition, "dropped while it was read back");
     }
-    Some(pause)
+    Some(FAILED_PAUSE)
 }
 
 /// Compares a partition; how long it is to be left alone. The error is why it could not be compared.

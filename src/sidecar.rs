@@ -125,6 +125,17 @@ struct Tasks {
 #[derive(Debug)]
 pub(crate) struct Owned<T>(pub(crate) JoinHandle<T>);
 
+impl<T> Owned<Result<T>> {
+    /// Waits for its end; what it gave. One that has failed is told by this name.
+    ///
+    /// # Errors
+    ///
+    /// Those of the task.
+    pub(crate) async fn outcome(&mut self, name: &str) -> Result<T> {
+        (&mut self.0).await.unwrap_or_else(|error| Err(Error::Internal(format!("{name} failed: {error}"))))
+    }
+}
+
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
         self.0.abort();
@@ -150,6 +161,9 @@ enum Ended {
     Unopened,
 }
 
+/// How messages name the task.
+const COMMITTER: &str = "the committer";
+
 /// One hold of the slot.
 async fn session(
     config: &Config,
@@ -172,7 +186,7 @@ async fn session(
     let outcome = tokio::select! {
         biased;
         // The committer's own error says more than that its queue is closed.
-        result = &mut committer.0 => return Err(committer_ended(result)),
+        result = committer.outcome(COMMITTER) => return Err(committer_ended(result)),
         result = builder.run(chunks, stopping) => result,
         result = receiver.ended() => Err(receiver_ended(result)),
         // The queue to the committer is full, and storage takes nothing.
@@ -181,11 +195,9 @@ async fn session(
     // The builder is gone, and with it the sender of work: the committer ends after what is queued.
     let since = stopped_at.get().map(Instant::elapsed).unwrap_or_default();
     let wait = if outcome.is_ok() { STOP_TIMEOUT.saturating_sub(since) } else { DRAIN_TIMEOUT };
-    match timeout(wait, &mut committer.0).await {
+    match timeout(wait, committer.outcome(COMMITTER)).await {
         // Its error comes first: it may be the reason for the builder's.
-        Ok(drained) => {
-            drained.unwrap_or_else(|error| Err(Error::Internal(format!("the committer failed: {error}"))))?
-        }
+        Ok(drained) => drained?,
         Err(_) => {
             outcome?;
             return Err(late_stop());
@@ -202,12 +214,8 @@ fn late_stop() -> Error {
     Error::io(context)(std::io::ErrorKind::TimedOut.into())
 }
 
-fn committer_ended(result: Result<Result<()>, tokio::task::JoinError>) -> Error {
-    match result {
-        Ok(Ok(())) => Error::Internal("the committer ended early".to_owned()),
-        Ok(Err(error)) => error,
-        Err(error) => Error::Internal(format!("the committer failed: {error}")),
-    }
+fn committer_ended(result: Result<()>) -> Error {
+    result.err().unwrap_or_else(|| Error::Internal(format!("{COMMITTER} ended early")))
 }
 
 /// Gets the slot, claims the tables, brings the watermarks up to them, adds what the archive lacks, and starts the tasks.

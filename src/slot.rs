@@ -95,6 +95,15 @@ pub(crate) enum Lifetime {
     },
 }
 
+/// Whether somebody streams from the slot of that name.
+///
+/// # Errors
+///
+/// As [`find`].
+pub(crate) async fn is_held(sql: &mut Session, name: &str) -> Result<bool> {
+    Ok(find(sql, name).await?.is_some_and(|slot| slot.active_pid.is_some()))
+}
+
 /// What becomes of the snapshot that a new slot has (manual section 55.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SnapshotUse {

@@ -13,6 +13,7 @@ mod foreign;
 mod hours;
 mod log;
 mod maintain;
+mod marks;
 mod merge;
 mod name;
 mod object_reader;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::foreign::{self, ForeignRemoval};
 use super::log::{self, CommitId, Entry, TableFile, entry_path};
 use super::merge::Merged;
-use super::open::{check_entry, create_if_absent, open_checked, open_delta};
+use super::open::{check_entry, create_if_absent, open_checked};
 use super::snapshot::table_files;
 use super::{DataFile, Storage, unusable};
 use crate::record::Kind;
@@ -72,7 +72,7 @@ pub struct Table {
     session_id: String,
     version: u64,
     /// See [`Table::timeline`].
-    timeline: Option<i32>,
+    pub(super) timeline: Option<i32>,
     commit_number: u64,
     lsn: Lsn,
     files: BTreeMap<String, TableFile>,
@@ -111,7 +111,7 @@ pub(super) struct Change {
     pub(super) keeps: Vec<String>,
     lsn: Lsn,
     /// More `txn` actions: application id and version.
-    marks: Vec<(String, i64)>,
+    pub(super) marks: Vec<(String, i64)>,
     /// The rows did not come by the stream: nobody else may add such rows meanwhile.
     pub(super) is_copy: bool,
     /// It replaces files by others of the same rows.
@@ -231,28 +231,6 @@ impl Table {
         Ok(table)
     }
 
-    /// The server's timeline that its position is of, as the log has it.
-    #[must_use]
-    pub const fn timeline(&self) -> Option<i32> {
-        self.timeline
-    }
-
-    /// Writes down which timeline the positions are of from now on, if the log does not say so yet.
-    ///
-    /// # Errors
-    ///
-    /// As [`Table::commit`].
-    pub async fn set_timeline(&mut self, timeline: i32) -> Result<()> {
-        if self.timeline == Some(timeline) {
-            return Ok(());
-        }
-        let mut change = self.change("HIGHWATER TIMELINE", self.lsn);
-        change.marks.push((log::timeline_id(&self.app_id), i64::from(timeline)));
-        self.land(change).await?;
-        self.timeline = Some(timeline);
-        Ok(())
-    }
-
     /// Position up to which the table is complete.
     #[must_use]
     pub const fn lsn(&self) -> Lsn {
@@ -316,55 +294,6 @@ impl Table {
             true => Ok(()),
             false => Err(Error::Internal("a commit that removes nothing was abandoned".to_owned())),
         }
-    }
-
-    /// Adds files that did not come by the stream, in one log entry with marks, which [`Table::marks`] gives back. The
-    /// position stays. Otherwise as [`Table::commit`].
-    ///
-    /// # Errors
-    ///
-    /// As [`Table::commit`]; and [`Error::Conflict`] if somebody else has added rows in this way since the claim: they may
-    /// be the same ones.
-    pub async fn commit_copy(
-        &mut self,
-        files: &[DataFile],
-        marks: &[(String, u64)],
-        note: &CommitNote,
-    ) -> Result<()> {
-        let mut change = self.change("WRITE", self.lsn);
-        change.is_copy = true;
-        change.adds = files.iter().map(|file| file.to_table_file(self.kind)).collect();
-        for (name, value) in marks {
-            let value = i64::try_from(*value)
-                .map_err(|_| Error::Internal(format!("mark {name} is past what a log holds: {value}")))?;
-            change.marks.push((self.mark_id(name), value));
-        }
-        change.note = note.to_json();
-        self.land(change).await.map(drop)
-    }
-
-    /// The newest values of these marks, where they were ever set.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Delta`] if the log can't be read.
-    pub async fn marks(&self, names: &[String]) -> Result<BTreeMap<String, u64>> {
-        let delta = open_delta(&self.storage, self.kind).await?;
-        let failed = || Error::delta(self.kind, "reading the log");
-        let state = delta.snapshot().map_err(failed())?;
-        let mut marks = BTreeMap::new();
-        for name in names {
-            let log_store = delta.log_store();
-            let value = state.transaction_version(log_store.as_ref(), self.mark_id(name)).await;
-            if let Some(value) = value.map_err(failed())?.and_then(|value| u64::try_from(value).ok()) {
-                marks.insert(name.clone(), value);
-            }
-        }
-        Ok(marks)
-    }
-
-    fn mark_id(&self, name: &str) -> String {
-        format!("{}/{name}", self.app_id)
     }
 
     /// Sets the position, even back: for a slot of another history, whose positions have nothing to do with the ones so
@@ -613,7 +542,7 @@ impl Table {
 }
 
 impl CommitNote {
-    fn to_json(self) -> Map<String, Value> {
+    pub(super) fn to_json(self) -> Map<String, Value> {
         let time = |micros: Option<i64>| micros.and_then(chrono::DateTime::<Utc>::from_timestamp_micros);
         let mut note = Map::new();
         note.insert("firstLsn".to_owned(), json!(self.first_lsn.to_string()));

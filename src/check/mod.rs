@@ -70,12 +70,10 @@ async fn check_walsender(client: &Client, config: &Config, report: &mut Report) 
             }
         };
     report.ok("replication-login", config.source.to_string(), "is accepted");
-    let readable = "select coalesce(has_schema_privilege(to_regnamespace('highwater'), 'usage')
-                                    and has_table_privilege(to_regclass('highwater.watermark'), 'select'), false)";
-    let failed = || Error::sql("comparing the server with the watermarks");
-    if !client.query_one(readable, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())? {
+    if !can_read_watermarks(client).await? {
         return Ok(());
     }
+    let failed = || Error::sql("comparing the server with the watermarks");
     let identity = crate::slot::identify(&mut connection).await?;
     let others = "select source_table, system_identifier from highwater.watermark
                   where slot_name = $1 and system_identifier <> $2 order by 1 limit 1";
@@ -138,6 +136,16 @@ async fn check_database(client: &Client, config: &Config, report: &mut Report) {
     if let Err(error) = within(steps, purge::check(client, config, report)).await {
         report.failure("purge", "highwater", &error);
     }
+}
+
+/// Whether there are watermarks that this role may read.
+async fn can_read_watermarks(client: &Client) -> Result<bool> {
+    let query = "
+        select exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                        where n.nspname = 'highwater' and c.relname = 'watermark'
+                          and has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select'))";
+    let row = client.query_one(query, &[]).await;
+    row.and_then(|row| row.try_get(0)).map_err(Error::sql("looking for the watermarks"))
 }
 
 async fn check_storage(settings: &ObjectStorageSettings, report: &mut Report) {

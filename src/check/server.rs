@@ -172,7 +172,7 @@ impl Server {
                 "encoding",
                 &self.database,
                 "is in SQL_ASCII, so a text in it may be anything: a row with one that is not UTF-8 goes to the quarantine",
-                "have the clients write UTF-8; `select * from` the archive's quarantine shows what was not",
+                "have the clients write UTF-8; `highwater sql \"select * from quarantine\"` shows what was not",
             ),
             other => report.ok("encoding", &self.database, format!("is in {other}: texts are archived in UTF-8")),
         }

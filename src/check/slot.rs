@@ -3,7 +3,7 @@
 use tokio_postgres::{Client, Row};
 
 use super::server::Server;
-use super::{Report, human_bytes, literal};
+use super::{Report, can_read_watermarks, human_bytes, literal};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -38,11 +38,6 @@ const SLOT: &str = "
            confirmed_flush_lsn is not null or slot_type <> 'logical', active_pid
       from pg_replication_slots s
      where slot_name = $1::text";
-
-const WATERMARK_EXISTS: &str = "
-    select exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
-                    where n.nspname = 'highwater' and c.relname = 'watermark'
-                      and has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select'))";
 
 const WATERMARK_OF_SLOT: &str = "select exists (select from highwater.watermark where slot_name = $1::text)";
 
@@ -85,9 +80,8 @@ fn read(row: &Row) -> Result<Slot, tokio_postgres::Error> {
 
 async fn check_missing(client: &Client, name: &str, report: &mut Report) -> Result<()> {
     let context = "looking for the slot's watermark";
-    let readable = client.query_one(WATERMARK_EXISTS, &[]).await.map_err(Error::sql(context))?;
     let mut was_used = false;
-    if readable.try_get(0).map_err(Error::sql(context))? {
+    if can_read_watermarks(client).await? {
         let row = client.query_one(WATERMARK_OF_SLOT, &[&name]).await.map_err(Error::sql(context))?;
         was_used = row.try_get(0).map_err(Error::sql(context))?;
     }

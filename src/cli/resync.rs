@@ -24,8 +24,7 @@ pub(super) async fn resync(config: &Config, flags: &ResyncFlags) -> Result<()> {
         sql.run(async |client| watermark::resync(client, table).await).await?;
         print(&format!("{table} is marked as a gap: every row of it will be compared with the archive"))?;
     }
-    let holder = slot::find(&mut sql, &config.slot).await?.and_then(|slot| slot.active_pid);
-    print(if holder.is_some() {
+    print(if slot::is_held(&mut sql, &config.slot).await? {
         "The sidecar begins within seconds; `highwater --watermarks` shows state streaming when it is done."
     } else {
         "Nobody archives now; it is done when `highwater run` starts."

@@ -134,9 +134,7 @@ async fn compare(
             }
         } else {
             let state = still.map_or(row.state, |now| now.state);
-            let slot = slot::find(&mut sql, &config.slot).await?;
-            let is_held = slot.is_some_and(|slot| slot.active_pid.is_some());
-            table.not_compared = Some(not_steady(state, is_held));
+            table.not_compared = Some(not_steady(state, slot::is_held(&mut sql, &config.slot).await?));
         }
         report.equal &= table.is_whole() && table.differences.is_empty();
         report.tables.push(table);

@@ -40,8 +40,7 @@ impl Own {
 
     /// Waits for its end; why that was.
     async fn wait(mut self) -> Result<()> {
-        let result = (&mut self.task.0).await;
-        result.unwrap_or_else(|error| Err(Error::Internal(format!("the archiver failed: {error}"))))
+        self.task.outcome("the archiver").await
     }
 }
 
@@ -58,7 +57,7 @@ impl Upkeep {
         chosen: &[Watermark],
         tell: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self> {
-        if is_held(config, sql, HOLDER_WAIT).await? {
+        if is_held_soon(config, sql).await? {
             return Ok(Self::default());
         }
         let slot = slot::find(sql, &config.slot).await?;
@@ -81,7 +80,7 @@ impl Upkeep {
             match at {
                 Phase::Streaming => break,
                 // Somebody else was quicker.
-                Phase::Failed if is_held(config, sql, Duration::ZERO).await? => {
+                Phase::Failed if slot::is_held(sql, &config.slot).await? => {
                     own.end().await;
                     return Ok(Self::default());
                 }
@@ -135,7 +134,6 @@ impl Upkeep {
                 .filter(|(_, flushed)| *flushed < lsn)
                 .min_by_key(|(_, flushed)| *flushed);
             let Some((last, flushed)) = behind else { return Ok(()) };
-            let holder = slot::find(sql, &config.slot).await?.and_then(|slot| slot.active_pid);
             let waited = |detail: &str| Error::Slot {
                 slot: config.slot.clone(),
                 detail: format!(
@@ -153,7 +151,7 @@ impl Upkeep {
                     all: lsn.bytes_since(first),
                     unit: "bytes",
                 });
-            } else if holder.is_some() {
+            } else if slot::is_held(sql, &config.slot).await? {
                 held = Instant::now();
             } else if held.elapsed() > HOLDER_WAIT {
                 return Err(waited(
@@ -189,16 +187,13 @@ impl Upkeep {
 }
 
 /// Whether somebody holds the slot, now or soon: one that begins anew holds none for a moment.
-async fn is_held(config: &Config, sql: &mut Session, patience: Duration) -> Result<bool> {
+async fn is_held_soon(config: &Config, sql: &mut Session) -> Result<bool> {
     let begun = Instant::now();
-    loop {
-        let slot = slot::find(sql, &config.slot).await?;
-        if slot.is_some_and(|slot| slot.active_pid.is_some()) {
-            return Ok(true);
-        }
-        if begun.elapsed() >= patience {
+    while !slot::is_held(sql, &config.slot).await? {
+        if begun.elapsed() >= HOLDER_WAIT {
             return Ok(false);
         }
         sleep(LOOK_INTERVAL).await;
     }
+    Ok(true)
 }
