@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::support::archive;
-use crate::support::s3::{Answer, S3, Turn};
+use crate::support::s3::{Answer, Request, S3, Turn};
 use crate::support::schema::Shape;
 use crate::support::sidecar::Launch;
 use crate::support::stage::Stage;
@@ -292,6 +292,82 @@ async fn credentials_and_region_are_found_as_the_aws_tools_do() {
     ] {
         let finding = storage_finding(&bare.clone().with("AWS_PROFILE", profile));
         assert!(finding.contains(says) && !finding.contains("hunter2"), "{profile}: {finding}");
+    }
+}
+
+/// The service that exchanges a web identity's token, a machine's metadata service, and a container's, at one address.
+fn give_credentials(request: &Request) -> Turn {
+    let end = "2099-01-01T00:00:00Z";
+    let keys = |id: &str| {
+        Turn::Say(Answer::new(200).body(format!(
+            r#"{{"AccessKeyId": "{id}", "SecretAccessKey": "hunter2", "Token": "of-the-session", "Expiration": "{end}"}}"#
+        )))
+    };
+    let has = |header: &str, value: &str| request.headers.get(header).is_some_and(|found| found == value);
+    let has_ticket = has("x-aws-ec2-metadata-token", "a-ticket");
+    match (request.method.as_str(), request.key.as_str()) {
+        ("POST", "") if request.query.contains("WebIdentityToken=of-the-cluster") => {
+            Turn::Say(Answer::new(200).body(format!(
+                "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>\
+                 <SessionToken>of-the-session</SessionToken><SecretAccessKey>hunter2</SecretAccessKey>\
+                 <Expiration>{end}</Expiration><AccessKeyId>of-an-identity</AccessKeyId></Credentials>\
+                 </AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+            )))
+        }
+        ("PUT", "latest/api/token") => Turn::Say(Answer::new(200).body("a-ticket")),
+        ("GET", "latest/meta-data/iam/security-credentials/") if has_ticket => {
+            Turn::Say(Answer::new(200).body("the-role"))
+        }
+        ("GET", "latest/meta-data/iam/security-credentials/the-role") if has_ticket => keys("of-a-machine"),
+        ("GET", "container") if has("authorization", "of-the-pod") => keys("of-a-pod"),
+        _ => Turn::Serve,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_that_give_credentials_are_asked() {
+    let stage = Stage::shared(Shape::Named).await;
+    let store = S3::start().await;
+    store.behaves(give_credentials);
+    let token = stage.folder().join("token").display().to_string();
+    let pod_token = stage.folder().join("token of the pod").display().to_string();
+    fs::write(&token, "of-the-cluster").expect("a file");
+    fs::write(&pod_token, "of-the-pod").expect("a file");
+    let config = format!("[profile web]\nrole_arn = arn\nweb_identity_token_file = {token}\n");
+    let bare = store.launch_bare(stage.launch()).with("HOME", &home(&stage, &config, ""));
+    let sts = bare.clone().with("AWS_ENDPOINT_URL_STS", &store.endpoint());
+    let of_environment = sts.clone().with("AWS_WEB_IDENTITY_TOKEN_FILE", &token).with("AWS_ROLE_ARN", "arn");
+    let container = bare
+        .clone()
+        .with("AWS_CONTAINER_CREDENTIALS_FULL_URI", &format!("{}/container", store.endpoint()))
+        .with("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", &pod_token);
+    for (launch, key) in [
+        (of_environment.clone(), "of-an-identity"),
+        (sts.clone().with("AWS_PROFILE", "web"), "of-an-identity"),
+        (container, "of-a-pod"),
+        (bare.clone().with("AWS_METADATA_ENDPOINT", &store.endpoint()), "of-a-machine"),
+    ] {
+        let finding = storage_finding(&launch);
+        assert!(finding.contains("can be written"), "{key}: {finding}");
+        let written = store
+            .requests()
+            .into_iter()
+            .rfind(|request| request.method == "PUT" && request.key.starts_with("drift"));
+        let headers = written.unwrap_or_else(|| panic!("{key}: nothing was written")).headers;
+        assert!(headers["authorization"].contains(&format!("Credential={key}/")), "{headers:?}");
+        assert_eq!(headers["x-amz-security-token"], "of-the-session", "{headers:?}");
+    }
+    // A token that the service refuses, and a file that is not there.
+    store.behaves(|request| match request.method.as_str() {
+        "POST" => Turn::Say(Answer::error(400, "ExpiredTokenException", "Token expired")),
+        _ => Turn::Serve,
+    });
+    for (launch, says) in [
+        (of_environment.clone(), "ExpiredToken"),
+        (of_environment.with("AWS_WEB_IDENTITY_TOKEN_FILE", "/nonexistent/token"), "/nonexistent/token"),
+    ] {
+        let finding = storage_finding(&launch);
+        assert!(finding.contains(says) && !finding.contains("of-the-cluster"), "{says}: {finding}");
     }
 }
 

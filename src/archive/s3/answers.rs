@@ -38,6 +38,8 @@ pub(super) struct Circumstances {
     pub(super) has_fixed_keys: bool,
     /// Requests are not signed, so those without a signature are not for credentials.
     pub(super) is_unsigned: bool,
+    /// `AWS_ALLOW_HTTP`: then a service of tokens may be asked without TLS, too, as MinIO's beside the store. The library would refuse.
+    pub(super) allows_http: bool,
     /// Host and port of the metadata address.
     pub(super) metadata_host: String,
     /// Where credentials were looked for, for people.
@@ -52,7 +54,9 @@ pub(super) struct Connector(pub(super) Arc<Circumstances>);
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        let inner = ReqwestConnector::default().connect(options)?;
+        let options = options.clone();
+        let options = if self.0.allows_http { options.with_allow_http(true) } else { options };
+        let inner = ReqwestConnector::default().connect(&options)?;
         Ok(HttpClient::new(Answers { inner, circumstances: Arc::clone(&self.0) }))
     }
 }

@@ -9,9 +9,9 @@ mod profile;
 
 use std::sync::Arc;
 
-use object_store::ClientOptions;
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey as Key};
 use object_store::client::HttpConnector;
+use object_store::{ClientConfigKey, ClientOptions};
 use url::Url;
 
 use self::answers::{Circumstances, Connector, METADATA_HOST};
@@ -71,14 +71,14 @@ fn has_keys(builder: &AmazonS3Builder) -> bool {
     [Key::AccessKeyId, Key::SecretAccessKey].iter().any(|key| builder.get_config_value(key).is_some())
 }
 
-/// Decides where credentials come from: keys in the environment; a profile that is named; a web identity; the default profile; a
-/// container's address; the machine's metadata service.
-fn with_credentials(mut builder: AmazonS3Builder, profile: Profile) -> Result<AmazonS3Builder> {
-    let has = |builder: &AmazonS3Builder, key: Key| builder.get_config_value(&key).is_some();
+/// What the builder and the profile say of the answers that will come.
+fn circumstances(builder: &AmazonS3Builder, profile: &Profile) -> Circumstances {
+    let is_true = |key: Key| builder.get_config_value(&key).is_some_and(|value| value == "true");
     let metadata = builder.get_config_value(&Key::MetadataEndpoint);
-    let circumstances = Arc::new(Circumstances {
-        has_fixed_keys: has_keys(&builder),
-        is_unsigned: builder.get_config_value(&Key::SkipSignature).is_some_and(|value| value == "true"),
+    Circumstances {
+        has_fixed_keys: has_keys(builder),
+        is_unsigned: is_true(Key::SkipSignature),
+        allows_http: is_true(Key::Client(ClientConfigKey::AllowHttp)),
         metadata_host: metadata.as_deref().map_or_else(|| METADATA_HOST.to_owned(), host),
         looked_at: format!(
             "no credentials for S3: AWS_ACCESS_KEY_ID, AWS_WEB_IDENTITY_TOKEN_FILE and AWS_CONTAINER_CREDENTIALS_* are not \
@@ -86,7 +86,14 @@ fn with_credentials(mut builder: AmazonS3Builder, profile: Profile) -> Result<Am
             profile.name, profile.files
         ),
         ..Circumstances::default()
-    });
+    }
+}
+
+/// Decides where credentials come from: keys in the environment; a profile that is named; a web identity; the default profile; a
+/// container's address; the machine's metadata service.
+fn with_credentials(mut builder: AmazonS3Builder, profile: Profile) -> Result<AmazonS3Builder> {
+    let has = |builder: &AmazonS3Builder, key: Key| builder.get_config_value(&key).is_some();
+    let circumstances = Arc::new(circumstances(&builder, &profile));
     let connector = Connector(Arc::clone(&circumstances));
     builder = builder.with_http_connector(connector.clone());
     if circumstances.has_fixed_keys || circumstances.is_unsigned {
