@@ -9,10 +9,11 @@ use crate::archive::{self, ForeignRemoval, Storage, Table};
 use crate::config::Config;
 use crate::error::{Error, Policy, Result};
 use crate::postgres::Session;
+use crate::purge;
 use crate::record::Kind;
 use crate::slot;
 use crate::source;
-use crate::watermark::{self, Void, Watermark};
+use crate::watermark::{self, Removal, Void, Watermark};
 
 /// How long after a removal nothing is vacuumed or trimmed, so that the table can be taken back; Delta's own default.
 const HISTORY_KEPT: Duration = Duration::from_hours(7 * 24);
@@ -26,6 +27,9 @@ const NOTE_WAIT: Duration = Duration::from_mins(1);
 
 /// How often that is looked at.
 const NOTE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// So many files at most are written again without being asked.
+const REWRITTEN_MAX: usize = 1000;
 
 /// Files that a message names.
 const SHOWN: usize = 5;
@@ -69,9 +73,14 @@ pub(crate) async fn note(config: &Config, sql: &mut Session, table: &mut Table) 
         let reason = removal.is_loss.then_some(description.as_str());
         if removal.is_loss {
             tracing::error!(table = kind.name(), "{description}; what it concerns is not purged");
-            let version = removal.version;
-            sql.run(async |client| watermark::note_removal(client, kind, version, &description).await)
-                .await?;
+            let noted = Removal {
+                kind,
+                version: removal.version,
+                note: &description,
+                row_count: removal.row_count,
+                is_return: removal.is_return(),
+            };
+            sql.run(async |client| watermark::note_removal(client, &noted).await).await?;
             table.keep_history(SystemTime::now() + HISTORY_KEPT);
         } else {
             let (version, operation) = (removal.version, removal.operation.as_str());
@@ -162,7 +171,8 @@ async fn concerned(
 
 /// Looks at all of a table: entries of others, and whether the files are there. Writes down that it has.
 ///
-/// Where young files are gone, the table becomes a gap: its rows are compared with Postgres, and written again.
+/// Where young files are gone that Postgres still has the rows of, the table becomes a gap: its rows are compared with Postgres, and
+/// written again. Other files stay in the log, because they may come back: a mount may have been away.
 ///
 /// # Errors
 ///
@@ -172,7 +182,11 @@ pub(crate) async fn look(config: &Config, sql: &mut Session, table: &mut Table) 
     table.look().await?;
     note(config, sql, table).await?;
     let damaged = table.damaged().await?;
-    if !damaged.is_empty() {
+    if damaged.is_empty() {
+        table.set_damaged(&[]);
+        let kind = table.kind();
+        sql.run(async |client| watermark::note_damage(client, kind, None).await).await?;
+    } else {
         note_damage(config, sql, table, &damaged).await?;
     }
     let (kind, version, trust) = (table.kind(), table.version(), config.purge_trust);
@@ -193,13 +207,14 @@ async fn note_damage(
     };
     let names: Vec<&str> = damaged.iter().take(SHOWN).map(|one| one.file.path.as_str()).collect();
     let reason = format!(
-        "{} files of the archive's table {} are gone, or not as they were written ({}{}): restore them from a backup or an older \
-         version of the objects, and run `highwater verify`; or have the rows that Postgres still has written again with \
-         `highwater resync`",
+        "{} files of the archive's table {} are gone, or not as they were written ({}{}): bring them back (a mount or rights that \
+         were lost, a backup, an older version of the objects) and run `highwater verify`; or have the rows that Postgres still has \
+         written again with `highwater resync`, after which version {} of the table's log is the one that names them",
         damaged.len(),
         kind.name(),
         names.join(", "),
         if damaged.len() > names.len() { ", ..." } else { "" },
+        table.version(),
     );
     let removal = ForeignRemoval {
         version: table.version(),
@@ -214,14 +229,45 @@ async fn note_damage(
     let is_new = table.set_damaged(damaged);
     if is_new {
         tracing::error!(table = kind.name(), "{reason}; what they hold is not purged");
-        let version = table.version();
-        sql.run(async |client| watermark::note_removal(client, kind, version, &reason).await).await?;
+        sql.run(async |client| watermark::note_damage(client, kind, Some(&reason)).await).await?;
+        table.keep_history(SystemTime::now() + HISTORY_KEPT);
         void(config, sql, table, &removal, Some(&reason)).await?;
     }
-    if is_new && damaged.iter().any(is_young) {
+    if is_new && damaged.iter().any(is_young) && has_all(config, sql, kind, damaged).await? {
         rewrite(config, sql, kind).await?;
     }
     Ok(())
+}
+
+/// Whether Postgres still has what some files of a table held, as far as can be told: nothing of their times was purged, and there are
+/// rows of them. More files than a few are a storage that is not well.
+async fn has_all(
+    config: &Config,
+    sql: &mut Session,
+    kind: Kind,
+    damaged: &[archive::Damaged],
+) -> Result<bool> {
+    if damaged.len() > REWRITTEN_MAX {
+        return Ok(false);
+    }
+    let rows = sql.run(watermark::read).await?;
+    // It may take longer than what a session allows that only touches a few rows.
+    let client = crate::postgres::sql::connect(&config.source).await?;
+    for row in rows.iter().filter(|row| row.slot_name == config.slot) {
+        if kind != Kind::Quarantine && row.kind != kind.name() {
+            continue;
+        }
+        let purged = purge::cutoff(&client, &row.source_table, false).await?.unwrap_or(i64::MIN);
+        for file in damaged {
+            let times = file.file.times();
+            if times.0 < purged
+                || (kind != Kind::Quarantine && !source::has_rows(&client, row, times).await?)
+            {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Makes the tables whose rows a table may have held gaps, so that what is missing is added.
@@ -240,12 +286,14 @@ async fn rewrite(config: &Config, sql: &mut Session, kind: Kind) -> Result<()> {
 }
 
 /// Takes the files that are gone out of the logs of tables that are about to be completed, so that their rows can be read and
-/// added: a comparison reads every file.
+/// added: a comparison reads every file of the times that Postgres has rows of. Those of other times stay: nothing of them could be
+/// added, and they may come back.
 ///
 /// # Errors
 ///
 /// The log, or the database, can't be written.
 pub(crate) async fn drop_damaged(
+    config: &Config,
     sql: &mut Session,
     tables: &mut [Table],
     incomplete: &[Watermark],
@@ -256,7 +304,17 @@ pub(crate) async fn drop_damaged(
         if incomplete.is_empty() || (row.is_none() && kind != Kind::Quarantine) {
             continue;
         }
-        let damaged = table.damaged().await?;
+        let mut damaged = table.damaged().await?;
+        if let Some(row) = row.filter(|_| !damaged.is_empty()) {
+            let client = crate::postgres::sql::connect(&config.source).await?;
+            let mut needed = Vec::new();
+            for one in damaged {
+                if source::has_rows(&client, row, one.file.times()).await? {
+                    needed.push(one);
+                }
+            }
+            damaged = needed;
+        }
         if damaged.is_empty() {
             continue;
         }
@@ -268,8 +326,9 @@ pub(crate) async fn drop_damaged(
             files = paths.len(),
             rows = lost,
             first = paths.first(),
-            "files that are gone are taken out of the log; what Postgres still has of their rows is added again, and that version \
-             of the table names them, should they come back"
+            "files that are gone are taken out of the log; what Postgres still has of their rows is added again. Should they come \
+             back, with rows that Postgres has not any more: {}, then `highwater verify --repair`",
+            table.restoring()
         );
         if let Some(row) = row {
             // Before the entry: the watermark must never say more than the archive has.
@@ -311,7 +370,9 @@ pub(crate) async fn leave_out(
     let error = broken.unwrap_or(error);
     if let Some(name) = watermark::source_table(&config.schema, kind) {
         sql.run(async |client| watermark::mark_one_gap(client, &name).await).await?;
-        sql.run(async |client| watermark::note_removal(client, kind, 0, &error.chain()).await).await?;
+        let note = error.chain();
+        let noted = Removal { kind, version: 0, note: &note, row_count: Some(0), is_return: false };
+        sql.run(async |client| watermark::note_removal(client, &noted).await).await?;
     }
     tracing::error!(
         table = kind.name(),

@@ -101,15 +101,16 @@ pub async fn explain(client: &Client, table: Option<u32>, counts_rows: bool) -> 
     read(client, query, &[&table, &counts_rows], of).await
 }
 
-/// The latest cutoff by which rows of a table were deleted one by one, in microseconds since the epoch.
+/// The latest cutoff by which rows of a table were purged (all, or only those that were deleted one by one), in microseconds since the
+/// epoch.
 ///
 /// # Errors
 ///
 /// The query failed.
-pub(crate) async fn cutoff(client: &Client, source_table: &str) -> Result<Option<i64>> {
+pub(crate) async fn cutoff(client: &Client, source_table: &str, one_by_one: bool) -> Result<Option<i64>> {
     let query = "select (extract(epoch from max(cutoff)) * 1000000)::bigint from highwater.purge_log
-                 where source_table = $1 and action = 'deleted'";
-    let row = client.query_one(query, &[&source_table]).await;
+                 where source_table = $1 and (action = 'deleted' or (action = 'dropped' and not $2))";
+    let row = client.query_one(query, &[&source_table, &one_by_one]).await;
     row.and_then(|row| row.try_get(0)).map_err(Error::sql("reading what was purged"))
 }
 
@@ -117,8 +118,22 @@ pub(crate) async fn cutoff(client: &Client, source_table: &str) -> Result<Option
 ///
 /// # Errors
 ///
-/// The server refused a step; what was done before it stays done.
+/// The role is not the table's owner; or the server refused a step, and what was done before it stays done.
 pub async fn purge(client: &Client, goal: &Goal) -> Result<()> {
+    let query = "select current_user::text, pg_get_userbyid(c.relowner)::text from pg_class c
+                 where c.oid = $1 and not has_table_privilege('highwater.purge_log', 'insert')";
+    let failed = || Error::sql("looking whether the role may purge");
+    if let Some(row) = client.query_opt(query, &[&goal.oid]).await.map_err(failed())? {
+        let owner: String = row.try_get(1).map_err(failed())?;
+        return Err(Error::Setting {
+            setting: "the role that purges".to_owned(),
+            value: row.try_get(0).map_err(failed())?,
+            accepted: format!(
+                "the owner of {} ({owner}), who alone may drop its partitions",
+                goal.source_table
+            ),
+        });
+    }
     // One statement by itself: a procedure that commits can't be part of a transaction.
     let call =
         format!("call highwater.purge({}::oid::regclass, {})", goal.oid, quote_literal(&goal.retention));

@@ -371,7 +371,7 @@ async fn prepare(
     let (name, publication) = (config.slot.as_str(), config.publication.as_str());
     let mut incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
     incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
-    foreign::drop_damaged(sql, &mut tables, &incomplete.mendable).await?;
+    foreign::drop_damaged(config, sql, &mut tables, &incomplete.mendable).await?;
     let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
     backfill.run(&incomplete).await?;
     for table in &mut tables {

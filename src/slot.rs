@@ -240,18 +240,19 @@ impl PartialEq for Holdup {
 
 impl fmt::Display for Holdup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, begun {} ago ({})", self.who, self.age, self.what)
+        write!(f, "{}, begun {} ({})", self.who, self.age, self.what)
     }
 }
 
 async fn holders_up(client: &tokio_postgres::Client, process: i32) -> Result<Vec<Holdup>> {
     let query = "
         select format('process %s of %s', a.pid, coalesce(a.usename::text, 'the server')),
-               date_trunc('second', clock_timestamp() - coalesce(a.xact_start, a.backend_start))::text,
-               coalesce(a.state || ': ', '') || left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 200)
+               coalesce(date_trunc('second', clock_timestamp() - coalesce(a.xact_start, a.backend_start))::text || ' ago', 'some time ago'),
+               case when a.query = '<insufficient privilege>' then 'a role with pg_read_all_stats sees its query in pg_stat_activity'
+                    else coalesce(a.state || ': ', '') || left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 200) end
         from pg_stat_activity a where a.pid = any(pg_blocking_pids($1))
         union all
-        select format('prepared transaction %L of %s', p.gid, p.owner), date_trunc('second', clock_timestamp() - p.prepared)::text,
+        select format('prepared transaction %L of %s', p.gid, p.owner), date_trunc('second', clock_timestamp() - p.prepared)::text || ' ago',
                format('end it with commit prepared %L or rollback prepared %L', p.gid, p.gid)
         from pg_locks l join pg_prepared_xacts p on p.transaction = l.transactionid
         where l.pid = $1 and not l.granted
@@ -289,6 +290,22 @@ pub(crate) async fn ask_for_checkpoint(client: &tokio_postgres::Client) -> Resul
 pub(crate) struct Identity {
     pub(crate) system_identifier: String,
     pub(crate) timeline_id: i32,
+}
+
+/// Who the server is, for a role that may not replicate. The timeline is that of the file that the log is written to.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn identify_by_sql(client: &tokio_postgres::Client) -> Result<Identity> {
+    let failed = || Error::sql("asking the server who it is");
+    let query = "select system_identifier::text, ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer
+                 from pg_control_system()";
+    let row = client.query_one(query, &[]).await.map_err(failed())?;
+    Ok(Identity {
+        system_identifier: row.try_get(0).map_err(failed())?,
+        timeline_id: row.try_get(1).map_err(failed())?,
+    })
 }
 
 /// Asks the server who it is (`IDENTIFY_SYSTEM`, manual section 55.4), which any role with replication may.

@@ -31,11 +31,14 @@ pub struct ForeignRemoval {
     pub operation: String,
     /// How many rows the table has fewer, as far as is known; negative if it has more.
     pub row_count: Option<i64>,
-    /// Rows are gone, or were changed. If not, they are said to be in other files, which nobody has read back yet.
+    /// Rows are gone, or were changed, or are back. If not, they are said to be in other files, which nobody has read back yet.
     pub is_loss: bool,
     /// The times that the rows were of, first and last microsecond since the epoch.
     pub times: Vec<(i64, i64)>,
 }
+
+/// What Delta's libraries call it when a table is taken back to an earlier version.
+const RESTORE: &str = "RESTORE";
 
 /// Any time.
 const ANY_TIME: (i64, i64) = (i64::MIN, i64::MAX);
@@ -44,7 +47,8 @@ impl ForeignRemoval {
     /// What a foreign entry took away of a table with these files; `None` if nothing.
     pub(super) fn of(entry: &Entry, version: u64, files: &BTreeMap<String, TableFile>) -> Option<Self> {
         let removed: Vec<&TableFile> = entry.removes.iter().filter_map(|path| files.get(path)).collect();
-        if entry.is_ours || removed.is_empty() {
+        let is_restored = entry.operation.as_deref() == Some(RESTORE) && !entry.adds.is_empty();
+        if entry.is_ours || (removed.is_empty() && !is_restored) {
             return None;
         }
         let rows = |files: &mut dyn Iterator<Item = &TableFile>| {
@@ -58,14 +62,32 @@ impl ForeignRemoval {
             version,
             operation: entry.operation.clone().unwrap_or_else(|| "an operation without a name".to_owned()),
             row_count,
-            is_loss: entry.removes_rows || row_count.is_some_and(|count| count > 0),
-            times: removed.into_iter().map(TableFile::times).collect(),
+            is_loss: entry.removes_rows || is_restored || row_count.is_some_and(|count| count > 0),
+            times: removed.into_iter().chain(&entry.adds).map(TableFile::times).collect(),
         })
+    }
+
+    /// Whether it has brought rows back, or at least taken none: somebody went back, as he was told.
+    #[must_use]
+    pub fn is_return(&self) -> bool {
+        match self.row_count {
+            Some(0) => self.operation == RESTORE,
+            count => count.is_some_and(|count| count < 0),
+        }
     }
 
     /// What happened, and how to go back, for people.
     #[must_use]
     pub fn describe(&self, table: &Table) -> String {
+        if self.is_return() {
+            return format!(
+                "version {} of the log of {} ({}, not by Highwater) has brought archived rows back; what was archived since may be \
+                 missing: `highwater verify --repair` adds what Postgres still has",
+                self.version,
+                table.kind().name(),
+                self.operation,
+            );
+        }
         let what = match self.row_count {
             Some(count) if count > 0 => format!("has removed {count} archived rows"),
             Some(_) => "has changed archived rows".to_owned(),
@@ -257,6 +279,12 @@ impl Table {
         let is_new = !paths.is_subset(&self.damaged);
         self.damaged = paths;
         is_new
+    }
+
+    /// What takes the table back to how it is now, with Python's `deltalake`.
+    #[must_use]
+    pub fn restoring(&self) -> String {
+        format!("`{}`", restoring(self.storage(), self.kind(), self.version()))
     }
 
     /// The active files that storage does not have, or not with their size. Lists the table.

@@ -1,57 +1,157 @@
-//! The schema `highwater`, where the watermarks are.
+//! The schema `highwater`, where the watermarks are: whether the role may write them, and whether it is the owner's, and as the
+//! migrations made it.
 
 use tokio_postgres::Client;
 
 use super::server::Server;
 use super::{Report, identifier};
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::record::Kind;
+use crate::setup;
 
 const STATE_SCHEMA: &str = "
     select n.oid is not null,
            coalesce(has_schema_privilege(n.oid, 'usage'), false),
-           coalesce(has_schema_privilege(n.oid, 'create'), false),
-           has_database_privilege(current_database(), 'create'),
-           coalesce((select count(*) from pg_class c
-                      where c.relnamespace = n.oid and c.relname in ('watermark', 'entity_watermark')), 0),
+           to_regclass('highwater.watermark') is not null,
            array(select c.relname::text from pg_class c
-                  where c.relnamespace = n.oid and c.relname in ('watermark', 'entity_watermark')
+                  where c.relnamespace = n.oid and c.relname in ('watermark', 'entity_watermark', 'covered_partition', 'verified_partition', 'archive_log')
                     and not (has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
-                             and has_table_privilege(c.oid, 'update')))
+                             and has_table_privilege(c.oid, 'update') and has_table_privilege(c.oid, 'delete'))),
+           coalesce((select bool_and(pg_has_role(c.relowner, 'usage')) from pg_class c
+                     where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relname = any ($2)), false)
       from (select 1) as one
       left join pg_namespace n on n.nspname = 'highwater'";
 
-pub(super) async fn check(client: &Client, server: &Server, report: &mut Report) -> Result<()> {
+/// What of the schema belongs to others than these roles and superusers; and who else may put code into it.
+const STRANGERS: &str = "
+    with schema as (select * from pg_namespace where nspname = 'highwater'),
+    allowed as (select oid from pg_roles where rolname = any ($1) or rolsuper),
+    object (name, owner) as (
+        select 'schema highwater', nspowner from schema
+        union all select c.oid::regclass::text, c.relowner from pg_class c join schema s on c.relnamespace = s.oid where c.relkind not in ('i', 'I', 'S')
+        union all select p.oid::regprocedure::text, p.proowner from pg_proc p join schema s on p.pronamespace = s.oid),
+    granted (name, role, does) as (
+        select 'schema highwater', x.grantee, 'create objects in' from schema s, aclexplode(s.nspacl) x where x.privilege_type = 'CREATE'
+        union all
+        select c.oid::regclass::text, x.grantee, 'make triggers on' from pg_class c join schema s on c.relnamespace = s.oid, aclexplode(c.relacl) x
+        where x.privilege_type = 'TRIGGER')
+    select format('%s belongs to %s', name, pg_get_userbyid(owner)) from object where owner not in (select oid from allowed)
+    union all
+    select format('%s may %s %s', case when role = 0 then 'everybody' else pg_get_userbyid(role)::text end, does, name) from granted
+    where role not in (select oid from allowed)";
+
+pub(super) async fn check(
+    client: &Client,
+    config: &Config,
+    server: &Server,
+    report: &mut Report,
+) -> Result<()> {
     let context = "reading the rights on the schema highwater";
-    let row = client.query_one(STATE_SCHEMA, &[]).await.map_err(Error::sql(context))?;
+    let row = client
+        .query_one(STATE_SCHEMA, &[&config.schema, &drift_tables()])
+        .await
+        .map_err(Error::sql(context))?;
     let flag = |column: usize| row.try_get::<_, bool>(column).map_err(Error::sql(context));
-    let (exists, usage, create, create_in_database) = (flag(0)?, flag(1)?, flag(2)?, flag(3)?);
-    let table_count: i64 = row.try_get(4).map_err(Error::sql(context))?;
-    let read_only: Vec<String> = row.try_get(5).map_err(Error::sql(context))?;
-    let role = identifier(&server.role);
+    let (exists, usage, has_tables, is_owner) = (flag(0)?, flag(1)?, flag(2)?, flag(4)?);
+    let read_only: Vec<String> = row.try_get(3).map_err(Error::sql(context))?;
     let id = "state-schema";
-    if !exists && create_in_database {
-        report.error(id, "highwater", "does not exist", "run `highwater setup`");
-    } else if !exists {
-        let remedy = format!(
-            "create schema highwater authorization {role}; -- or: grant create on database {} to {role}; then run \
-             `highwater setup`",
-            identifier(&server.database)
-        );
-        report.error(id, "highwater", "is not there, and the role may not make it", remedy);
+    let role = identifier(&server.role);
+    let as_owner =
+        format!("as the owner of the drift tables: `highwater setup --as-owner --sidecar-role {role}`");
+    let make = if is_owner { "run `highwater setup`".to_owned() } else { as_owner.clone() };
+    if !exists {
+        report.error(id, "highwater", "does not exist", make);
     } else if !usage {
-        let remedy = format!("grant usage on schema highwater to {role};");
-        report.error(id, "highwater", "exists, but the role may not use it", remedy);
-    } else if table_count < 2 && !create {
-        let remedy = format!("grant create on schema highwater to {role}; -- then run `highwater setup`");
-        report.error(id, "highwater", "has no watermark tables, and the role may not make them", remedy);
-    } else if table_count < 2 {
-        report.error(id, "highwater", "has no watermark tables", "run `highwater setup`");
+        report.error(id, "highwater", "exists, but the role may not use it", as_owner);
+    } else if !has_tables {
+        report.error(id, "highwater", "has no watermark tables", make);
     } else if let [first, ..] = read_only.as_slice() {
-        let remedy =
-            format!("grant select, insert, update, delete on all tables in schema highwater to {role};");
-        report.error(id, format!("highwater.{first}"), "can't be written by the role", remedy);
+        report.error(id, format!("highwater.{first}"), "can't be written by the role", as_owner);
     } else {
         report.ok(id, "highwater", "can be written");
     }
+    if exists && usage && has_tables { check_owner(client, config, &role, report).await } else { Ok(()) }
+}
+
+fn drift_tables() -> Vec<&'static str> {
+    Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect()
+}
+
+/// The purge runs what is in the schema with the rights of the drift tables' owner.
+async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql("reading who owns schema highwater");
+    let owners = "select array(select distinct pg_get_userbyid(c.relowner)::text from pg_class c
+                               where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relname = any ($2) order by 1)";
+    let row = client.query_one(owners, &[&config.schema, &drift_tables()]).await.map_err(failed())?;
+    let owners: Vec<String> = row.try_get(0).map_err(failed())?;
+    // That there are no drift tables is told by what looks for them.
+    if owners.is_empty() {
+        return Ok(());
+    }
+    check_names(client, config, report).await?;
+    let strangers = strangers(client, &owners).await?;
+    let owner = owners.join(" or ");
+    if let Some(message) = in_short(&strangers) {
+        let message = format!(
+            "{message}; so others could do what {owner} may, who owns the drift tables and purges them"
+        );
+        let remedy = format!(
+            "as {owner} or a superuser: `highwater setup --as-owner --sidecar-role {role}`; revoke what else is granted"
+        );
+        report.error("schema-owner", "highwater", message, remedy);
+    } else {
+        report.ok("schema-owner", "highwater", format!("belongs to {owner}"));
+    }
+    let version = "select coalesce(max(version), 0)::bigint from highwater.migration";
+    let version = client.query_one(version, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())?;
+    let differences = setup::differences(client, version).await?;
+    if let Some(message) = in_short(&differences) {
+        let remedy = "see who did that, and don't purge before it is put right; move into another schema what is yours";
+        report.error(
+            "schema-objects",
+            "highwater",
+            format!("is not as its migrations made it: {message}"),
+            remedy,
+        );
+    } else {
+        report.ok("schema-objects", "highwater", format!("is as its migrations made it (version {version})"));
+    }
     Ok(())
+}
+
+/// A table is archived by its oid, whatever it is called.
+async fn check_names(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    let failed = || Error::sql("comparing names with the watermarks");
+    let query = "select w.source_table, coalesce(w.table_oid::regclass::text, w.table_oid::text)
+                 from highwater.watermark w join pg_class c on c.oid <> w.table_oid and c.relkind in ('r', 'p')
+                 join pg_namespace n on n.oid = c.relnamespace
+                 where w.slot_name = $1 and n.nspname || '.' || c.relname = w.source_table order by 1";
+    for row in client.query(query, &[&config.slot]).await.map_err(failed())? {
+        let (table, other): (String, String) =
+            (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+        let message = format!(
+            "is another table than the archived one, which is {other} now: its rows are not archived"
+        );
+        report.error("table-name", table, message, "run `highwater setup`, which has this one archived");
+    }
+    Ok(())
+}
+
+/// What of the schema belongs to others than these roles and superusers, and who else may put code into it: a sentence each.
+pub(super) async fn strangers(client: &Client, owners: &[String]) -> Result<Vec<String>> {
+    let failed = || Error::sql("reading who owns schema highwater");
+    let rows = client.query(STRANGERS, &[&owners]).await.map_err(failed())?;
+    rows.iter().map(|row| row.try_get(0).map_err(failed())).collect()
+}
+
+/// The first few of many.
+pub(super) fn in_short(all: &[String]) -> Option<String> {
+    const SHOWN: usize = 3;
+    let shown = all.get(..SHOWN).unwrap_or(all).join(", ");
+    match all.len() {
+        0 => None,
+        1..=SHOWN => Some(shown),
+        more => Some(format!("{shown}, and {} more", more - SHOWN)),
+    }
 }

@@ -117,7 +117,7 @@ async fn check_database(client: &Client, config: &Config, report: &mut Report) {
     if may_replicate && let Err(error) = within(steps, check_walsender(client, config, report)).await {
         report.failure("system", "server", &error);
     }
-    if let Err(error) = within(steps, database::check(client, &server, report)).await {
+    if let Err(error) = within(steps, database::check(client, config, &server, report)).await {
         report.failure("state-schema", "highwater", &error);
     }
     if let Err(error) = within(steps, slot::check(client, config, &server, report)).await {

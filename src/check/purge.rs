@@ -2,6 +2,7 @@
 
 use tokio_postgres::{Client, Row};
 
+use super::database::{in_short, strangers};
 use super::{Report, human_bytes, identifier, literal};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -78,9 +79,11 @@ async fn check_archive_logs(client: &Client, report: &mut Report) -> Result<()> 
     let query = "
         select l.kind, highwater.ago(l.looked_at), l.looked_at < now() - l.purge_trust,
                case when l.removal_at > now() - interval '7 days' then l.removal_note end, highwater.ago(l.removal_at),
-               (select string_agg(p.partition_name, ', ' order by p.partition_name) from highwater.covered_partition p
-                join highwater.watermark w using (source_table)
-                where p.lacks_reason is not null and (w.kind = l.kind or l.kind = 'quarantine'))
+               (select (array_agg(p.partition_name order by p.partition_name))[1]
+                       || case when count(*) > 1 then format(' and %s more', count(*) - 1) else '' end
+                from highwater.covered_partition p join highwater.watermark w using (source_table)
+                where p.lacks_reason is not null and (w.kind = l.kind or l.kind = 'quarantine')),
+               l.damage_note
         from highwater.archive_log l order by 1";
     for row in client.query(query, &[]).await.map_err(failed())? {
         let kind: String = row.try_get(0).map_err(failed())?;
@@ -88,6 +91,14 @@ async fn check_archive_logs(client: &Client, report: &mut Report) -> Result<()> 
         let ago: String = row.try_get(1).map_err(failed())?;
         let note: Option<String> = row.try_get(3).map_err(failed())?;
         let lacking: Option<String> = row.try_get(5).map_err(failed())?;
+        if let Some(damage) = row.try_get::<_, Option<String>>(6).map_err(failed())? {
+            report.error(
+                "archive-files",
+                &object,
+                damage,
+                "bring them back, as it says; then `highwater verify`",
+            );
+        }
         if let Some(note) = note {
             let noticed: String = row.try_get(4).map_err(failed())?;
             let blocked = lacking
@@ -168,7 +179,7 @@ async fn check_next_partitions(client: &Client, config: &Config, report: &mut Re
 
 async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
     let failed = || Error::sql(CONTEXT);
-    let schedule = "run `highwater setup --schedule-purge`";
+    let schedule = "as the owner of the drift tables: `highwater setup --as-owner --schedule-purge`";
     let Some(row) = client.query_opt(CRON, &[]).await.map_err(failed())? else {
         report.warning(
             "pg-cron",
@@ -181,8 +192,9 @@ async fn check_cron(client: &Client, config: &Config, report: &mut Report) -> Re
     };
     let version: String = row.try_get(0).map_err(failed())?;
     if !row.try_get::<_, bool>(1).map_err(failed())? {
-        let remedy = "grant usage on schema cron to the role; then `highwater setup --schedule-purge`";
-        report.warning("pg-cron", "pg_cron", "may not be used by the role", remedy);
+        let remedy = "have the owner of the drift tables look: `highwater check`, or `highwater setup --as-owner --schedule-purge`, as \
+                      that one";
+        report.warning("pg-cron", "pg_cron", "may not be looked into by this role", remedy);
         return Ok(());
     }
     let Some(job) = client.query_opt(JOB, &[]).await.map_err(failed())? else {
@@ -221,8 +233,14 @@ async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut 
         let (table, owner): (String, String) =
             (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
         let message = format!("pg_cron purges as {role}, which may not drop partitions of {owner}");
-        let remedy = format!("grant {} to {};", identifier(&owner), identifier(role));
+        let remedy =
+            format!("as {owner}: `highwater setup --as-owner --schedule-purge`, and take the other job away");
         report.warning("purge-owner", table, message, remedy);
+    }
+    if let Some(message) = in_short(&strangers(client, &[role.to_owned()]).await?) {
+        let message = format!("pg_cron purges as {role}, and {message}: so others could do what {role} may");
+        let remedy = "have the purge run by the owner of the drift tables, who owns the schema: `highwater setup --as-owner --schedule-purge`";
+        report.error("purge-owner", "highwater", message, remedy);
     }
     Ok(())
 }

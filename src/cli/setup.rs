@@ -14,12 +14,36 @@ pub(super) struct SetupFlags {
     /// Have pg_cron purge what is past its retention and archived, at these times (in its time zone, GMT by default)
     #[arg(long, value_name = "SCHEDULE", num_args = 0..=1, default_missing_value = "17 * * * *")]
     schedule_purge: Option<String>,
+
+    /// Do what only the owner of the drift tables may: schema highwater, the publication, the rights of the role that archives. Log in
+    /// as the owner, or as a superuser
+    #[arg(long)]
+    as_owner: bool,
+
+    /// Print what `--as-owner` would do, as a script for psql, and do nothing
+    #[arg(long, conflicts_with_all = ["as_owner", "schedule_purge"])]
+    print_sql: bool,
+
+    /// The role that archives, for `--as-owner` (highwater unless said otherwise) and `--print-sql` (the one that logs in)
+    #[arg(long, value_name = "ROLE")]
+    sidecar_role: Option<String>,
 }
+
+const SIDECAR_ROLE: &str = "highwater";
 
 /// The exit code is 1 if something is left to do without which rows may be dropped unarchived, or the purge was to be scheduled
 /// and could not be.
 pub(super) async fn setup(config: &Config, flags: &SetupFlags) -> Result<ExitCode> {
-    let report = setup::setup(config).await?;
+    let role = flags.sidecar_role.as_deref();
+    if flags.print_sql {
+        print(setup::owner_script(config, role).await?.trim_end())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let report = if flags.as_owner {
+        setup::setup_as_owner(config, role.unwrap_or(SIDECAR_ROLE)).await?
+    } else {
+        setup::setup(config).await?
+    };
     tell(&report)?;
     let mut code = if report.todo.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     if let Some(schedule) = &flags.schedule_purge {
@@ -29,7 +53,11 @@ pub(super) async fn setup(config: &Config, flags: &SetupFlags) -> Result<ExitCod
             code = ExitCode::FAILURE;
         }
     }
-    print("\nNext: `highwater check`, then `highwater`.")?;
+    print(if flags.as_owner {
+        "\nNext, as the role that archives: `highwater setup`."
+    } else {
+        "\nNext: `highwater check`, then `highwater`."
+    })?;
     Ok(code)
 }
 

@@ -8,7 +8,12 @@
 //! will not send. A table that is added to the publication later is asked under a lock that keeps writers out
 //! until the publication has it.
 
+mod objects;
+mod owner;
+mod publication;
 mod retention;
+
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -25,6 +30,9 @@ use crate::slot::{self, Identity, Slot};
 use crate::source::{self, Partition};
 use crate::unarchived::{self, Part, Told};
 use crate::watermark::{self, NewWatermark, State};
+pub(crate) use objects::differences;
+use owner::Ownership;
+pub(crate) use publication::has_publication;
 pub use retention::schedule_purge;
 pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
 
@@ -34,6 +42,9 @@ mod migrations {
 
 /// Key of the advisory lock that lets one setup run at a time (manual section 13.3.5); "highwatr" in ASCII.
 const SETUP_LOCK: i64 = 0x6869_6768_7761_7472;
+
+/// How long to wait for another setup, which may have to wait for transactions itself before it has its slot.
+const SETUP_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long to wait for writers of a table that is added to a live publication.
 const LOCK_TIMEOUT: &str = "10s";
@@ -63,60 +74,108 @@ struct SourceTable {
 }
 
 /// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
-/// missing; before them it proves that the storage can hold an archive.
+/// missing; before them it proves that the storage can hold an archive. What only the owner of the drift tables may
+/// do it does if the role has his rights, and otherwise refuses to go on without.
 ///
 /// # Errors
 ///
-/// The storage is not fit; or the server refused a step; what was made before it stays, and setup may be run again.
+/// The storage is not fit; the owner has something to do first ([`setup_as_owner`]); or the server refused a step. What was made
+/// before stays, and setup may be run again.
 pub async fn setup(config: &Config) -> Result<Report> {
     let mut report = Report::default();
-    let mut client = sql::connect(&config.source).await?;
-    lock_out_others(&client).await?;
-    check_server(&client).await?;
+    let mut client = open(config).await?;
     // A slot keeps the server's log until rows are archived, so it is not made for a storage that can't take them.
     Storage::open(&config.storage)?.prove_once().await?;
-    migrate(&mut client, &mut report).await?;
-    let has_publication = has_publication(&client, &config.publication).await?;
-    let tables = find_tables(&client, config).await?;
+    let ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
     let mut replication = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut replication).await?;
     let found = slot::find(&mut Session::new(config.source.clone()), &config.slot).await?;
-    match (found, has_publication) {
-        (Some(_), false) => return Err(unreadable_slot(config)),
-        (Some(found), true) => {
-            report.left.push(format!("replication slot {} at {}", config.slot, found.confirmed_flush_lsn));
-            keep_on_standbys(config, &mut replication, &found, &mut report).await?;
-            let fed = Some((&identity, found.confirmed_flush_lsn));
-            alter_publication(&mut client, config, fed, &mut report).await?;
-            // Nobody knows any more what the tables held when the slot was made.
-            let all = tables.iter().map(|table| (table, State::Snapshot)).collect();
-            make_watermarks(&client, config, &identity, found.confirmed_flush_lsn, all, &mut report).await?;
+    if found.is_some() && !has_publication(&client, &config.publication).await? {
+        return Err(unreadable_slot(config));
+    }
+    if ownership.is_owner() {
+        owner::make_schema(&mut client, &ownership, &mut report).await?;
+    } else {
+        ownership.must_be_made()?;
+        ownership.warn_of_owner(&mut report);
+    }
+    let tables = find_tables(&client, config).await?;
+    if let Some(found) = found {
+        report.left.push(format!("replication slot {} at {}", config.slot, found.confirmed_flush_lsn));
+        keep_on_standbys(config, &mut replication, &found, &mut report).await?;
+        let fed = Some((&identity, found.confirmed_flush_lsn));
+        publication::publish(&mut client, config, &tables, &ownership, fed, &mut report).await?;
+        // Nobody knows any more what the tables held when the slot was made.
+        let all = tables.iter().map(|table| (table, State::Snapshot)).collect();
+        make_watermarks(&client, config, &identity, found.confirmed_flush_lsn, all, &mut report).await?;
+    } else {
+        check_history(&client, config, &identity).await?;
+        publication::publish(&mut client, config, &tables, &ownership, None, &mut report).await?;
+        let (start, states) = create_slot(&mut replication, config, &tables).await?;
+        report.done.push(format!("made replication slot {} at {start}", config.slot));
+        let system = identity.system_identifier.as_str();
+        for table in watermark::rebase(&client, &config.slot, system, identity.timeline_id, start).await? {
+            report.done.push(format!("marked a gap in {table}: the slot that fed it is gone"));
         }
-        (None, _) => {
-            check_history(&client, config, &identity).await?;
-            if has_publication {
-                alter_publication(&mut client, config, None, &mut report).await?;
-            } else {
-                create_publication(&client, config, &tables, &mut report).await?;
-            }
-            let (start, states) = create_slot(&mut replication, config, &tables).await?;
-            report.done.push(format!("made replication slot {} at {start}", config.slot));
-            let system = identity.system_identifier.as_str();
-            let rebased =
-                watermark::rebase(&client, &config.slot, system, identity.timeline_id, start).await?;
-            for table in rebased {
-                report.done.push(format!("marked a gap in {table}: the slot that fed it is gone"));
-            }
-            make_watermarks(&client, config, &identity, start, states, &mut report).await?;
-        }
+        make_watermarks(&client, config, &identity, start, states, &mut report).await?;
     }
     retention::keep(&client, config, &mut report).await?;
-    retention::stop_partman(&client, config, &mut report).await?;
+    retention::stop_partman(&client, &tables, &mut report).await?;
     let mut told = Told::default();
     for row in watermark::read(&client).await?.iter().filter(|row| row.slot_name == config.slot) {
         told.tell(&client, &row.source_table).await?;
     }
     Ok(report)
+}
+
+/// Does what the owner of the drift tables has to do, and no more: schema `highwater`, which belongs to him, the publication, the rights
+/// of the role that archives, pg_partman's retention. An installation whose schema is somebody else's is taken over.
+///
+/// # Errors
+///
+/// The session's role has not the rights of the tables' owner; there is no such role; something in the schema was changed; or the server
+/// refused a step. What was made before stays, and setup may be run again.
+pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Report> {
+    let mut report = Report::default();
+    let mut client = open(config).await?;
+    let ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
+    if !ownership.is_owner() {
+        return Err(ownership.refusal("making schema highwater"));
+    }
+    let found = slot::find(&mut Session::new(config.source.clone()), &config.slot).await?;
+    if found.is_some() && !has_publication(&client, &config.publication).await? {
+        return Err(unreadable_slot(config));
+    }
+    owner::make_schema(&mut client, &ownership, &mut report).await?;
+    let tables = find_tables(&client, config).await?;
+    let identity = slot::identify_by_sql(&client).await?;
+    let fed = found.as_ref().map(|found| (&identity, found.confirmed_flush_lsn));
+    publication::publish(&mut client, config, &tables, &ownership, fed, &mut report).await?;
+    owner::grant(&client, config, &tables, (&ownership.user, sidecar_role), &mut report).await?;
+    retention::stop_partman(&client, &tables, &mut report).await?;
+    Ok(report)
+}
+
+/// What [`setup_as_owner`] would do, as a script for psql, as far as any role may see it. Without `sidecar_role` the session's role is
+/// the one that archives.
+///
+/// # Errors
+///
+/// Something in the schema was changed; or a query failed.
+pub async fn owner_script(config: &Config, sidecar_role: Option<&str>) -> Result<String> {
+    let client = sql::connect(&config.source).await?;
+    check_server(&client).await?;
+    let tables = list_tables(&client, config).await?;
+    let ownership = Ownership::read(&client, config, &tables).await?;
+    owner::script(&client, config, &tables, &ownership, sidecar_role.unwrap_or(&ownership.user)).await
+}
+
+/// The session of a setup that is the only one.
+async fn open(config: &Config) -> Result<Client> {
+    let client = sql::connect(&config.source).await?;
+    lock_out_others(&client).await?;
+    check_server(&client).await?;
+    Ok(client)
 }
 
 /// Has the slot kept on standbys, or not, as the setting says, where the server can.
@@ -142,20 +201,40 @@ async fn keep_on_standbys(
     Ok(())
 }
 
-/// Waits until this is the only setup, and says so.
+/// Waits until this is the only setup, and says so. Anybody can take the lock, so the wait has an end.
 async fn lock_out_others(client: &Client) -> Result<()> {
     let failed = || Error::sql("waiting for another setup to end");
-    let row = client.query_one("select pg_try_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(failed())?;
-    if row.try_get(0).map_err(failed())? {
-        return Ok(());
+    let query = "select string_agg(format('session %s of role %s', l.pid, a.usename), ', ')
+                 from pg_locks l left join pg_stat_activity a on a.pid = l.pid
+                 where l.locktype = 'advisory' and l.granted and l.classid = ($1::bigint >> 32)::oid
+                   and l.objid = ($1::bigint & 4294967295)::oid and l.database = (select oid from pg_database where datname = current_database())";
+    let started = Instant::now();
+    let mut is_told = false;
+    loop {
+        let row =
+            client.query_one("select pg_try_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(failed())?;
+        if row.try_get(0).map_err(failed())? {
+            return Ok(());
+        }
+        let row = client.query_one(query, &[&SETUP_LOCK]).await.map_err(failed())?;
+        let holder: Option<String> = row.try_get(0).map_err(failed())?;
+        let holder = holder.unwrap_or_else(|| "nobody any more".to_owned());
+        if started.elapsed() > SETUP_LOCK_TIMEOUT {
+            return Err(Error::Setting {
+                setting: "another setup of this database".to_owned(),
+                value: holder,
+                accepted: format!(
+                    "over after {} s: if it is none of Highwater's, end it: select pg_terminate_backend(...);",
+                    SETUP_LOCK_TIMEOUT.as_secs()
+                ),
+            });
+        }
+        if !is_told {
+            tracing::warn!(holder, "waiting for another setup of this database to end");
+            is_told = true;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    let query = "select string_agg(pid::text, ', ') from pg_locks
-                 where locktype = 'advisory' and granted and classid = ($1::bigint >> 32)::oid
-                   and objid = ($1::bigint & 4294967295)::oid and database = (select oid from pg_database where datname = current_database())";
-    let row = client.query_one(query, &[&SETUP_LOCK]).await.map_err(failed())?;
-    let process: Option<String> = row.try_get(0).map_err(failed())?;
-    tracing::warn!(process, "waiting for another setup of this database to end");
-    client.execute("select pg_advisory_lock($1)", &[&SETUP_LOCK]).await.map_err(failed()).map(drop)
 }
 
 /// A slot reads the log with the catalog of that time (manual section 49.2.1): where the publication did not exist, it
@@ -209,41 +288,12 @@ async fn check_server(client: &Client) -> Result<()> {
     Ok(())
 }
 
-async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
-    let exists = client
-        .query_one("select to_regnamespace('highwater') is not null", &[])
-        .await
-        .and_then(|row| row.try_get::<_, bool>(0))
-        .map_err(Error::sql("looking for schema highwater"))?;
-    // `if not exists` would ask for the right to create even where the schema is there.
-    if !exists {
-        client
-            .batch_execute("create schema highwater")
-            .await
-            .map_err(Error::sql("creating schema highwater"))?;
-    }
-    let mut runner = migrations::migrations::runner();
-    runner.set_migration_table_name("highwater.migration");
-    let outcome = runner.run_async(client).await.map_err(|error| Error::Encode {
-        context: "migrating schema highwater".to_owned(),
-        source: Box::new(error),
-    })?;
-    match outcome.applied_migrations().as_slice() {
-        [] => report.left.push("schema highwater is up to date".to_owned()),
-        applied => {
-            report.done.extend(applied.iter().map(|step| format!("migrated schema highwater: {step}")))
-        }
-    }
-    Ok(())
-}
-
 /// Refuses a schema that an older release has made: its statements would fail one by one.
 ///
 /// # Errors
 ///
 /// The schema is older, or can't be read.
 pub(crate) async fn check_schema(client: &Client) -> Result<()> {
-    let newest = migrations::migrations::runner().get_migrations().iter().map(|one| one.version()).max();
     let query = "select coalesce(max(version), 0)::bigint from highwater.migration";
     let found: i64 = match client.query_one(query, &[]).await {
         Ok(row) => row.try_get(0).map_err(Error::sql("reading the version of schema highwater"))?,
@@ -251,31 +301,32 @@ pub(crate) async fn check_schema(client: &Client) -> Result<()> {
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(()),
         Err(error) => return Err(Error::sql("reading the version of schema highwater")(error)),
     };
-    match newest.map(i64::from) {
-        Some(newest) if found < newest => Err(Error::Setting {
+    let newest = owner::newest();
+    if found < newest {
+        return Err(Error::Setting {
             setting: "schema highwater".to_owned(),
             value: format!("version {found}"),
-            accepted: format!("version {newest}: run `highwater setup`, which migrates it"),
-        }),
-        _ => Ok(()),
+            accepted: format!(
+                "version {newest}: run `highwater setup`, which migrates it (or says who has to)"
+            ),
+        });
     }
+    Ok(())
 }
 
-/// Whether the publication exists.
-///
-/// # Errors
-///
-/// The query failed.
-pub(crate) async fn has_publication(client: &Client, publication: &str) -> Result<bool> {
-    client
-        .query_opt("select from pg_publication where pubname = $1", &[&publication])
-        .await
-        .map(|row| row.is_some())
-        .map_err(Error::sql("looking for the publication"))
-}
-
-/// The drift tables that exist, and the entity table if one of them needs it.
+/// The drift tables that exist, and the entity table if one of them needs it, with what their rows are in.
 async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable>> {
+    let mut tables = list_tables(client, config).await?;
+    for table in &mut tables {
+        let name = format!("{}.{}", config.schema, table.name);
+        table.leaves = source::leaves(client, &name, table.oid).await?;
+        table.parts = unarchived::parts(client, table.oid).await?;
+    }
+    Ok(tables)
+}
+
+/// The same before schema `highwater` is there: without what their rows are in.
+async fn list_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable>> {
     let rows = client
         .query(
             "select c.relname::text, c.oid,
@@ -299,9 +350,7 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
         let kind = Kind::of_source_table(&name);
         needs_entities |= kind.is_some() && by_id;
         if kind.is_some() || name == ENTITY_TABLE {
-            let leaves = source::leaves(client, &format!("{}.{name}", config.schema), oid).await?;
-            let parts = unarchived::parts(client, oid).await?;
-            tables.push(SourceTable { name, oid, kind, published, leaves, parts });
+            tables.push(SourceTable { name, oid, kind, published, leaves: Vec::new(), parts: Vec::new() });
         }
     }
     tables.retain(|table| table.kind.is_some() || needs_entities);
@@ -328,98 +377,6 @@ fn holds_rows(config: &Config, table: &SourceTable) -> String {
         table.leaves.iter().map(|leaf| format!("exists (select from {} where {})", leaf.from, leaf.filter));
     let any: Vec<String> = any.collect();
     format!("select {}", if any.is_empty() { "false".to_owned() } else { any.join(" or ") })
-}
-
-async fn create_publication(
-    client: &Client,
-    config: &Config,
-    tables: &[SourceTable],
-    report: &mut Report,
-) -> Result<()> {
-    let names: Vec<String> = tables.iter().map(|table| qualified(config, table)).collect();
-    // A child by inheritance is not archived (`unarchived`), so it is not published; partitions are all the same.
-    // Inserts only: with updates in it, every `update` of a table without a primary key would fail. No column
-    // list: it would keep the server's owner from dropping a column.
-    let statement = format!(
-        "create publication {} for table only {} with (publish = 'insert', publish_via_partition_root = true)",
-        quote_identifier(&config.publication),
-        names.join(", only ")
-    );
-    client
-        .batch_execute(&statement)
-        .await
-        .map_err(Error::sql(format!("creating publication {}", config.publication)))?;
-    report.done.push(format!("made publication {} for {}", config.publication, names.join(", ")));
-    Ok(())
-}
-
-/// Mends a publication that is there. Where a slot already reads it (`fed`: the system, and the slot's
-/// position), a table is added together with its watermark row: under the lock nobody can write a row that
-/// neither the publication nor the look into the table would see.
-async fn alter_publication(
-    client: &mut Client,
-    config: &Config,
-    fed: Option<(&Identity, Lsn)>,
-    report: &mut Report,
-) -> Result<()> {
-    let name = quote_identifier(&config.publication);
-    let is_right = client
-        .query_opt(
-            "select from pg_publication where pubname = $1 and pubinsert and pubviaroot
-             and not (pubupdate or pubdelete or pubtruncate)",
-            &[&config.publication],
-        )
-        .await
-        .map_err(Error::sql("reading the publication"))?;
-    if is_right.is_none() {
-        // A publication that sent no inserts has let rows pass; the running sidecar sees that by itself.
-        if fed.is_some() {
-            for found in watermark::mark_unpublished(client, &config.slot, &config.publication).await? {
-                let table = found.source_table;
-                report
-                    .done
-                    .push(format!("marked a gap in {table}: the publication did not send its inserts"));
-            }
-        }
-        let statement =
-            format!("alter publication {name} set (publish = 'insert', publish_via_partition_root = true)");
-        client.batch_execute(&statement).await.map_err(Error::sql("altering the publication"))?;
-        report
-            .done
-            .push(format!("set publication {} to inserts only, through partition roots", config.publication));
-    }
-    let tables = find_tables(client, config).await?;
-    for table in tables.iter().filter(|table| !table.published) {
-        let qualified = qualified(config, table);
-        let context = format!("adding {qualified} to publication {}", config.publication);
-        let transaction = client.transaction().await.map_err(Error::sql(&context))?;
-        let statement = format!(
-            "set local lock_timeout = '{LOCK_TIMEOUT}'; lock table {qualified} in share row exclusive mode;
-             alter publication {name} add table only {qualified}"
-        );
-        transaction.batch_execute(&statement).await.map_err(Error::sql(&context))?;
-        if let (Some(_), Some((identity, start))) = (table.kind, fed) {
-            let row = transaction.query_one(&holds_rows(config, table), &[]).await;
-            let holds_rows: bool = row.and_then(|row| row.try_get(0)).map_err(Error::sql(&context))?;
-            let state = if holds_rows { State::Snapshot } else { State::Streaming };
-            // A table that was archived before has been out of the publication for a while.
-            let source = format!("{}.{}", config.schema, table.name);
-            if watermark::mark_table_gap(&transaction, &source, table.oid).await? {
-                report.done.push(format!("marked a gap in {source}: the publication lacked it"));
-            } else if let Some(new) = new_watermark(config, table, &source, identity, state, start) {
-                watermark::create(&transaction, &new).await?;
-                if !holds_rows {
-                    coverage::cover(&transaction, &source, &table.leaves).await?;
-                }
-            }
-        }
-        transaction.commit().await.map_err(Error::sql(&context))?;
-        report.done.push(format!("added {qualified} to publication {}", config.publication));
-    }
-    if tables.iter().all(|table| table.published) && is_right.is_some() {
-        report.left.push(format!("publication {}", config.publication));
-    }
-    Ok(())
 }
 
 /// Makes the slot, and says of each table whether it holds rows that the slot will not send.

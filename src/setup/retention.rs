@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::Report;
+use super::{Report, SourceTable};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal, sql};
@@ -42,7 +42,7 @@ pub(super) async fn keep(client: &Client, config: &Config, report: &mut Report) 
 }
 
 /// pg_partman drops partitions by itself, archived or not, where its `retention` is set.
-pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+pub(super) async fn stop_partman(client: &Client, tables: &[SourceTable], report: &mut Report) -> Result<()> {
     let failed = || Error::sql("reading pg_partman's configuration");
     let schema = "select n.nspname::text from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'pg_partman'";
     let Some(row) = client.query_opt(schema, &[]).await.map_err(failed())? else { return Ok(()) };
@@ -52,7 +52,7 @@ pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut 
     let part_config_sub = format!("{}.part_config_sub", quote_identifier(&schema));
     let found = format!(
         "with recursive tree as (
-             select w.table_oid as oid from highwater.watermark w where w.slot_name = $1
+             select unnest($1::oid[]) as oid
              union all select i.inhrelid from pg_inherits i join tree t on i.inhparent = t.oid),
          named as (select n.nspname || '.' || c.relname as name from tree join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace)
          select p.parent_table::text, p.retention::text, '{part_config}', 'retention', 'parent_table' from {part_config} p
@@ -62,7 +62,8 @@ pub(super) async fn stop_partman(client: &Client, config: &Config, report: &mut 
          where s.sub_retention is not null and s.sub_parent::text in (select name from named)
          order by 1"
     );
-    let rows = match client.query(&found, &[&config.slot]).await {
+    let oids: Vec<u32> = tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid).collect();
+    let rows = match client.query(&found, &[&oids]).await {
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
             report.todo.push(format!(
                 "pg_partman may drop partitions that are not archived, and this role may not look; as its owner: update \
@@ -167,9 +168,9 @@ async fn check_role(client: &Client, config: &Config, role: &str, report: &mut R
     for row in client.query(others, &[&config.slot]).await.map_err(failed())? {
         let owner: String = row.try_get(0).map_err(failed())?;
         report.todo.push(format!(
-            "the job runs as {role}, which may not drop partitions of {owner}: as {owner} or a superuser: grant {} to {};",
-            quote_identifier(&owner),
-            quote_identifier(role)
+            "the job runs as {role}, which may not drop partitions of {owner}: have it made by that one, with `highwater setup \
+             --as-owner --schedule-purge` as {owner}, and take this one away: select cron.unschedule({});",
+            quote_literal(PURGE_JOB)
         ));
     }
     let timeout = "select setting <> '0' from pg_settings where name = 'statement_timeout'";

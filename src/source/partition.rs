@@ -1,11 +1,13 @@
 use tokio_postgres::{Client, GenericClient, SimpleQueryMessage};
 
+use super::copy::Source;
 use super::time::{Days, Slice, TimeColumn, cut};
 use crate::archive::MinuteCounts;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
 use crate::record::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
 use crate::unarchived::IS_ARCHIVED;
+use crate::watermark::Watermark;
 
 /// A table that holds rows itself: a leaf of a partition tree, or a plain table.
 #[derive(Clone, Debug)]
@@ -108,6 +110,30 @@ pub(crate) async fn holders(
     root: u32,
 ) -> Result<Vec<Partition>> {
     read(client, source_table, root, true).await
+}
+
+/// Whether Postgres has any row of some times (first and last microsecond since the epoch) in the table of a watermark row, or in what
+/// was detached from it and kept.
+///
+/// # Errors
+///
+/// A query failed.
+pub(crate) async fn has_rows(client: &Client, row: &Watermark, (first, last): (i64, i64)) -> Result<bool> {
+    let Some(source) = Source::find(client, row).await? else { return Ok(false) };
+    let is_within = source.time.within(first, last.saturating_add(1));
+    for holder in holders(client, &row.source_table, source.oid).await? {
+        let (low, high) = holder.extent.unwrap_or((i64::MIN, i64::MAX));
+        if last < low || first >= high {
+            continue;
+        }
+        let query =
+            format!("select exists (select from {} where ({}) and {is_within})", holder.from, holder.filter);
+        let found = client.query_one(&query, &[]).await.and_then(|row| row.try_get(0));
+        if found.map_err(Error::sql(format!("looking for rows in {}", holder.name)))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 async fn read(

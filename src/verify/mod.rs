@@ -380,7 +380,8 @@ impl Table<'_> {
         (repair, sql): (&mut Repair, &mut Session),
     ) -> Result<Different> {
         let mut different = Different::default();
-        let purged = sql.run(async |client| purge::cutoff(client, &self.row.source_table).await).await?;
+        let purged =
+            sql.run(async |client| purge::cutoff(client, &self.row.source_table, true).await).await?;
         let bounds = merged(leaves.iter().filter_map(|leaf| leaf.bounds).collect());
         for (index, hour) in counted.suspect.iter().enumerate() {
             repair.look().await?;

@@ -76,21 +76,58 @@ pub async fn set_noted(client: &Client, kind: Kind, version: u64) -> Result<()> 
     written.map_err(Error::sql(format!("writing that the log of {} was looked at", kind.name()))).map(drop)
 }
 
-/// Writes down that somebody has taken archived rows out of a table.
+/// What is written down of somebody else's entry in a table's log.
+#[derive(Clone, Copy, Debug)]
+pub struct Removal<'a> {
+    /// The table.
+    pub kind: Kind,
+    /// The entry's version.
+    pub version: u64,
+    /// What happened, and how to go back.
+    pub note: &'a str,
+    /// How many rows fewer the table has; negative if they are more. `None` if that is not known.
+    pub row_count: Option<i64>,
+    /// It has brought rows back.
+    pub is_return: bool,
+}
+
+/// Writes down that somebody has taken archived rows out of a table, or has brought some back. Of several the first and the last are told:
+/// the version before the first has the most. All are forgotten when no row is missing any more, by the counts of the entries.
 ///
 /// # Errors
 ///
 /// The statement failed.
-pub async fn note_removal(client: &Client, kind: Kind, version: u64, note: &str) -> Result<()> {
+pub async fn note_removal(client: &Client, removal: &Removal<'_>) -> Result<()> {
     // Without a look nobody may purge, so the row begins with one that is too old.
     let statement = "
         insert into highwater.archive_log as l
-            (kind, version, looked_at, purge_trust, removal_version, removal_at, removal_note)
-        values ($1, 0, to_timestamp(0), interval '0', $2, clock_timestamp(), $3)
+            (kind, version, looked_at, purge_trust, removal_version, removal_at, removal_note, removed_rows)
+        values ($1, 0, to_timestamp(0), interval '0', $2, clock_timestamp(), $3, $4)
         on conflict (kind) do update
-        set removal_version = excluded.removal_version, removal_at = excluded.removal_at, removal_note = excluded.removal_note";
-    let written = client.execute(statement, &[&kind.name(), &signed(version), &note]).await;
+        set removal_version = excluded.removal_version, removal_at = excluded.removal_at,
+            removed_rows = case when l.removal_note is null then 0 else l.removed_rows end + excluded.removed_rows,
+            removal_note = case when $5 and (l.removal_note is null or l.removed_rows + excluded.removed_rows <= 0) then null
+                                when l.removal_note is null or strpos(l.removal_note, excluded.removal_note) > 0
+                                  then coalesce(l.removal_note, excluded.removal_note)
+                                else split_part(l.removal_note, '; then ', 1) || '; then ' || excluded.removal_note end";
+    let Removal { kind, version, note, row_count, is_return } = *removal;
+    let written =
+        client.execute(statement, &[&kind.name(), &signed(version), &note, &row_count, &is_return]).await;
     written.map_err(Error::sql(format!("writing what was taken out of {}", kind.name()))).map(drop)
+}
+
+/// Writes down which files of a table are gone; `None` if all are there (again).
+///
+/// # Errors
+///
+/// The statement failed.
+pub async fn note_damage(client: &Client, kind: Kind, note: Option<&str>) -> Result<()> {
+    let statement = "
+        insert into highwater.archive_log as l (kind, version, looked_at, purge_trust, damage_note)
+        values ($1, 0, to_timestamp(0), interval '0', $2)
+        on conflict (kind) do update set damage_note = excluded.damage_note where l.damage_note is distinct from excluded.damage_note";
+    let written = client.execute(statement, &[&kind.name(), &note]).await;
+    written.map_err(Error::sql(format!("writing which files of {} are gone", kind.name()))).map(drop)
 }
 
 /// What is not to be relied on any more of a drift table.

@@ -98,8 +98,8 @@ async fn a_stop_before_the_first_connection_is_a_stop() {
     let mut config = prepare(&stage).await;
     config.source = SourceConfig::new(Some("postgresql://nobody@127.0.0.1:1/nowhere"), &|_| None).unwrap();
     let (shutdown, watcher) = watch::channel(());
-    let archiver = Archiver::start(config, watcher);
     shutdown.send_replace(());
+    let archiver = Archiver::start(config, watcher);
     tokio::time::timeout(SOON, archiver.wait()).await.expect("it ends soon").unwrap();
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use crate::support::archive::{assert_same, files};
+use crate::support::archive::{archived_rows, assert_same, files};
 use crate::support::schema::Shape;
 use crate::support::sidecar::Launch;
 use crate::support::stage::{Stage, archived};
@@ -314,4 +314,65 @@ async fn files_that_are_gone_soon_are_written_again_and_old_ones_block_the_purge
     assert!(!sidecar.log().contains("is written again"), "{}", sidecar.log());
     settled(&stage, &client).await;
     drops(&client).await;
+}
+
+/// A mount that is away for a while takes nothing with it: what Postgres has forgotten stays named by the log.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_away_for_a_while_are_not_forgotten() {
+    let (stage, client) = staged().await;
+    let sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    quiet(&stage).must(&["verify"]);
+    drops(&client).await;
+    let table = stage.storage().join("psi");
+    let aside = stage.folder().join("aside");
+    fs::create_dir(&aside).unwrap();
+    let before = archived_rows(&table).len();
+    assert!(before > 500, "{before}");
+    for entry in fs::read_dir(&table).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name() != "_delta_log" {
+            fs::rename(entry.path(), aside.join(entry.file_name())).unwrap();
+        }
+    }
+    let check = || {
+        let output = quiet(&stage).output(&["check"]);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let away = "error    archive-files";
+    until("the files are missed", 2 * DEADLINE, async || check().contains(away).then_some(())).await;
+    for entry in fs::read_dir(&aside).unwrap() {
+        let entry = entry.unwrap();
+        fs::rename(entry.path(), table.join(entry.file_name())).unwrap();
+    }
+    until("they are there again", 2 * DEADLINE, async || (!check().contains(away)).then_some(())).await;
+    assert!(!sidecar.log().contains("taken out of the log"), "{}", sidecar.log());
+    quiet(&stage).must(&["verify"]);
+    assert_eq!(archived_rows(&table).len(), before);
+}
+
+/// Whoever goes back as he was told has gone back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_was_taken_back_is_forgotten() {
+    let (stage, client) = staged().await;
+    let sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    quiet(&stage).must(&["verify"]);
+    let before = act(&stage, "psi", &["version"]);
+    let removal = act(&stage, "psi", &["delete", "space = 's'"]);
+    is_blocked(&client, &format!("version {removal} of the log of psi")).await;
+    let back = removal - 1;
+    let advice = format!(".restore({back}");
+    let check = || String::from_utf8_lossy(&quiet(&stage).output(&["check"]).stdout).into_owned();
+    assert!(check().contains(&advice), "from {before}: {}", check());
+    let restored = act(&stage, "psi", &["restore", &back.to_string()]);
+    until("it is forgotten", DEADLINE, async || (!check().contains(".restore(")).then_some(())).await;
+    until("the return is noted", DEADLINE, async || {
+        blocked_by(&client).await.contains(&format!("version {restored} of the log of psi")).then_some(())
+    })
+    .await;
+    assert!(!blocked_by(&client).await.contains(".restore("), "{}", blocked_by(&client).await);
+    quiet(&stage).must(&["verify"]);
+    drops(&client).await;
+    drop(sidecar);
 }

@@ -324,7 +324,7 @@ async fn entities_are_counted_once_when_sql_is_slow() {
     let slow = "create function slow() returns trigger language plpgsql as
                     'begin if pg_sleep(case when (select count(*) from public.slept) = 0 then 33 else 0 end) is not null
                      then insert into public.slept values (1); end if; return null; end';
-                create table public.slept (n int);
+                create table public.slept (n int); grant select, insert on public.slept to highwater;
                 create trigger slow after insert on highwater.entity_watermark for each row execute function slow()";
     client.batch_execute(slow).await.unwrap();
     let sidecar = stage.launch().start();

@@ -33,6 +33,7 @@ mod query_cli;
 mod query_live;
 mod query_stores;
 mod reader;
+mod rights;
 mod roundtrip;
 mod s3;
 mod scouter;

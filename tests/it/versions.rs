@@ -163,7 +163,7 @@ async fn a_promoted_standby_has_the_slot(major: u32) {
     let load = Load::start(&primary.uri_tcp(&stage.name), stage.shape);
     load.goes_on(6_000, DEADLINE).await;
     load.stop().await;
-    let mut refused = stage.launch().start();
+    let mut refused = stage.launch().with("DATABASE_URI", &primary.uri_unix(&stage.name)).start();
     assert!(!refused.wait(DEADLINE).await.success());
     assert!(refused.log().contains("has lost what is archived"), "{}", refused.log());
     let mut sidecar = launch.start();

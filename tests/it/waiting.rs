@@ -28,6 +28,8 @@ async fn setup_says_whom_it_waits_for_and_leaves_nothing_behind() {
     forgotten.batch_execute(&format!("begin; {insert}")).await.unwrap();
     let pid = number(&forgotten, "select pg_backend_pid()::bigint").await;
     let slots = "select count(*) from pg_replication_slots";
+    stage.launch().prepare();
+    client.batch_execute("grant pg_read_all_stats to highwater").await.unwrap();
     for signal in ["TERM", "KILL"] {
         let mut setup = stage.launch().start_command(&["setup"]);
         setup.says(&format!("process {pid} of postgres"), DEADLINE).await;

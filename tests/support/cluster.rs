@@ -18,6 +18,9 @@ use super::wait::until;
 /// Database that pg_cron lives in; it can be in only one.
 pub const CRON_DATABASE: &str = "postgres";
 
+/// The role that archives: it may log in and replicate, and gets its other rights from `highwater setup --as-owner`.
+pub const SIDECAR_ROLE: &str = "highwater";
+
 /// How [`Cluster::stop`] ends the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -463,8 +466,13 @@ impl Cluster {
 
     /// Connection URI over the Unix socket.
     pub fn uri_unix(&self, database: &str) -> String {
+        self.uri_of("postgres", database)
+    }
+
+    /// Connection URI of a role over the Unix socket.
+    pub fn uri_of(&self, role: &str, database: &str) -> String {
         let folder = self.home.display().to_string().replace('/', "%2F");
-        format!("postgresql://postgres@{folder}:{}/{database}", self.port)
+        format!("postgresql://{role}@{folder}:{}/{database}", self.port)
     }
 
     /// A superuser's session.

@@ -11,6 +11,8 @@ use super::wait::{until, within};
 #[derive(Clone, Debug)]
 pub struct Launch {
     program: PathBuf,
+    /// Where the owner of the drift tables logs in, if the sidecar does as another role: he makes the schema, and purges.
+    owner_uri: Option<String>,
     settings: Vec<(String, String)>,
     log: PathBuf,
 }
@@ -29,7 +31,7 @@ pub fn binary() -> PathBuf {
 impl Launch {
     /// Archives the database into a folder; the log is appended to a file.
     pub fn new(database_uri: &str, storage: &Path, slot: &str, log: &Path) -> Self {
-        Self { program: binary(), settings: Vec::new(), log: log.to_owned() }
+        Self { program: binary(), owner_uri: None, settings: Vec::new(), log: log.to_owned() }
             .with("DATABASE_URI", database_uri)
             .with("SCOUTER_STORAGE_URI", &storage.display().to_string())
             .with("HIGHWATER_SLOT", slot)
@@ -38,9 +40,20 @@ impl Launch {
             .with("RUST_BACKTRACE", "1")
     }
 
-    /// The same with a setting added or replaced.
+    /// The same, where what only the owner of the drift tables may do is done by a login of his own: what comes before `setup`, and
+    /// `purge`.
+    #[must_use]
+    pub fn owned(mut self, uri: &str) -> Self {
+        self.owner_uri = Some(uri.to_owned());
+        self
+    }
+
+    /// The same with a setting added or replaced. Who logs in elsewhere, or as another role, does all by himself.
     #[must_use]
     pub fn with(mut self, name: &str, value: &str) -> Self {
+        if name == "DATABASE_URI" {
+            self.owner_uri = None;
+        }
         self.settings.retain(|(known, _)| known != name);
         self.settings.push((name.to_owned(), value.to_owned()));
         self
@@ -83,11 +96,40 @@ impl Launch {
         command
     }
 
-    /// Runs a subcommand to its end.
+    /// Runs a subcommand to its end; `setup` in both roles, one after the other.
     pub fn output(&self, arguments: &[&str]) -> Output {
+        let mut first = Vec::new();
+        if let Some(owner) = &self.owner_uri {
+            let as_owner = self.clone().with("DATABASE_URI", owner);
+            match arguments {
+                ["setup"] => {
+                    let output = as_owner.output(&["setup", "--as-owner"]);
+                    if !output.status.success() {
+                        return output;
+                    }
+                    first = output.stdout;
+                }
+                ["setup", "--schedule-purge", ..] => {
+                    let output = self.output(&["setup"]);
+                    let scheduled = as_owner.output(&[&["setup", "--as-owner"], &arguments[1..]].concat());
+                    return if output.status.success() { scheduled } else { output };
+                }
+                ["purge", ..] => return as_owner.output(arguments),
+                _ => {}
+            }
+        }
         let mut command = self.command(arguments);
         command.env_remove("FAILPOINTS");
-        command.output().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()))
+        let mut output =
+            command.output().unwrap_or_else(|error| panic!("{}: {error}", self.program.display()));
+        output.stdout.splice(..0, first);
+        output
+    }
+
+    /// Does what the owner has to do before `setup`, and no more.
+    pub fn prepare(&self) {
+        let owner = self.owner_uri.as_deref().expect("an owner");
+        self.clone().with("DATABASE_URI", owner).must(&["setup", "--as-owner"]);
     }
 
     /// Runs a subcommand that a fail point must kill.

@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::archive::{assert_same, compare};
-use super::cluster::Cluster;
+use super::cluster::{Cluster, SIDECAR_ROLE};
 use super::schema::{self, KINDS, Partitions, Shape};
 use super::sidecar::{Launch, Sidecar};
 use super::wait::{until, within};
@@ -77,6 +77,10 @@ impl Stage {
         let stage = Self { server, name, shape, folder };
         let admin = stage.cluster().connect("postgres").await;
         admin.batch_execute(&format!("create database {} {options}", stage.name)).await.expect("database");
+        let role = format!(
+            "do $$ begin create role {SIDECAR_ROLE} login replication; exception when duplicate_object or unique_violation then null; end $$"
+        );
+        admin.batch_execute(&role).await.expect("the role that archives");
         schema::create(&stage.connect().await, shape, partitions).await;
         stage
     }
@@ -107,8 +111,10 @@ impl Stage {
     /// How to start the sidecar on this stage, with checkpoints every second.
     pub fn launch(&self) -> Launch {
         let log = self.folder.path().join("sidecar.log");
-        Launch::new(&self.cluster().uri_unix(&self.name), &self.storage(), &self.name, &log)
+        let cluster = self.cluster();
+        Launch::new(&cluster.uri_of(SIDECAR_ROLE, &self.name), &self.storage(), &self.name, &log)
             .with("HIGHWATER_MAX_LAG", "1s")
+            .owned(&cluster.uri_unix(&self.name))
     }
 
     /// `highwater setup`, then the running sidecar.
@@ -157,7 +163,13 @@ impl Stage {
 
     /// Waits until the server knows everything before a position to be archived.
     pub async fn acknowledged(&self, client: &Client, target: PgLsn, deadline: Duration) {
-        let acknowledged = async || (self.confirmed(client).await > target).then_some(());
+        // Null while a slot is being made anew.
+        let sql =
+            "select coalesce(confirmed_flush_lsn, '0/0') from pg_replication_slots where slot_name = $1";
+        let acknowledged = async || {
+            let row = client.query_opt(sql, &[&self.name]).await.expect("slot")?;
+            (row.get::<_, PgLsn>(0) > target).then_some(())
+        };
         until(&format!("everything before {target} is acknowledged"), deadline, acknowledged).await;
     }
 

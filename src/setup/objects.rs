@@ -1,0 +1,84 @@
+//! Whether schema `highwater` is what the migrations have made. The purge runs what is in it with the rights of the drift tables'
+//! owner, so whoever could change anything there would have these rights.
+
+use std::collections::BTreeMap;
+
+use tokio_postgres::Client;
+
+use crate::error::{Error, Result};
+
+/// The objects as the server has them: name, and a digest of the definition.
+const QUERY: &str = include_str!("objects.sql");
+
+/// What the migrations make. A line has the first and the last version of the schema that an object is in like that (`-`: it still
+/// is), the digest, and its name. A test runs the migrations one by one, and says how this must read.
+const MADE: &str = include_str!("objects.txt");
+
+/// The objects that are not as the migrations up to `version` have made them, a sentence each.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn differences(client: &Client, version: i64) -> Result<Vec<String>> {
+    let failed = || Error::sql("comparing schema highwater with what the migrations make");
+    let mut found = BTreeMap::new();
+    for row in client.query(QUERY, &[]).await.map_err(failed())? {
+        let (object, digest): (String, String) =
+            (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+        found.insert(object, digest);
+    }
+    Ok(compare(found, version))
+}
+
+fn compare(mut found: BTreeMap<String, String>, version: i64) -> Vec<String> {
+    let mut differences = Vec::new();
+    for (object, digest) in made(version) {
+        match found.remove(object) {
+            None => differences.push(format!("{object} is missing")),
+            Some(other) if other != digest => differences.push(format!("{object} was changed")),
+            Some(_) => {}
+        }
+    }
+    differences.extend(found.into_keys().map(|object| format!("{object} is not of Highwater")));
+    differences
+}
+
+/// Names and digests at a version.
+fn made(version: i64) -> impl Iterator<Item = (&'static str, &'static str)> {
+    MADE.lines().filter_map(move |line| {
+        let mut words = line.splitn(4, ' ');
+        let (first, last) = (words.next()?.parse::<i64>().ok()?, words.next()?);
+        let (digest, object) = (words.next()?, words.next()?);
+        let is_last = last.parse::<i64>().map_or(true, |last| version <= last);
+        (first <= version && is_last).then_some((object, digest))
+    })
+}
+
+/// Names of the tables at a version, without the schema.
+pub(super) fn tables(version: i64) -> impl Iterator<Item = &'static str> {
+    made(version).filter_map(|(object, _)| object.strip_prefix("table highwater."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_difference_is_named() {
+        let newest = 9;
+        let all = || made(newest).map(|(object, digest)| (object.to_owned(), digest.to_owned())).collect();
+        let mut found: BTreeMap<String, String> = all();
+        assert!(found.len() > 40, "{}", found.len());
+        assert_eq!(compare(found.clone(), newest), [] as [&str; 0]);
+        found.remove("table highwater.retention").unwrap();
+        found.insert("view highwater.retention".to_owned(), String::new());
+        found.insert("routine highwater.cutoff(interval)".to_owned(), String::new());
+        let expected = [
+            "routine highwater.cutoff(interval) was changed",
+            "table highwater.retention is missing",
+            "view highwater.retention is not of Highwater",
+        ];
+        assert_eq!(compare(found, newest), expected);
+        assert!(compare(all(), 1).len() > 10, "an earlier version had less");
+    }
+}
