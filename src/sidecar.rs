@@ -297,6 +297,7 @@ async fn start_stream(
     let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
     let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
     let stream = connection.start(slot, &config.publication, is_all).await?;
+    let stream = stream.holding(config.row_bytes_max());
     Ok((stream, Texts { encoding, is_all, wants_all: Arc::clone(wants_text) }))
 }
 

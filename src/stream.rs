@@ -8,7 +8,8 @@
 //! rows fill a third of the memory (one is built, one waits, one is being written), when a window of time
 //! ends, and when somebody asks: a shutdown of ours, a server that shuts down and waits for us, or a transaction with a
 //! logical message for us ([`slot::ask_for_checkpoint`](crate::slot::ask_for_checkpoint)). Everybody may send such a
-//! message: one is answered when the committer has room, and those that come meanwhile are answered together.
+//! message: one is answered when the committer has room, a second after the last one at the earliest, and those that come
+//! meanwhile are answered together.
 //!
 //! # Why a keepalive may move our position
 //!
@@ -47,6 +48,9 @@ const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Shortest time between two answers to those who ask for a checkpoint: each makes files, and everybody may ask.
+const ANSWER_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
 const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
 
@@ -81,6 +85,8 @@ pub(crate) struct Builder {
     asked: bool,
     /// Where the last transaction that asked for a checkpoint ends, until it is answered.
     wanted: Option<Lsn>,
+    /// When it may be answered.
+    answer_at: Instant,
     quarantined: u64,
     slot: String,
     publication: String,
@@ -129,6 +135,7 @@ impl Builder {
             horizon_waits: false,
             asked: false,
             wanted: None,
+            answer_at: Instant::now(),
             quarantined: 0,
             slot: config.slot.clone(),
             publication: config.publication.clone(),
@@ -166,7 +173,9 @@ impl Builder {
                     self.fall_due().await?;
                 }
                 // 3.
-                () = has_room(&work), if self.wanted.is_some() && self.open.is_none() => self.answer().await?,
+                () = has_room_at(&work, self.answer_at), if self.wanted.is_some() && self.open.is_none() => {
+                    self.answer().await?;
+                }
                 // 4.
                 chunk = chunks.recv() => match chunk {
                     Some(chunk) => self.take(&chunk).await?,
@@ -314,7 +323,9 @@ impl Builder {
             self.extend(commit).await?;
         }
         // On a busy stream the end of a chunk is seldom the end of a transaction.
-        if self.wanted.is_some() && self.work.capacity() > 0 { self.answer().await } else { Ok(()) }
+        let may_answer =
+            self.wanted.is_some() && self.work.capacity() > 0 && self.answer_at <= Instant::now();
+        if may_answer { self.answer().await } else { Ok(()) }
     }
 
     /// Takes a transaction that had rows for us into the checkpoint, and ends it if that is due.
@@ -367,6 +378,7 @@ impl Builder {
     /// inside a transaction.
     async fn answer(&mut self) -> Result<()> {
         let Some(wanted) = self.wanted.take() else { return Ok(()) };
+        self.answer_at = Instant::now() + ANSWER_INTERVAL;
         self.cut().await?;
         // A checkpoint may have passed it meanwhile; everything before that was handed on, too.
         let lsn = wanted.max(self.recorded.0);
@@ -480,8 +492,9 @@ fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Durat
     (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))
 }
 
-/// Waits until the committer can take something, or is gone. The room is not kept.
-async fn has_room(work: &mpsc::Sender<Work>) {
+/// Waits until then, and until the committer can take something, or is gone. The room is not kept.
+async fn has_room_at(work: &mpsc::Sender<Work>, at: Instant) {
+    sleep_until(at).await;
     drop(work.reserve().await);
 }
 

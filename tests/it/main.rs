@@ -24,6 +24,7 @@ mod fuzz;
 mod gap;
 mod horizon;
 mod idle;
+mod intruder;
 mod moved;
 mod partition;
 mod purge;
