@@ -25,6 +25,7 @@ mod gap;
 mod horizon;
 mod idle;
 mod intruder;
+mod liar;
 mod moved;
 mod partition;
 mod purge;
