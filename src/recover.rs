@@ -7,23 +7,25 @@ use crate::batch::EntitySpan;
 use crate::config::Config;
 use crate::decode::{self, Settled};
 use crate::error::{Error, Result};
+use crate::foreign;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::Kind;
 use crate::watermark::{self, Advance, State, Watermark};
 
 /// Brings the watermark rows up to the logs: a session that ended between the two left them behind. Must be
-/// called before the first commit of a session.
+/// called before the first commit of a session. Gives the tables that have files which are none, of which nothing can be told.
 ///
 /// # Errors
 ///
-/// The rows can't be read or written, or the files of the entities in between can't be read.
+/// The rows can't be read or written, or storage fails.
 pub(crate) async fn watermarks(
     storage: &Storage,
     tables: &[Table],
     sql: &mut Session,
     config: &Config,
-) -> Result<()> {
+) -> Result<Vec<(Kind, Error)>> {
+    let mut broken = Vec::new();
     for table in tables.iter().filter(|table| table.totals().doubles_removed > 0) {
         let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
         let (total, entities) = (table.totals().doubles_removed, BTreeMap::new());
@@ -39,14 +41,32 @@ pub(crate) async fn watermarks(
             sql.run(async |client| watermark::mark_one_gap(client, &name).await).await?;
             return Err(error);
         }
-        if row.flushed_lsn < table.lsn() {
-            catch_up(storage, table, row, sql).await?;
-        }
-        if row.state == State::Streaming {
-            entity_counts(storage, table, &name, sql).await?;
+        match settle(storage, table, row, sql).await {
+            Err(error) if foreign::is_broken(&error) => broken.push((table.kind(), error)),
+            settled => settled?,
         }
     }
-    Ok(())
+    Ok(broken)
+}
+
+async fn settle(storage: &Storage, table: &Table, row: &Watermark, sql: &mut Session) -> Result<()> {
+    if row.flushed_lsn < table.lsn() {
+        catch_up(storage, table, row, sql).await?;
+    }
+    if row.state != State::Streaming {
+        return Ok(());
+    }
+    let name = row.source_table.as_str();
+    match entity_counts(storage, table, name, sql).await {
+        Err(Error::Storage { context, source: object_store::Error::NotFound { .. } }) => {
+            tracing::error!(
+                table = name,
+                "gap: a file is gone ({context}); all rows are compared with the archive"
+            );
+            sql.run(async |client| watermark::mark_one_gap(client, name).await).await.map(drop)
+        }
+        counted => counted,
+    }
 }
 
 async fn catch_up(storage: &Storage, table: &Table, row: &Watermark, sql: &mut Session) -> Result<()> {

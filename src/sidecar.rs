@@ -326,10 +326,7 @@ async fn prepare(
     for kind in Kind::ALL {
         match Table::claim(storage, kind, &app_id, &session, start).await {
             Ok(table) => tables.push(table),
-            Err(error) if foreign::is_broken(&error) => {
-                foreign::leave_out(config, sql, storage, kind, error).await?;
-            }
-            Err(error) => return Err(error),
+            Err(error) => foreign::leave_out_broken(config, sql, storage, kind, error).await?,
         }
     }
     tracing::info!(session, "claimed the archive's tables");
@@ -364,7 +361,8 @@ async fn prepare(
         table.set_timeline(identity.timeline_id).await?;
     }
     foreign::look_back(config, sql, &mut tables).await?;
-    recover::watermarks(storage, &tables, sql, config).await?;
+    let broken = recover::watermarks(storage, &tables, sql, config).await?;
+    foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
     check_gap(config, sql, slot).await?;
     let timeline_id = identity.timeline_id;
     sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline_id).await).await?;
@@ -374,7 +372,8 @@ async fn prepare(
     incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
     foreign::drop_damaged(sql, &mut tables, &incomplete.mendable).await?;
     let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
-    backfill.run(&incomplete).await?;
+    let broken = backfill.run(&incomplete).await?;
+    foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
     for table in &mut tables {
         foreign::look(config, sql, table).await?;
     }
