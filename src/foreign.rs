@@ -350,6 +350,29 @@ pub(crate) fn is_broken(error: &Error) -> bool {
     is_one && error.policy() != Policy::Retry
 }
 
+/// Leaves a table out that could not be claimed, if that is because of its log.
+///
+/// # Errors
+///
+/// The error itself if it has another cause; the database can't be read or written.
+pub(crate) async fn leave_out_broken(
+    config: &Config,
+    sql: &mut Session,
+    storage: &Storage,
+    kind: Kind,
+    error: Error,
+) -> Result<()> {
+    let mut is_its_own = is_broken(&error);
+    // The library tells of an entry that is none as it does of a storage that fails.
+    if !is_its_own && kind != Kind::Quarantine && matches!(error, Error::Delta { .. }) {
+        let logs = sql.run(watermark::read_archive_logs).await?;
+        if let Some(log) = logs.get(kind.name()) {
+            is_its_own = archive::broken_since(storage, kind, log.version).await?.is_some();
+        }
+    }
+    if is_its_own { leave_out(config, sql, storage, kind, error).await } else { Err(error) }
+}
+
 /// Takes note that a table can't be used: its rows pass the stream until it can be again, and are added then.
 ///
 /// # Errors
@@ -383,7 +406,29 @@ pub(crate) async fn leave_out(
     Ok(())
 }
 
-/// Whether a table that was left out can be used again.
+/// Leaves tables out that were claimed.
+///
+/// # Errors
+///
+/// The database can't be written.
+pub(crate) async fn leave_out_all(
+    config: &Config,
+    sql: &mut Session,
+    storage: &Storage,
+    tables: &mut Vec<Table>,
+    broken: Vec<(Kind, Error)>,
+) -> Result<()> {
+    for (kind, error) in broken {
+        leave_out(config, sql, storage, kind, error).await?;
+        tables.retain(|table| table.kind() != kind);
+    }
+    Ok(())
+}
+
+/// Whether a table that was left out can be used again: its log, and the files that it names.
 pub(crate) async fn is_mended(storage: &Storage, kind: Kind) -> bool {
-    archive::View::read(storage, kind).await.is_ok()
+    match archive::View::read(storage, kind).await {
+        Ok(view) => archive::check_footers(storage, kind, view.files()).await.is_ok(),
+        Err(_) => false,
+    }
 }

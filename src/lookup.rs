@@ -1,7 +1,7 @@
 //! What the stream and copies do not bring with their rows, asked of the catalog: entities by their ids, types, and texts that
 //! only the server can bring to UTF-8.
 
-use crate::decode::{Decoder, ENTITY_TABLE, Inserted, Notice};
+use crate::decode::{Decoder, ENTITY_TABLE, ENTITY_TEXT_BYTES_MAX, Inserted, Notice};
 use crate::error::{Error, Result};
 use crate::pgoutput::{Column, Relation};
 use crate::postgres::{Encoding, Session, quote_identifier};
@@ -29,10 +29,12 @@ pub(crate) struct Lookup {
 impl Lookup {
     /// Over this session, in the schema of the drift tables.
     pub(crate) fn new(sql: Session, schema: &str) -> Self {
-        // As bytes, which come whatever they are. `format` gives what the type itself writes.
+        // As bytes, which come whatever they are. `format` gives what the type itself writes. Of one that is too long as much
+        // comes as shows that it is.
         let raw = |column: &str| {
             format!(
-                "case when {column} is not null then convert_to(format('%s', {column}), getdatabaseencoding()) end"
+                "case when {column} is not null then
+                     convert_to(left(format('%s', {column}), {ENTITY_TEXT_BYTES_MAX} + 1), getdatabaseencoding()) end"
             )
         };
         let query = format!(
@@ -145,17 +147,26 @@ impl Lookup {
             let Some(raw) = raw else {
                 return Ok(Err(format!("names an entity in {ENTITY_TABLE} whose {column} is null")));
             };
-            let text = if is_other && !raw.is_ascii() {
+            let is_too_long = raw.len() > ENTITY_TEXT_BYTES_MAX;
+            let text = if is_too_long {
+                None
+            } else if is_other && !raw.is_ascii() {
                 self.text(&raw).await?
             } else {
                 String::from_utf8(raw.clone()).ok()
             };
             match text {
-                Some(text) => texts.push(text),
-                None => {
+                // Converted, it may be longer.
+                Some(text) if text.len() <= ENTITY_TEXT_BYTES_MAX => texts.push(text),
+                None if !is_too_long => {
                     return Ok(Err(format!(
                         "names an entity in {ENTITY_TABLE} whose {column} has bytes that are not UTF-8: {}",
                         raw.get(..SHOWN_BYTES_MAX).unwrap_or(&raw).escape_ascii()
+                    )));
+                }
+                _ => {
+                    return Ok(Err(format!(
+                        "names an entity in {ENTITY_TABLE} whose {column} has more than {ENTITY_TEXT_BYTES_MAX} bytes"
                     )));
                 }
             }

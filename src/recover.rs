@@ -7,23 +7,25 @@ use crate::batch::EntitySpan;
 use crate::config::Config;
 use crate::decode::{self, Settled};
 use crate::error::{Error, Result};
+use crate::foreign;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::record::Kind;
 use crate::watermark::{self, Advance, State, Watermark};
 
 /// Brings the watermark rows up to the logs: a session that ended between the two left them behind. Must be
-/// called before the first commit of a session.
+/// called before the first commit of a session. Gives the tables that have files which are none, of which nothing can be told.
 ///
 /// # Errors
 ///
-/// The rows can't be read or written, or the files of the entities in between can't be read.
+/// The rows can't be read or written, or storage fails.
 pub(crate) async fn watermarks(
     storage: &Storage,
     tables: &[Table],
     sql: &mut Session,
     config: &Config,
-) -> Result<()> {
+) -> Result<Vec<(Kind, Error)>> {
+    let mut broken = Vec::new();
     for table in tables.iter().filter(|table| table.totals().doubles_removed > 0) {
         let Some(name) = watermark::source_table(&config.schema, table.kind()) else { continue };
         let (total, entities) = (table.totals().doubles_removed, BTreeMap::new());
@@ -39,12 +41,20 @@ pub(crate) async fn watermarks(
             sql.run(async |client| watermark::mark_one_gap(client, &name).await).await?;
             return Err(error);
         }
-        if row.flushed_lsn < table.lsn() {
-            catch_up(storage, table, row, sql).await?;
+        match settle(storage, table, row, sql).await {
+            Err(error) if foreign::is_broken(&error) => broken.push((table.kind(), error)),
+            settled => settled?,
         }
-        if row.state == State::Streaming {
-            entity_counts(storage, table, &name, sql).await?;
-        }
+    }
+    Ok(broken)
+}
+
+async fn settle(storage: &Storage, table: &Table, row: &Watermark, sql: &mut Session) -> Result<()> {
+    if row.flushed_lsn < table.lsn() {
+        catch_up(storage, table, row, sql).await?;
+    }
+    if row.state == State::Streaming {
+        entity_counts(storage, table, &row.source_table, sql).await?;
     }
     Ok(())
 }
@@ -68,7 +78,8 @@ async fn catch_up(storage: &Storage, table: &Table, row: &Watermark, sql: &mut S
 }
 
 /// Counts the rows of every entity anew, should they not add up to the rows of the table: positions of another history, in
-/// the names of older files, can mislead [`watermarks`]. To be asked where no copy is under way.
+/// the names of older files, can mislead [`watermarks`]. To be asked where no copy is under way. Where a file is gone they stay as they
+/// are: that is noted by who looks for the files, and the file may come back.
 ///
 /// # Errors
 ///
@@ -86,7 +97,16 @@ pub(crate) async fn entity_counts(
     }
     tracing::info!(table = name, counted, held, "counting the rows of every entity anew");
     let paths: Vec<String> = table.files().map(|file| file.path.clone()).collect();
-    let spans = spans(storage, table.kind(), name, &paths).await?;
+    let spans = match spans(storage, table.kind(), name, &paths).await {
+        Err(Error::Storage { context, source: object_store::Error::NotFound { .. } }) => {
+            tracing::warn!(
+                table = name,
+                "the rows of its entities can't be counted, because a file is gone ({context})"
+            );
+            return Ok(());
+        }
+        counted => counted?,
+    };
     sql.run(async |client| watermark::recount(client, name, &spans).await).await
 }
 

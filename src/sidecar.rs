@@ -249,6 +249,7 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
         tables = prepared => tables?,
     };
 
+    let request = sql.run(slot::checkpoint_request).await?;
     let mut decoder = Decoder::new(&config.schema);
     if texts.encoding == Encoding::Other {
         decoder.ask_for_texts();
@@ -277,7 +278,7 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
         receiver,
         chunks,
         committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
-        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts)),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts, request)),
     })
 }
 
@@ -297,6 +298,7 @@ async fn start_stream(
     let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
     let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
     let stream = connection.start(slot, &config.publication, is_all).await?;
+    let stream = stream.holding(config.row_bytes_max());
     Ok((stream, Texts { encoding, is_all, wants_all: Arc::clone(wants_text) }))
 }
 
@@ -325,10 +327,7 @@ async fn prepare(
     for kind in Kind::ALL {
         match Table::claim(storage, kind, &app_id, &session, start).await {
             Ok(table) => tables.push(table),
-            Err(error) if foreign::is_broken(&error) => {
-                foreign::leave_out(config, sql, storage, kind, error).await?;
-            }
-            Err(error) => return Err(error),
+            Err(error) => foreign::leave_out_broken(config, sql, storage, kind, error).await?,
         }
     }
     tracing::info!(session, "claimed the archive's tables");
@@ -363,7 +362,8 @@ async fn prepare(
         table.set_timeline(identity.timeline_id).await?;
     }
     foreign::look_back(config, sql, &mut tables).await?;
-    recover::watermarks(storage, &tables, sql, config).await?;
+    let broken = recover::watermarks(storage, &tables, sql, config).await?;
+    foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
     check_gap(config, sql, slot).await?;
     let timeline_id = identity.timeline_id;
     sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline_id).await).await?;
@@ -373,7 +373,8 @@ async fn prepare(
     incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
     foreign::drop_damaged(config, sql, &mut tables, &incomplete.mendable).await?;
     let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
-    backfill.run(&incomplete).await?;
+    let broken = backfill.run(&incomplete).await?;
+    foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
     for table in &mut tables {
         foreign::look(config, sql, table).await?;
     }

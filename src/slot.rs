@@ -270,8 +270,21 @@ async fn holders_up(client: &tokio_postgres::Client, process: i32) -> Result<Vec
     Ok(found)
 }
 
-/// Prefix and content of the logical message that asks for a checkpoint.
-pub(crate) const CHECKPOINT_REQUEST: (&[u8], &[u8]) = (b"highwater", b"checkpoint");
+/// Prefix of the logical message that asks for a checkpoint. Anybody may send one; its content is of those who can read the key.
+pub(crate) const REQUEST_PREFIX: &[u8] = b"highwater";
+
+/// The content of a message that asks for a checkpoint, of this database.
+///
+/// # Errors
+///
+/// The key can't be read.
+pub(crate) async fn checkpoint_request(client: &tokio_postgres::Client) -> Result<Vec<u8>> {
+    let query = "select 'checkpoint ' || key from highwater.request_key";
+    let row = client.query_one(query, &[]).await;
+    let request: String =
+        row.and_then(|row| row.try_get(0)).map_err(Error::sql("reading highwater.request_key"))?;
+    Ok(request.into_bytes())
+}
 
 /// Asks whoever archives this database to make everything durable that is committed by now, and to say so in the logs of the
 /// archive and in the watermark rows, rather than when it is due.
@@ -281,8 +294,9 @@ pub(crate) const CHECKPOINT_REQUEST: (&[u8], &[u8]) = (b"highwater", b"checkpoin
 /// The statement failed.
 pub(crate) async fn ask_for_checkpoint(client: &tokio_postgres::Client) -> Result<()> {
     // Outside of a transaction it would not be sent at its place among them.
-    let statement = "select pg_logical_emit_message(true, 'highwater', 'checkpoint')";
-    client.query(statement, &[]).await.map_err(Error::sql("asking for a checkpoint")).map(drop)
+    let statement =
+        "select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key";
+    client.query_one(statement, &[]).await.map_err(Error::sql("asking for a checkpoint")).map(drop)
 }
 
 /// A cluster, and the history of its log.

@@ -7,8 +7,9 @@
 //! A checkpoint is cut at a commit boundary when the oldest row in it is nearly as old as `max_lag`, when its
 //! rows fill a third of the memory (one is built, one waits, one is being written), when a window of time
 //! ends, and when somebody asks: a shutdown of ours, a server that shuts down and waits for us, or a transaction with a
-//! logical message for us ([`slot::ask_for_checkpoint`](crate::slot::ask_for_checkpoint)). Everybody may send such a
-//! message: one is answered when the committer has room, and those that come meanwhile are answered together.
+//! logical message for us ([`slot::ask_for_checkpoint`](crate::slot::ask_for_checkpoint)). Who can read
+//! `highwater.request_key` may send such a message: one is answered when the committer has room, a second after the last one at the earliest, and those that come
+//! meanwhile are answered together.
 //!
 //! # Why a keepalive may move our position
 //!
@@ -36,7 +37,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::record::{Kind, Window, WindowWidth};
-use crate::slot::{self, CHECKPOINT_REQUEST};
+use crate::slot::{self, REQUEST_PREFIX};
 use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -46,6 +47,9 @@ const IDLE_ADVANCE_BYTES: u64 = 1 << 20;
 
 /// ... and at most so often: each costs a write in the source database.
 const IDLE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Shortest time between two answers to those who ask for a checkpoint: each makes files, and everybody may ask.
+const ANSWER_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a stop waits for the end of a transaction that is being received. Its rows come again otherwise.
 const TRANSACTION_END_WAIT: Duration = Duration::from_secs(5);
@@ -81,6 +85,10 @@ pub(crate) struct Builder {
     asked: bool,
     /// Where the last transaction that asked for a checkpoint ends, until it is answered.
     wanted: Option<Lsn>,
+    /// What a message says that asks for one.
+    request: Vec<u8>,
+    /// When it may be answered.
+    answer_at: Instant,
     quarantined: u64,
     slot: String,
     publication: String,
@@ -102,14 +110,14 @@ pub(crate) struct Texts {
 
 impl Builder {
     /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at
-    /// `start`.
+    /// `start`. Rows are read with the decoder; `request` is what a message says that asks for a checkpoint.
     pub(crate) fn new(
         config: &Config,
         sql: Session,
         table_lsn: [Lsn; Kind::ALL.len()],
         start: Lsn,
         work: mpsc::Sender<Work>,
-        (decoder, texts): (Decoder, Texts),
+        (decoder, texts, request): (Decoder, Texts, Vec<u8>),
     ) -> Self {
         Self {
             lookup: Lookup::new(sql, &config.schema),
@@ -129,11 +137,13 @@ impl Builder {
             horizon_waits: false,
             asked: false,
             wanted: None,
+            answer_at: Instant::now(),
             quarantined: 0,
             slot: config.slot.clone(),
             publication: config.publication.clone(),
             foreign: HashSet::new(),
             texts,
+            request,
         }
     }
 
@@ -166,7 +176,9 @@ impl Builder {
                     self.fall_due().await?;
                 }
                 // 3.
-                () = has_room(&work), if self.wanted.is_some() && self.open.is_none() => self.answer().await?,
+                () = has_room_at(&work, self.answer_at), if self.wanted.is_some() && self.open.is_none() => {
+                    self.answer().await?;
+                }
                 // 4.
                 chunk = chunks.recv() => match chunk {
                     Some(chunk) => self.take(&chunk).await?,
@@ -274,8 +286,9 @@ impl Builder {
             }
             Message::Logical(logical) => {
                 // Anybody's other messages come this way, too.
-                self.asked |=
-                    logical.is_transactional && (logical.prefix, logical.content) == CHECKPOINT_REQUEST;
+                self.asked |= logical.is_transactional
+                    && logical.prefix == REQUEST_PREFIX
+                    && logical.content == self.request;
                 Ok(())
             }
             // The publication sends inserts only; `highwater check` says so when it doesn't.
@@ -314,7 +327,9 @@ impl Builder {
             self.extend(commit).await?;
         }
         // On a busy stream the end of a chunk is seldom the end of a transaction.
-        if self.wanted.is_some() && self.work.capacity() > 0 { self.answer().await } else { Ok(()) }
+        let may_answer =
+            self.wanted.is_some() && self.work.capacity() > 0 && self.answer_at <= Instant::now();
+        if may_answer { self.answer().await } else { Ok(()) }
     }
 
     /// Takes a transaction that had rows for us into the checkpoint, and ends it if that is due.
@@ -367,6 +382,7 @@ impl Builder {
     /// inside a transaction.
     async fn answer(&mut self) -> Result<()> {
         let Some(wanted) = self.wanted.take() else { return Ok(()) };
+        self.answer_at = Instant::now() + ANSWER_INTERVAL;
         self.cut().await?;
         // A checkpoint may have passed it meanwhile; everything before that was handed on, too.
         let lsn = wanted.max(self.recorded.0);
@@ -480,8 +496,9 @@ fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Durat
     (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))
 }
 
-/// Waits until the committer can take something, or is gone. The room is not kept.
-async fn has_room(work: &mpsc::Sender<Work>) {
+/// Waits until then, and until the committer can take something, or is gone. The room is not kept.
+async fn has_room_at(work: &mpsc::Sender<Work>, at: Instant) {
+    sleep_until(at).await;
     drop(work.reserve().await);
 }
 

@@ -25,7 +25,7 @@ use super::entities::EntityColumns;
 use super::log::TableFile;
 use super::object_reader::{as_ours, each_batch_of, group_times, open};
 use super::stats::{ENTITY_COLUMNS, times};
-use super::{DataFile, FileStats, Namer, Table, encode_error, parquet_error};
+use super::{DataFile, FileStats, Namer, Table, encode_error, parquet_error, unreadable};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result, failpoint};
 
@@ -172,7 +172,7 @@ impl Table {
     async fn copies_in(&self, file: &TableFile, doubles: &Doubles) -> Result<Vec<Copy>> {
         let kind = self.kind();
         let context = format!("reading {}{}", self.storage().table_url(kind), file.path);
-        let open = open(&self.store(), &file.path, &context).await?;
+        let open = open(&self.store(), &file.path, &context).await.map_err(unreadable(kind))?;
         let (mut wanted, mut rows, mut start) = (Vec::new(), Vec::new(), 0);
         for (number, group) in open.metadata().row_groups().iter().enumerate() {
             let end = start + row_count(group);

@@ -8,9 +8,9 @@ use arrow::datatypes::{DataType, Int32Type, UInt32Type};
 use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::statistics::Statistics;
 
-use super::Storage;
 use super::object_reader::{column, each_batch, each_batch_of, group_times, open};
 use super::stats::{ENTITY_COLUMNS, time_column, times};
+use super::{Storage, unreadable};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
 
@@ -129,7 +129,7 @@ pub struct QuarantinedText<'a> {
 ///
 /// # Errors
 ///
-/// [`Error::Encode`] if a file can't be read.
+/// [`Error::Delta`] if a file can't be read.
 pub async fn each_quarantined(
     storage: &Storage,
     paths: &[String],
@@ -156,7 +156,8 @@ pub async fn each_quarantined(
             }
             Ok(())
         })
-        .await?;
+        .await
+        .map_err(unreadable(Kind::Quarantine))?;
     }
     Ok(())
 }
@@ -166,7 +167,7 @@ pub async fn each_quarantined(
 ///
 /// # Errors
 ///
-/// [`Error::Encode`] if a file can't be read.
+/// [`Error::Delta`] if a file can't be read.
 pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Result<Vec<EntityStats>> {
     let mut found = BTreeMap::new();
     if kind != Kind::Quarantine {
@@ -175,7 +176,7 @@ pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Re
         let columns = [space, name, version, time_column(kind)];
         for path in paths {
             let context = format!("reading the entities of {}{path}", storage.table_url(kind));
-            let file = open(&store, path, &context).await?;
+            let file = open(&store, path, &context).await.map_err(unreadable(kind))?;
             let mut unknown = Vec::new();
             for (number, group) in file.metadata().row_groups().iter().enumerate() {
                 match only_entity(kind, group) {
@@ -186,7 +187,7 @@ pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Re
             if !unknown.is_empty() {
                 let file = file.with_row_groups(unknown);
                 let seen = |batch: &RecordBatch| add_rows(kind, batch, &mut found);
-                each_batch_of(file, Some(&columns), &context, seen).await?;
+                each_batch_of(file, Some(&columns), &context, seen).await.map_err(unreadable(kind))?;
             }
         }
     }

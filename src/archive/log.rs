@@ -13,6 +13,9 @@ use crate::record::{ColumnType, Kind};
 /// Log entries between two checkpoints of a log; a reader opens at most this many beside the checkpoint.
 pub(super) const CHECKPOINT_INTERVAL: u64 = 100;
 
+/// The most rows or bytes that are believed of a file; all files together must be a number.
+const SAID_MAX: u64 = 1 << 44;
+
 /// A file of a table, as the Delta log has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableFile {
@@ -53,9 +56,9 @@ impl TableFile {
         };
         Self {
             name: ObjectName::parse(&path),
-            size,
+            size: size.min(SAID_MAX),
             modified_millis,
-            row_count: parsed.get("numRecords").and_then(Value::as_u64),
+            row_count: parsed.get("numRecords").and_then(Value::as_u64).filter(|rows| *rows <= SAID_MAX),
             min_time: time("minValues"),
             max_time: time("maxValues"),
             stats,

@@ -68,7 +68,7 @@ impl Table {
 
     /// Deletes the objects that no reader can need: older than `older_than`, not active, and not removed from
     /// the table within `older_than`. Only what has a name of ours, or was a file of the table, is deleted, and
-    /// nothing in a folder whose name starts with `_` or a dot. Files that `namer`'s session uploaded stay, since a commit of that
+    /// nothing in a folder whose name starts with `_` or a dot, or that a link leads to. Files that `namer`'s session uploaded stay, since a commit of that
     /// session may still name them. Returns how many were deleted.
     ///
     /// # Errors
@@ -111,7 +111,7 @@ impl Table {
         let mut paths = Vec::new();
         let mut objects = store.list(None);
         while let Some(object) = objects.try_next().await.map_err(failed())? {
-            if doomed(&object) {
+            if doomed(&object) && !self.is_linked(&object.location) {
                 paths.push(Ok(object.location));
             }
         }
@@ -123,6 +123,19 @@ impl Table {
 }
 
 impl Table {
+    /// Whether a link leads to an object of a local folder: it is in another place, which may have other owners.
+    fn is_linked(&self, object: &object_store::path::Path) -> bool {
+        let url = self.storage().table_url(self.kind());
+        let Some(mut path) = (url.scheme() == "file").then(|| url.to_file_path().ok()).flatten() else {
+            return false;
+        };
+        object.parts().any(|part| {
+            path.push(part.as_ref());
+            // What is not to be seen is left alone, too.
+            fs::symlink_metadata(&path).map_or(true, |metadata| metadata.is_symlink())
+        })
+    }
+
     /// Removes what puts into a local folder left behind when their process was killed; other stores have
     /// nothing of the kind.
     async fn remove_staging(&self) -> u64 {

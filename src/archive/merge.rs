@@ -18,6 +18,7 @@ use parquet::arrow::AsyncArrowWriter;
 use parquet::arrow::async_reader::{ParquetRecordBatchStream, ParquetRecordBatchStreamBuilder};
 
 use super::encode::{Packer, Step, writer_options};
+use super::footer;
 use super::log::TableFile;
 use super::name::{ObjectName, Span};
 use super::object_reader::ObjectReader;
@@ -274,7 +275,7 @@ impl Sources {
         let store = storage.table_store(kind);
         for (source, file) in plan.inputs.iter().enumerate() {
             let reader = ObjectReader::new(Arc::clone(&store), &file.path, Some(file.size));
-            let builder = ParquetRecordBatchStreamBuilder::new(reader).await;
+            let builder = footer::guarded_async(ParquetRecordBatchStreamBuilder::new(reader)).await;
             let builder = builder.map_err(parquet_error(format!("reading {}", file.path)))?;
             let stream = builder.with_batch_size(sources.batch_rows()).build();
             sources.streams.push(stream.map_err(parquet_error(format!("reading {}", file.path)))?);
@@ -297,7 +298,7 @@ impl Sources {
             return Ok(());
         };
         let failed = || parquet_error(format!("reading {path}"));
-        while let Some(batch) = stream.try_next().await.map_err(failed())? {
+        while let Some(batch) = footer::guarded_async(stream.try_next()).await.map_err(failed())? {
             if batch.num_rows() == 0 {
                 continue;
             }

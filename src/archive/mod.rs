@@ -8,6 +8,7 @@ mod digest;
 mod doubles;
 mod encode;
 mod entities;
+mod footer;
 mod footers;
 mod foreign;
 mod hours;
@@ -46,7 +47,7 @@ pub use hours::{HourSums, MinuteCounts, RowSum, hour_sums, minute_counts, sums_o
 pub use log::{TableFile, app_id};
 pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};
-pub use object_reader::read_through;
+pub use object_reader::{check_footers, read_through};
 pub(crate) use scan::{Scan, runtime, session};
 pub use snapshot::Snapshot;
 pub use stats::FileStats;
@@ -84,6 +85,16 @@ impl Error {
     fn delta(kind: Kind, context: impl Into<String>) -> impl FnOnce(DeltaTableError) -> Self {
         let context = context.into();
         move |source| Self::Delta { table: kind.name().to_owned(), context, source: Box::new(source) }
+    }
+}
+
+/// Says of a file that is not what it should be that its table is not: others can go on without that.
+fn unreadable(kind: Kind) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Encode { context, source } => {
+            Error::delta(kind, context)(DeltaTableError::GenericError { source })
+        }
+        other => other,
     }
 }
 

@@ -15,17 +15,13 @@ use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
 use parquet::basic::LogicalType;
 use parquet::errors::{ParquetError, Result};
-use parquet::file::metadata::{
-    ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData,
-};
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::file::statistics::Statistics;
 
 use super::stats::time_column;
-use super::{Storage, TableFile, encode_error, parquet_error};
+use super::{Storage, TableFile, encode_error, footer, parquet_error, unreadable};
+use crate::Error;
 use crate::record::Kind;
-
-/// Bytes of a file's end that hold the footer of most files: one request instead of two.
-const FOOTER_BYTES: usize = 64 * 1024;
 
 /// A Parquet file in object storage.
 #[derive(Debug)]
@@ -33,12 +29,14 @@ pub(super) struct ObjectReader {
     store: Arc<dyn ObjectStore>,
     path: Path,
     size: Option<u64>,
+    /// What is read now is the footer, not pages.
+    is_in_footer: bool,
 }
 
 impl ObjectReader {
     /// Reads a path of a store; without a size it is asked for.
     pub(super) fn new(store: Arc<dyn ObjectStore>, path: &str, size: Option<u64>) -> Self {
-        Self { store, path: Path::from(path), size }
+        Self { store, path: Path::from(path), size, is_in_footer: false }
     }
 
     async fn size(&mut self) -> Result<u64> {
@@ -55,11 +53,23 @@ fn external(error: object_store::Error) -> ParquetError {
 
 impl AsyncFileReader for ObjectReader {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes>> {
-        async move { self.store.get_range(&self.path, range).await.map_err(external) }.boxed()
+        async move {
+            let bytes = self.store.get_range(&self.path, range).await.map_err(external)?;
+            if !self.is_in_footer {
+                footer::check_pages(&bytes)?;
+            }
+            Ok(bytes)
+        }
+        .boxed()
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>>> {
-        async move { self.store.get_ranges(&self.path, &ranges).await.map_err(external) }.boxed()
+        async move {
+            let pieces = self.store.get_ranges(&self.path, &ranges).await.map_err(external)?;
+            pieces.iter().try_for_each(|bytes| footer::check_pages(bytes))?;
+            Ok(pieces)
+        }
+        .boxed()
     }
 
     fn get_metadata<'a>(
@@ -68,8 +78,10 @@ impl AsyncFileReader for ObjectReader {
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>>> {
         async move {
             let size = self.size().await?;
-            let reader = ParquetMetaDataReader::new().with_prefetch_hint(Some(FOOTER_BYTES));
-            reader.load_and_finish(self, size).await.map(Arc::new)
+            self.is_in_footer = true;
+            let metadata = footer::load(self, size, false).await;
+            self.is_in_footer = false;
+            metadata.map(Arc::new)
         }
         .boxed()
     }
@@ -81,7 +93,7 @@ pub(super) type OpenFile = ParquetRecordBatchStreamBuilder<ObjectReader>;
 /// Reads a file's footer.
 pub(super) async fn open(store: &Arc<dyn ObjectStore>, path: &str, context: &str) -> crate::Result<OpenFile> {
     let reader = ObjectReader::new(Arc::clone(store), path, None);
-    ParquetRecordBatchStreamBuilder::new(reader).await.map_err(parquet_error(context))
+    footer::guarded_async(ParquetRecordBatchStreamBuilder::new(reader)).await.map_err(parquet_error(context))
 }
 
 /// Hands the rows of a file to `seen`, batch by batch.
@@ -106,8 +118,12 @@ pub(super) async fn each_batch_of(
         file = file.with_projection(mask);
     }
     let mut rows = file.build().map_err(parquet_error(context))?;
-    while let Some(batch) = rows.try_next().await.map_err(parquet_error(context))? {
-        seen(&as_ours(batch).map_err(encode_error(context))?)?;
+    while let Some(batch) = footer::guarded_async(rows.try_next()).await.map_err(parquet_error(context))? {
+        seen(&as_ours(batch).map_err(encode_error(context))?).map_err(|error| match error {
+            // Whoever expects the columns that ours have does not know whose file it is.
+            Error::Internal(detail) => Error::Encode { context: context.to_owned(), source: detail.into() },
+            other => other,
+        })?;
     }
     Ok(())
 }
@@ -129,7 +145,7 @@ pub(super) async fn each_batch_within(
             continue;
         }
         let context = format!("reading {}{}", storage.table_url(kind), file.path);
-        let open = open(&store, &file.path, &context).await?;
+        let open = open(&store, &file.path, &context).await.map_err(unreadable(kind))?;
         let may_hold = |group: &RowGroupMetaData| {
             let times = group_times(kind, group);
             times.is_none_or(|(low, high)| ranges.iter().any(|(start, end)| low < *end && *start <= high))
@@ -138,7 +154,8 @@ pub(super) async fn each_batch_within(
         let groups: Vec<usize> =
             groups.filter(|(_, group)| may_hold(group)).map(|(number, _)| number).collect();
         if !groups.is_empty() {
-            each_batch_of(open.with_row_groups(groups), columns, &context, &mut seen).await?;
+            let read = each_batch_of(open.with_row_groups(groups), columns, &context, &mut seen).await;
+            read.map_err(unreadable(kind))?;
         }
     }
     Ok(())
@@ -165,15 +182,36 @@ pub(super) fn column<'a>(group: &'a RowGroupMetaData, name: &str) -> Option<&'a 
     group.columns().iter().find(|column| column.column_path().string() == name)
 }
 
+/// Makes sure that the footers of files can be read, those that were written last first.
+///
+/// # Errors
+///
+/// Of the first that can't be: [`Error::Storage`](crate::Error::Storage), [`Error::Delta`](crate::Error::Delta) if it is no
+/// Parquet file.
+pub async fn check_footers<'a>(
+    storage: &Storage,
+    kind: Kind,
+    files: impl IntoIterator<Item = &'a TableFile>,
+) -> crate::Result<()> {
+    let mut files: Vec<&TableFile> = files.into_iter().collect();
+    files.sort_by_key(|file| std::cmp::Reverse(file.modified_millis));
+    let store = storage.table_store(kind);
+    for file in files {
+        let context = format!("reading {}{}", storage.table_url(kind), file.path);
+        open(&store, &file.path, &context).await.map_err(unreadable(kind))?;
+    }
+    Ok(())
+}
+
 /// Reads all of a file (its path relative to the table), and drops it.
 ///
 /// # Errors
 ///
-/// [`Error::Storage`](crate::Error::Storage) if it can't be had, [`Error::Encode`](crate::Error::Encode) if it is no whole
+/// [`Error::Storage`](crate::Error::Storage) if it can't be had, [`Error::Delta`](crate::Error::Delta) if it is no whole
 /// Parquet file.
 pub async fn read_through(storage: &Storage, kind: Kind, path: &str) -> crate::Result<()> {
     let context = format!("reading {}{path}", storage.table_url(kind));
-    each_batch(&storage.table_store(kind), path, &context, |_| Ok(())).await
+    each_batch(&storage.table_store(kind), path, &context, |_| Ok(())).await.map_err(unreadable(kind))
 }
 
 /// The rows with the types that our own files have: whoever else writes into a table may have texts as views, or times in

@@ -8,7 +8,6 @@ use datafusion::catalog::{Session, TableProvider};
 use datafusion::common::pruning::PruningStatistics;
 use datafusion::common::{Column, DFSchema, ScalarValue};
 use datafusion::datasource::listing::PartitionedFile;
-use datafusion::datasource::physical_plan::parquet::CachedParquetFileReaderFactory;
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::datasource::source::DataSourceExec;
 use datafusion::error::{DataFusionError, Result};
@@ -31,9 +30,6 @@ use super::footers::Footers;
 use super::stats::{ENTITY_COLUMNS, time_column};
 use super::{Storage, TableFile};
 use crate::record::Kind;
-
-/// Bytes of a file's end that are fetched first; they hold the footer and the page index of most files.
-const FOOTER_BYTES: usize = 64 * 1024;
 
 /// Requests to storage at the same time, of all queries together: enough to hide its latency, few enough for its limits.
 const REQUESTS_MAX: usize = 64;
@@ -234,13 +230,9 @@ impl TableProvider for Scan {
         }
         let groups = FileGroup::new(files).split_files(state.config().target_partitions());
         let runtime = state.runtime_env();
-        let footers = CachedParquetFileReaderFactory::new(
-            runtime.object_store(&self.url)?,
-            runtime.cache_manager.get_file_metadata_cache(),
-        );
-        let source = source
-            .with_metadata_size_hint(FOOTER_BYTES)
-            .with_parquet_file_reader_factory(Arc::new(Footers(footers)));
+        let footers =
+            Footers::new(runtime.object_store(&self.url)?, runtime.cache_manager.get_file_metadata_cache());
+        let source = source.with_parquet_file_reader_factory(Arc::new(footers));
         let scan = FileScanConfigBuilder::new(self.url.clone(), Arc::new(source))
             .with_file_groups(groups)
             .with_projection_indices(projection.cloned())?

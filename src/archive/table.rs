@@ -513,8 +513,8 @@ impl Table {
 
     fn add(&mut self, file: TableFile) {
         self.totals.file_count += 1;
-        self.totals.byte_count += file.size;
-        self.totals.row_count += file.row_count.unwrap_or_default();
+        self.totals.byte_count = self.totals.byte_count.saturating_add(file.size);
+        self.totals.row_count = self.totals.row_count.saturating_add(file.row_count.unwrap_or_default());
         self.totals.max_created_at = self.totals.max_created_at.max(file.max_time);
         // An action for a known path replaces it (Delta protocol, "Add File and Remove File").
         if let Some(old) = self.files.insert(file.path.clone(), file) {

@@ -32,6 +32,7 @@ use crate::coverage;
 use crate::decode::{Decoder, Inserted};
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::foreign;
 use crate::gap::{self, Incomplete};
 use crate::lookup::Lookup;
 use crate::lsn::Lsn;
@@ -60,28 +61,33 @@ pub(crate) struct Backfill<'a> {
 }
 
 impl Backfill<'_> {
-    /// Completes the tables that can be, and puts them into state `streaming`.
+    /// Completes the tables that can be, and puts them into state `streaming`. Gives those whose archive has files which are
+    /// none: they are as they were.
     ///
     /// # Errors
     ///
     /// The snapshot was lost with its session, or a table can't be read. Partitions that were finished stay finished.
-    pub(crate) async fn run(mut self, incomplete: &Incomplete) -> Result<()> {
+    pub(crate) async fn run(mut self, incomplete: &Incomplete) -> Result<Vec<(Kind, Error)>> {
+        let mut broken = Vec::new();
         for row in &incomplete.unpublished {
             self.skip_copied(row).await?;
         }
         if incomplete.mendable.is_empty() {
-            return Ok(());
+            return Ok(broken);
         }
         tracing::info!("taking a snapshot; this waits for transactions that are running now");
         let (point, _) = Point::take(self.config).await?;
         for row in &incomplete.mendable {
-            self.complete(&point, row).await?;
+            match (self.complete(&point, row).await, Kind::of_name(&row.kind)) {
+                (Err(error), Some(kind)) if foreign::is_broken(&error) => broken.push((kind, error)),
+                (completed, _) => completed?,
+            }
         }
         // So that the horizon moves even if nobody writes; else it waits until somebody does.
         if let Err(error) = self.sql.run(slot::ask_for_checkpoint).await {
             tracing::warn!(error = error.chain(), "no checkpoint was asked for");
         }
-        Ok(())
+        Ok(broken)
     }
 
     /// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped,
@@ -143,7 +149,10 @@ impl Backfill<'_> {
         let Work { progress, .. } = work;
         self.move_to(kind, point.lsn).await?;
         failpoint::hit("after-copy");
-        recover::watermarks(self.storage, self.tables, self.sql, self.config).await?;
+        let broken = recover::watermarks(self.storage, self.tables, self.sql, self.config).await?;
+        if let Some((_, error)) = broken.into_iter().next() {
+            return Err(error);
+        }
         recover::entity_counts(self.storage, table_of(self.tables, kind)?, table, self.sql).await?;
         let (slot, publication) = (self.config.slot.as_str(), self.config.publication.as_str());
         gap::notice_unpublished(self.sql, slot, publication).await?;

@@ -52,6 +52,9 @@ pub const PURGE_TRUST_RANGE: RangeInclusive<Duration> =
 /// that passes the bound may have 1 GiB.
 const BATCH_BYTES_MAX: usize = 512 << 20;
 
+/// The most bytes of a row, whatever memory there is.
+const ROW_BYTES_MAX: usize = 16 << 20;
+
 /// The least [`Config::memory_bytes`]: three checkpoints of 5 MiB, less than which no file pays.
 pub const MEMORY_BYTES_MIN: usize = 16 << 20;
 
@@ -167,6 +170,11 @@ impl Config {
     /// How many bytes of rows make a checkpoint, or a part of one: one is gathered, one waits, one is written.
     pub(crate) fn batch_bytes_max(&self) -> usize {
         (self.memory_bytes / 3).min(BATCH_BYTES_MAX)
+    }
+
+    /// How many bytes of one row are held. Less than the smallest checkpoint, since ten rows may be on their way at once.
+    pub(crate) fn row_bytes_max(&self) -> usize {
+        (self.memory_bytes / 32).min(ROW_BYTES_MAX)
     }
 
     /// Checks every field that a type alone can't keep right.

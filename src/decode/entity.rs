@@ -11,6 +11,9 @@ use crate::record::Entity;
 /// Entities kept before the cache starts over. What was forgotten is looked up again.
 const ENTITIES_MAX: usize = 1_000_000;
 
+/// Longest name of an entity that is archived, bytes: it is kept in memory, and is in each of its rows' files.
+pub(crate) const ENTITY_TEXT_BYTES_MAX: usize = 1 << 20;
+
 /// Which entity an `entity_id` means.
 #[derive(Debug, Default)]
 pub(super) struct EntityCache {
@@ -71,13 +74,13 @@ impl EntityCache {
         self.entities.get(&id).and_then(|cached| cached.entity.as_ref().err()).map(String::as_str)
     }
 
-    /// Learns from a row of the entity table. A row without an id or a text is of no use: the look-up
+    /// Learns from a row of the entity table. A row without an id or a usable text is of no use: the look-up
     /// will say so for the rows that name it.
     pub(super) fn learn(&mut self, fields: &Fields<'_>, charset: &Charset) {
         let text = |role: Role| {
             let (value, source_type) = fields.get(role as usize).copied().flatten()?;
             let bytes = value::text(value, source_type).ok()?;
-            charset.text(bytes).map(str::to_owned)
+            charset.text(bytes).filter(|text| text.len() <= ENTITY_TEXT_BYTES_MAX).map(str::to_owned)
         };
         let id = fields.get(Role::EntityId as usize).copied().flatten();
         let id = id.and_then(|(value, source_type)| value::integer(value, source_type).ok());

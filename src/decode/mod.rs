@@ -25,6 +25,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
 use crate::record::{Entity, Kind};
 use charset::Charset;
+pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
 pub use relation::{ENTITY_TABLE, Notice, Shape};
 use relation::{ROLE_COUNT, Role, Table, Target};

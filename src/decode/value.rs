@@ -66,6 +66,8 @@ pub(super) enum Unfit {
     Malformed,
     #[error("names no entity in drift_entities")]
     UnknownEntity,
+    #[error("has {0} bytes, which makes the row longer than the memory setting allows")]
+    Long(u32),
 }
 
 /// Whether a quarantined row is there because of what its column was, and not because of its value.
@@ -105,6 +107,7 @@ pub(super) fn optional_text(value: Value<'_>, source_type: SourceType) -> Result
     match (value, source_type) {
         (Value::Null, _) => Ok(None),
         (Value::Unchanged, _) => Err(Unfit::Missing),
+        (Value::Long(length), _) => Err(Unfit::Long(length)),
         (Value::Text(bytes) | Value::Binary(bytes), SourceType::Text) => Ok(Some(bytes)),
         _ => Err(Unfit::Type(type_oid(source_type))),
     }
@@ -126,6 +129,7 @@ pub(super) fn timestamp(value: Value<'_>, source_type: SourceType) -> Result<i64
         Value::Text(bytes) => timestamp_text(std::str::from_utf8(bytes).map_err(|_| Unfit::Malformed)?)?,
         Value::Null => return Err(Unfit::Null),
         Value::Unchanged => return Err(Unfit::Missing),
+        Value::Long(length) => return Err(Unfit::Long(length)),
     };
     if is_in_calendar(micros) { Ok(micros) } else { Err(Unfit::OutsideCalendar) }
 }
@@ -165,6 +169,7 @@ pub(super) fn integer(value: Value<'_>, source_type: SourceType) -> Result<i64, 
         Value::Text(bytes) => parse(bytes),
         Value::Null => Err(Unfit::Null),
         Value::Unchanged => Err(Unfit::Missing),
+        Value::Long(length) => Err(Unfit::Long(length)),
     }
 }
 
@@ -180,6 +185,7 @@ pub(super) fn optional_double(value: Value<'_>, source_type: SourceType) -> Resu
     match (value, source_type) {
         (Value::Null, _) => Ok(None),
         (Value::Unchanged, _) => Err(Unfit::Missing),
+        (Value::Long(length), _) => Err(Unfit::Long(length)),
         (Value::Binary(bytes), SourceType::Float8) => array(bytes).map(f64::from_be_bytes).map(Some),
         (Value::Binary(bytes), SourceType::Float4) => {
             array(bytes).map(f32::from_be_bytes).map(f64::from).map(Some)
@@ -198,7 +204,11 @@ fn parse<T: std::str::FromStr>(bytes: &[u8]) -> Result<T, Unfit> {
 /// A value as text for the quarantine: what `psql` would show, with bytes that are no text as `\xe9`; of a type whose binary
 /// form is not known, its bytes as `\x` and hexadecimal digits (the stream is asked for texts then, so that this is rare).
 pub(super) fn display(value: Value<'_>, source_type: SourceType, charset: &Charset) -> Option<String> {
-    let (Value::Text(bytes) | Value::Binary(bytes)) = value else { return None };
+    let bytes = match value {
+        Value::Text(bytes) | Value::Binary(bytes) => bytes,
+        Value::Long(length) => return Some(format!("... (cut; {length} bytes in all)")),
+        Value::Null | Value::Unchanged => return None,
+    };
     let is_text = matches!(value, Value::Text(_)) || source_type == SourceType::Text;
     let shown = match charset.text(bytes) {
         text if is_text => text.map(str::to_owned),

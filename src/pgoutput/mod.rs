@@ -12,6 +12,7 @@ mod tuple;
 
 pub use reader::DecodeError;
 pub use relation::{Column, Relation};
+pub(crate) use tuple::{LONG_COPIED, LONG_TAG, NULL_COPIED};
 pub use tuple::{Tuple, Value, Values};
 
 use crate::lsn::Lsn;

@@ -1,5 +1,12 @@
 use super::reader::{DecodeError, Reader};
 
+/// The tag of [`Value::Long`], which no server writes: the value's length follows, and no value.
+pub(crate) const LONG_TAG: u8 = b'L';
+/// What the length of a null is in a binary copy (-1).
+pub(crate) const NULL_COPIED: u32 = u32::MAX;
+/// What stands in place of the length of a [`Value::Long`] of a binary copy (-2); its length follows, and no value.
+pub(crate) const LONG_COPIED: u32 = u32::MAX - 1;
+
 /// The values of one row, still encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuple<'a> {
@@ -19,6 +26,8 @@ pub enum Value<'a> {
     Text(&'a [u8]),
     /// The output of the type's send function.
     Binary(&'a [u8]),
+    /// One that was left out when its row arrived, because the row is longer than the memory allows: its length in bytes.
+    Long(u32),
 }
 
 impl<'a> Tuple<'a> {
@@ -65,10 +74,11 @@ impl<'a> Values<'a> {
         if let Some(columns) = self.copied {
             let (is_text, rest) = columns.split_first().unwrap_or((&false, &[]));
             self.copied = Some(rest);
-            // Null has the length -1.
             let length = self.reader.u32("a value's length")?;
-            if length == u32::MAX {
-                return Ok(Value::Null);
+            match length {
+                NULL_COPIED => return Ok(Value::Null),
+                LONG_COPIED => return self.reader.u32("a value's length").map(Value::Long),
+                _ => {}
             }
             let bytes = self.reader.take(length as usize, "a value")?;
             return Ok(if *is_text { Value::Text(bytes) } else { Value::Binary(bytes) });
@@ -77,6 +87,7 @@ impl<'a> Values<'a> {
         match tag {
             b'n' => Ok(Value::Null),
             b'u' => Ok(Value::Unchanged),
+            LONG_TAG => self.reader.u32("a value's length").map(Value::Long),
             b't' | b'b' => {
                 let length = self.reader.u32("a value's length")?;
                 // On every supported platform a usize holds 32 bits.

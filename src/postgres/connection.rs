@@ -16,8 +16,8 @@ use tokio_postgres::error::SqlState;
 use tracing::{debug, warn};
 
 use super::socket::{self, Encryption};
-use super::startup::{Login, Process};
-use super::wire::{Message, Wire, server_error, unexpected};
+use super::startup::{Login, Process, SSL_MODE};
+use super::wire::{HEADER_BYTES, Message, Wire, server_error, unexpected};
 use super::{Socket, settings};
 use crate::config::{Endpoint, SourceConfig, Target};
 use crate::error::{Error, Result};
@@ -88,6 +88,8 @@ impl Connection {
                 Err(failure) => failure,
             };
             let error = match earlier.take() {
+                // It says what to do, whatever became of the attempt with TLS.
+                Some(first @ Error::Setting { .. }) => first,
                 Some(first) => Error::server_also(error, &first),
                 None => error,
             };
@@ -143,7 +145,12 @@ impl Connection {
             timeout(config.connect_timeout, login.run()).await.unwrap_or_else(|_| Err(late(context.clone())));
         let may_differ = !login.was_asked && (is_tls || encryption == Encryption::Plain);
         let keys = result.map_err(|error| {
-            let may_differ = may_differ && matches!(error, Error::Server { .. });
+            let may_differ = match &error {
+                Error::Server { .. } => may_differ,
+                // With TLS the server may have what it asks for.
+                Error::Setting { setting, .. } => encryption == Encryption::Plain && setting == SSL_MODE,
+                _ => false,
+            };
             (error, may_differ)
         })?;
         (connection.process_id, connection.secret_key) = keys;
@@ -194,7 +201,7 @@ impl Connection {
         let mut refusal = None;
         loop {
             let message = self.wire.receive(context).await?;
-            byte_count = byte_count.saturating_add(message.body.len());
+            byte_count = byte_count.saturating_add(message.body.len() + row_overhead(&message));
             if byte_count > ANSWER_BYTES_MAX {
                 let detail = format!("an answer of more than {ANSWER_BYTES_MAX} bytes");
                 return Err(Error::Protocol { context: context.to_owned(), detail });
@@ -301,6 +308,15 @@ fn parse_row(message: &Message, context: &str) -> Result<Vec<Option<String>>> {
         body = rest;
     }
     Ok(row)
+}
+
+/// What a row takes in memory beside its bytes: it may have many columns, and nothing in them.
+fn row_overhead(message: &Message) -> usize {
+    let columns = message.body.first_chunk().map_or(0, |count| usize::from(u16::from_be_bytes(*count)));
+    match message.tag {
+        DATA_ROW_TAG => size_of::<Vec<Option<String>>>() + columns * size_of::<Option<String>>(),
+        _ => HEADER_BYTES,
+    }
 }
 
 /// Enough of a statement to know it by.

@@ -8,6 +8,7 @@ use postgres_protocol::message::backend::{
 };
 use std::io;
 
+use super::long::{Layout, LongRow};
 use super::wire::{HEADER_BYTES, header, server_error};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
@@ -17,6 +18,15 @@ pub(super) const STREAM: &str = "replication stream";
 /// Longest frame, header included. The server can't make a longer one: a row is below 1 GB (its
 /// `MaxAllocSize`).
 pub(super) const FRAME_BYTES_MAX: usize = 1 << 30;
+/// Longest frame that is held, unless somebody says less.
+pub(super) const HELD_BYTES_MAX: usize = 16 << 20;
+
+/// What is in front of the plugin's message in an `XLogData`: kind, two positions and a time.
+const DATA_HEAD_BYTES: usize = 25;
+/// What is in front of the values of an insert: tag, relation, tuple tag and column count.
+const INSERT_HEAD_BYTES: usize = 8;
+/// What is read of an error that is too long to be held.
+pub(super) const ERROR_BYTES: usize = 8 << 10;
 
 const XLOG_DATA: u8 = b'w';
 const KEEPALIVE: u8 = b'k';
@@ -134,7 +144,7 @@ fn refuse(detail: String) -> Error {
     Error::Protocol { context: STREAM.to_owned(), detail }
 }
 
-/// What [`cut`] took from the front of the inbox.
+/// What [`Cutter::cut`] took from the front of the inbox.
 #[derive(Debug, Default)]
 pub(super) struct Cut {
     /// The whole frames there, if any.
@@ -143,41 +153,144 @@ pub(super) struct Cut {
     pub(super) reply_requested: bool,
 }
 
-/// Takes the whole frames from the front of the inbox; an incomplete one stays. Frames are not copied.
-/// Messages that may come between frames are dropped; as a chunk is one piece, it ends before such a message,
-/// and the next call goes on after it.
-///
-/// # Errors
-///
-/// The server's error, or that it ended the stream. Frames in front of that are given up: nobody has
-/// acknowledged them, so they come again.
-pub(super) fn cut(inbox: &mut BytesMut) -> Result<Cut> {
-    let mut end = 0;
-    let mut reply_requested = false;
-    while let Some(rest) = inbox.get(end..)
-        && let Some((tag, whole)) = header(rest, FRAME_BYTES_MAX, STREAM)?
-        && let Some(frame) = rest.get(..whole)
-    {
-        let body = frame.get(HEADER_BYTES..).unwrap_or_default();
-        match tag {
-            COPY_DATA_TAG => {
-                if body.first() == Some(&KEEPALIVE) {
-                    reply_requested |= matches!(parse(body)?, Frame::Keepalive { reply_requested: true, .. });
+/// Cuts frames from what arrives. One that is too long to be held is taken in pieces: a row loses its long values, and what is
+/// no row, such as a message that anybody may write into the log, is dropped.
+#[derive(Debug)]
+pub(super) struct Cutter {
+    /// Length of the longest frame that is held.
+    held_max: usize,
+    /// What is left of one that isn't.
+    long: Option<Long>,
+}
+
+#[derive(Debug)]
+enum Long {
+    Row(LongRow),
+    /// So many bytes of something else.
+    Other(usize),
+}
+
+impl Cutter {
+    pub(super) const fn new(held_max: usize) -> Self {
+        Self { held_max, long: None }
+    }
+
+    /// Takes the whole frames from the front of the inbox; an incomplete one stays. Frames are not copied.
+    /// Messages that may come between frames are dropped; as a chunk is one piece, it ends before such a message,
+    /// and before a long frame, and the next call goes on after it.
+    ///
+    /// # Errors
+    ///
+    /// The server's error, or that it ended the stream. Frames in front of that are given up: nobody has
+    /// acknowledged them, so they come again.
+    pub(super) fn cut(&mut self, inbox: &mut BytesMut) -> Result<Cut> {
+        loop {
+            match &mut self.long {
+                Some(Long::Row(row)) => {
+                    let malformed = |detail| refuse(format!("a row that is too long to be held: {detail}"));
+                    let Some(frame) = row.take(inbox).map_err(malformed)? else { return Ok(Cut::default()) };
+                    self.long = None;
+                    return Ok(Cut { chunk: Some(Chunk(frame.freeze())), reply_requested: false });
                 }
-                end += whole;
+                Some(Long::Other(left)) => {
+                    let here = inbox.len().min(*left);
+                    inbox.advance(here);
+                    *left -= here;
+                    if *left > 0 {
+                        return Ok(Cut::default());
+                    }
+                    self.long = None;
+                }
+                None => {}
             }
-            NOTICE_RESPONSE_TAG | PARAMETER_STATUS_TAG | NOTIFICATION_RESPONSE_TAG if end == 0 => {
-                inbox.advance(whole)
+            let cut = self.cut_whole(inbox)?;
+            if self.long.is_none() {
+                return Ok(cut);
             }
-            NOTICE_RESPONSE_TAG | PARAMETER_STATUS_TAG | NOTIFICATION_RESPONSE_TAG => break,
-            ERROR_RESPONSE_TAG => return Err(server_error(body, STREAM)),
-            // A walsender that shuts down says only `CommandComplete`.
-            COPY_DONE_TAG | COMMAND_COMPLETE_TAG => return Err(closed()),
-            _ => return Err(refuse(format!("a message of type {:?} among the frames", char::from(tag)))),
         }
     }
-    let chunk = (end > 0).then(|| Chunk(inbox.split_to(end).freeze()));
-    Ok(Cut { chunk, reply_requested })
+
+    /// How many bytes of a long frame have not come yet.
+    pub(super) const fn left(&self) -> usize {
+        match &self.long {
+            Some(Long::Row(row)) => row.left(),
+            Some(Long::Other(left)) => *left,
+            None => 0,
+        }
+    }
+
+    /// Cuts frames that are held; stops in front of a longer one, which is begun if it is the first.
+    fn cut_whole(&mut self, inbox: &mut BytesMut) -> Result<Cut> {
+        let mut end = 0;
+        let mut reply_requested = false;
+        while let Some(rest) = inbox.get(end..)
+            && let Some((tag, whole)) = header(rest, FRAME_BYTES_MAX, STREAM)?
+        {
+            if whole > self.held_max {
+                if end == 0 {
+                    self.long = Long::begin(rest, tag, whole)?;
+                }
+                break;
+            }
+            let Some(frame) = rest.get(..whole) else { break };
+            let body = frame.get(HEADER_BYTES..).unwrap_or_default();
+            match tag {
+                COPY_DATA_TAG => {
+                    if body.first() == Some(&KEEPALIVE) {
+                        reply_requested |=
+                            matches!(parse(body)?, Frame::Keepalive { reply_requested: true, .. });
+                    }
+                    end += whole;
+                }
+                NOTICE_RESPONSE_TAG | PARAMETER_STATUS_TAG | NOTIFICATION_RESPONSE_TAG if end == 0 => {
+                    inbox.advance(whole);
+                }
+                NOTICE_RESPONSE_TAG | PARAMETER_STATUS_TAG | NOTIFICATION_RESPONSE_TAG => break,
+                ERROR_RESPONSE_TAG => return Err(server_error(body, STREAM)),
+                // A walsender that shuts down says only `CommandComplete`.
+                COPY_DONE_TAG | COMMAND_COMPLETE_TAG => return Err(closed()),
+                _ => {
+                    return Err(refuse(format!("a message of type {:?} among the frames", char::from(tag))));
+                }
+            }
+        }
+        let chunk = (end > 0).then(|| Chunk(inbox.split_to(end).freeze()));
+        Ok(Cut { chunk, reply_requested })
+    }
+}
+
+impl Long {
+    /// What is to become of a message of `whole` bytes that begins like this; `None` while that is not to be seen.
+    fn begin(start: &[u8], tag: u8, whole: usize) -> Result<Option<Self>> {
+        match tag {
+            COPY_DATA_TAG => {
+                let place = HEADER_BYTES + DATA_HEAD_BYTES;
+                let (Some(kind), Some(message)) = (start.get(HEADER_BYTES), start.get(place)) else {
+                    return Ok(None);
+                };
+                match (*kind, *message) {
+                    (XLOG_DATA, b'I') => {
+                        let row = LongRow::new(Layout::Streamed, place + INSERT_HEAD_BYTES, whole);
+                        Ok(Some(Self::Row(row)))
+                    }
+                    // What anybody may write into the log; nothing of ours is that long. And changes that are not archived.
+                    (XLOG_DATA, b'M' | b'U' | b'D') => Ok(Some(Self::Other(whole))),
+                    (kind, message) => Err(refuse(format!(
+                        "a frame of type {:?} and {whole} bytes, beginning with {:?}",
+                        char::from(kind),
+                        char::from(message)
+                    ))),
+                }
+            }
+            NOTICE_RESPONSE_TAG | PARAMETER_STATUS_TAG | NOTIFICATION_RESPONSE_TAG => {
+                Ok(Some(Self::Other(whole)))
+            }
+            // Its beginning says what people need.
+            ERROR_RESPONSE_TAG if start.len() < ERROR_BYTES => Ok(None),
+            ERROR_RESPONSE_TAG => Err(server_error(start.get(HEADER_BYTES..).unwrap_or_default(), STREAM)),
+            tag => Err(refuse(format!("a message of type {:?} and {whole} bytes", char::from(tag)))),
+        }
+    }
 }
 
 /// The stream's end, when it was not we who ended it.
@@ -197,6 +310,16 @@ mod tests {
     /// One at 0/11 that doesn't.
     const QUIET: &[u8] = b"d\0\0\0\x16k\0\0\0\0\0\0\0\x11\0\0\0\0\0\0\0\0\0";
     const NOTICE: &[u8] = b"N\0\0\0\x08Mx\0\0";
+
+    fn cut(inbox: &mut BytesMut) -> Result<Cut> {
+        Cutter::new(HELD_BYTES_MAX).cut(inbox)
+    }
+
+    /// An `XLogData` with this message.
+    fn data(message: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(4 + DATA_HEAD_BYTES + message.len()).unwrap();
+        [&b"d"[..], &length.to_be_bytes(), b"w", &[0; 24], message].concat()
+    }
 
     fn frames(chunk: &Chunk) -> Vec<Frame<'_>> {
         chunk.frames().map(Result::unwrap).collect()
@@ -259,6 +382,50 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_long_is_dropped_or_shortened_and_the_frames_around_it_stay() {
+        const HELD: usize = 8 << 10;
+        let long = vec![b'x'; 100_000];
+        let message = [b"M\x01\0\0\0\0\0\0\0\x01x\0\0\x01\x86\xa0", long.as_slice()].concat();
+        let row = [b"I\0\0\0\x01N\0\x02nt\0\x01\x86\xa0", long.as_slice()].concat();
+        let notice = [b"N\0\x01\x86\xa4", long.as_slice()].concat();
+        let update = [b"U", long.as_slice()].concat();
+        let stream = [DATA, &data(&message), ASKS, &data(&row), &notice, &data(&update), QUIET].concat();
+        for step in [1, 1_000, 30_000, stream.len()] {
+            let (mut cutter, mut inbox) = (Cutter::new(HELD), BytesMut::new());
+            let (mut found, mut asked) = (Vec::new(), 0);
+            for piece in stream.chunks(step) {
+                inbox.extend_from_slice(piece);
+                loop {
+                    let cut = cutter.cut(&mut inbox).unwrap();
+                    asked += u32::from(cut.reply_requested);
+                    let Some(chunk) = cut.chunk else { break };
+                    found.extend(frames(&chunk).into_iter().map(|frame| match frame {
+                        Frame::XLogData { message, .. } => message.to_vec(),
+                        Frame::Keepalive { wal_end, .. } => wal_end.to_string().into_bytes(),
+                    }));
+                }
+                assert!(inbox.len() <= HELD, "{} bytes are held", inbox.len());
+            }
+            let expected = [&b"hi"[..], b"0/10", b"I\0\0\0\x01N\0\x02nL\0\x01\x86\xa0", b"0/11"];
+            assert_eq!(found, expected, "in pieces of {step} bytes");
+            assert_eq!(asked, 1);
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_and_nothing_else_is_refused_before_it_has_come() {
+        const HELD: usize = 8 << 10;
+        let frame = |kind: &[u8], tag: &[u8]| [b"d\x10\0\0\0", kind, &[0; 24], tag].concat();
+        for bytes in [frame(b"k", b"I"), frame(b"w", b"R"), frame(b"x", b"I"), b"Z\x10\0\0\0".to_vec()] {
+            let error = Cutter::new(HELD).cut(&mut BytesMut::from(bytes.as_slice())).unwrap_err();
+            assert!(matches!(error, Error::Protocol { .. }), "{bytes:?}: {error:?}");
+        }
+        let error = [b"E\x10\0\0\0C57P01\0Mbye\0".to_vec(), vec![b'x'; HELD]].concat();
+        let error = Cutter::new(HELD).cut(&mut BytesMut::from(error.as_slice())).unwrap_err();
+        assert!(matches!(&error, Error::Server { code, .. } if code == "57P01"), "{error:?}");
+    }
+
+    #[test]
     fn what_the_protocol_does_not_allow_is_refused() {
         for bytes in [
             &b"d\0\0\0\x03"[..],
@@ -293,9 +460,11 @@ mod tests {
             let bytes = pieces.concat();
             let chunk = Chunk::new(Bytes::from(bytes.clone()));
             prop_assert!(chunk.frames().count() <= bytes.len());
-            let mut inbox = BytesMut::from(bytes.as_slice());
-            for _ in 0..=bytes.len() {
-                let Ok(Cut { chunk: Some(_), .. }) = cut(&mut inbox) else { break };
+            for held_max in [30, HELD_BYTES_MAX] {
+                let (mut cutter, mut inbox) = (Cutter::new(held_max), BytesMut::from(bytes.as_slice()));
+                for _ in 0..=bytes.len() {
+                    let Ok(Cut { chunk: Some(_), .. }) = cutter.cut(&mut inbox) else { break };
+                }
             }
         }
     }

@@ -12,6 +12,7 @@ mod connection;
 mod copy;
 mod encoding;
 mod frame;
+mod long;
 mod pace;
 mod receiver;
 mod replication;

@@ -17,7 +17,7 @@ use std::pin::pin;
 use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::{Buf as _, BufMut as _, BytesMut};
 use postgres_protocol::message::backend::{ERROR_RESPONSE_TAG, READY_FOR_QUERY_TAG};
 use postgres_protocol::message::frontend;
 use tokio::io::AsyncReadExt as _;
@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_postgres::error::SqlState;
 use tracing::warn;
 
-use super::frame::{self, Chunk, Cut, FRAME_BYTES_MAX, STREAM};
+use super::frame::{self, Chunk, Cut, Cutter, ERROR_BYTES, FRAME_BYTES_MAX, STREAM};
 use super::pace::{self, Pace};
 use super::replication::ReplicationStream;
 use super::socket::Socket;
@@ -79,7 +79,8 @@ impl ReplicationStream {
     /// below an earlier one is ignored.
     ///
     /// A full queue stops the reading only; at most one chunk waits beside it. A chunk is 0.5 MiB or one
-    /// frame, whichever is larger. When the other end of `chunks` is gone nothing more is read, but the
+    /// frame, whichever is larger. A frame that is too long to be held loses the long values of its row, which become
+    /// [`Value::Long`](crate::pgoutput::Value::Long), or is dropped if it is no row. When the other end of `chunks` is gone nothing more is read, but the
     /// reports go on until [`Receiver::finish`]: the last checkpoint may still be on its way.
     ///
     /// A server that says nothing while we read is asked for an answer, and given up if none comes.
@@ -87,6 +88,7 @@ impl ReplicationStream {
         let (finish, finished) = oneshot::channel();
         let pump = Pump {
             wire: self.wire,
+            cutter: Cutter::new(self.held_bytes_max),
             status_interval: self.status_interval,
             durable,
             reported: Lsn::ZERO,
@@ -160,6 +162,7 @@ fn flatten(result: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
 #[derive(Debug)]
 struct Pump {
     wire: Wire,
+    cutter: Cutter,
     status_interval: Duration,
     durable: watch::Receiver<Lsn>,
     /// What the last report said, and when.
@@ -201,7 +204,7 @@ impl Pump {
         self.report(Reply::Unneeded).await?;
         loop {
             if waiting.is_none() && !chunks.is_closed() {
-                let Cut { chunk, reply_requested } = frame::cut(&mut self.wire.inbox)?;
+                let Cut { chunk, reply_requested } = self.cutter.cut(&mut self.wire.inbox)?;
                 self.reply_owed |= reply_requested;
                 waiting = chunk;
             }
@@ -311,18 +314,23 @@ impl Pump {
     /// Reads, and drops, what is still on its way, up to the server's readiness for a next command.
     async fn drain(&mut self) -> Result<()> {
         let mut pace = Pace::hurried();
+        // Of the message that is being dropped; the cutter may be in the middle of one.
+        let mut left = self.cutter.left();
         loop {
-            while let Some((tag, whole)) = header(&self.wire.inbox, FRAME_BYTES_MAX, STREAM)? {
-                if self.wire.inbox.len() < whole {
-                    break;
-                }
-                let message = self.wire.inbox.split_to(whole);
+            let inbox = &mut self.wire.inbox;
+            loop {
+                let here = left.min(inbox.len());
+                inbox.advance(here);
+                left -= here;
+                let Some((tag, whole)) = header(inbox, FRAME_BYTES_MAX, STREAM)? else { break };
                 match tag {
                     READY_FOR_QUERY_TAG => return Ok(()),
+                    // Its beginning says what people need.
+                    ERROR_RESPONSE_TAG if inbox.len() < whole.min(ERROR_BYTES) => break,
                     ERROR_RESPONSE_TAG => {
-                        return Err(server_error(message.get(HEADER_BYTES..).unwrap_or_default(), STREAM));
+                        return Err(server_error(inbox.get(HEADER_BYTES..).unwrap_or_default(), STREAM));
                     }
-                    _ => {}
+                    _ => left = whole,
                 }
             }
             match read(&mut self.wire, &mut pace).await {

@@ -9,9 +9,9 @@ use tokio_postgres::error::SqlState;
 use tracing::info;
 
 use super::connection::{Connection, Rows};
-use super::receiver;
 use super::startup::Process;
 use super::wire::Wire;
+use super::{frame, receiver};
 use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
@@ -98,6 +98,7 @@ impl ReplicationConnection {
                         slot: slot.to_owned(),
                         status_interval: receiver::status_interval(wal_sender_timeout),
                         silence: receiver::silence(wal_sender_timeout),
+                        held_bytes_max: frame::HELD_BYTES_MAX,
                     });
                 }
                 Err(refusal) => refusal,
@@ -165,6 +166,7 @@ pub struct ReplicationStream {
     pub(super) wire: Wire,
     pub(super) status_interval: Duration,
     pub(super) silence: Duration,
+    pub(super) held_bytes_max: usize,
     pub(super) slot: String,
     process_id: i32,
 }
@@ -182,6 +184,12 @@ impl ReplicationStream {
     #[must_use]
     pub fn with_silence(mut self, silence: Duration) -> Self {
         self.silence = silence;
+        self
+    }
+
+    /// Changes how long a frame may be that is held as a whole: a longer row loses its long values. By default 16 MiB.
+    pub(crate) const fn holding(mut self, bytes_max: usize) -> Self {
+        self.held_bytes_max = bytes_max;
         self
     }
 }

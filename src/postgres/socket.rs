@@ -75,6 +75,17 @@ impl Socket {
         }
     }
 
+    /// Nobody in between can read what is sent: it is encrypted, or stays on this machine.
+    pub(super) fn is_private(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().is_ok_and(|server| server.ip().is_loopback()),
+            Self::Tls(_) => true,
+            #[cfg(unix)]
+            Self::Unix(_) => true,
+            Self::Unwatched(_) => false,
+        }
+    }
+
     /// Keeps what arrives from waking anybody, until the socket is next used. Not to ask for data isn't enough for that:
     /// the runtime watches a socket edge-triggered, so that each piece of data wakes a thread, whoever waits for it.
     /// Does nothing for TLS.

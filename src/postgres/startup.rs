@@ -10,7 +10,7 @@ use postgres_protocol::message::frontend;
 
 use super::settings::CLIENT_ENCODING;
 use super::wire::{Message, Wire, unexpected};
-use crate::config::{AuthMethod, ChannelBinding, Password, SourceConfig};
+use crate::config::{AuthMethod, ChannelBinding, Password, SourceConfig, SslMode};
 use crate::error::{Error, Result};
 
 // The kinds of authentication request (manual 55.7).
@@ -20,6 +20,9 @@ const MD5: u32 = 5;
 const SASL: u32 = 10;
 const SASL_CONTINUE: u32 = 11;
 const SASL_FINAL: u32 = 12;
+
+/// How the setting is called that says how much TLS is wanted.
+pub(super) const SSL_MODE: &str = "sslmode";
 
 /// Who is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +134,15 @@ impl Login<'_> {
         if self.config.require_auth.as_ref().is_some_and(|wanted| !wanted.contains(&method)) {
             let accepted = format!("fulfilled by the server, but that asks for {name}");
             return Err(unwanted("require_auth", "not fulfilled", &accepted));
+        }
+        let is_readable = matches!(kind, CLEARTEXT | MD5) && !self.wire.socket.is_private();
+        if is_readable && self.config.ssl_mode != SslMode::Disable {
+            let accepted = format!(
+                "require, verify-ca or verify-full: the connection is not encrypted, and the server asks for the password by \
+                 method {name}, which whoever is in between could read or try out. Have the server take TLS, or \
+                 scram-sha-256; or say sslmode=disable, if the network is trusted"
+            );
+            return Err(unwanted(SSL_MODE, "one that allows a connection without TLS", &accepted));
         }
         let is_bound =
             kind == SASL && offers(data, SCRAM_SHA_256_PLUS) && self.wire.socket.end_point().is_some();

@@ -13,6 +13,8 @@ use crate::error::{Error, Result};
 
 /// Longest message outside the stream. What is asked there has a few rows.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Most bytes of what may come at any time, in front of one answer.
+const ASIDE_BYTES_MAX: usize = 4 << 20;
 /// Space that is made for a read.
 const READ_BYTES: usize = 8 << 10;
 /// Tag and length.
@@ -43,10 +45,17 @@ impl Wire {
     }
 
     /// The next message that answers something. Notices and changed parameters may come at any time
-    /// (manual 55.2.7) and are passed over.
+    /// (manual 55.2.7) and are passed over, but not without end.
     pub(super) async fn receive(&mut self, context: &str) -> Result<Message> {
+        let mut aside = 0;
         loop {
             if let Some(message) = split_message(&mut self.inbox, context)? {
+                if aside > ASIDE_BYTES_MAX {
+                    let detail =
+                        format!("the server has sent {aside} bytes of notices in place of an answer");
+                    return Err(Error::Protocol { context: context.to_owned(), detail });
+                }
+                aside += HEADER_BYTES + message.body.len();
                 match message.tag {
                     NOTICE_RESPONSE_TAG => debug!(notice = ServerText::parse(&message.body).text(), "notice"),
                     PARAMETER_STATUS_TAG => {}

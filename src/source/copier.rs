@@ -26,7 +26,7 @@ impl Copier {
         let failed = || Error::sql("exporting a snapshot");
         let row = client.query_one("select pg_export_snapshot()", &[]).await.map_err(failed())?;
         let snapshot: String = row.try_get(0).map_err(failed())?;
-        let mut connection = CopyConnection::open(&config.source).await?;
+        let mut connection = CopyConnection::open(&config.source, config.row_bytes_max()).await?;
         connection.query(READING).await?;
         let slot = config.slot.clone();
         Ok(Self { connection, begin: begin_with(&snapshot), slot, is_in_transaction: false })

@@ -14,7 +14,9 @@ const SHOWN: usize = 10;
 pub(super) const fn is_told_by(error: &Error) -> bool {
     matches!(
         error,
-        Error::Encode { .. } | Error::Storage { source: object_store::Error::NotFound { .. }, .. }
+        Error::Encode { .. }
+            | Error::Delta { .. }
+            | Error::Storage { source: object_store::Error::NotFound { .. }, .. }
     )
 }
 

@@ -61,6 +61,7 @@ impl Tail {
         }
         reader.encoding = texts;
         let stream = connection.start(&slot.name, &config.publication, false).await?;
+        let stream = stream.holding(config.row_bytes_max());
         let (sender, mut chunks) = mpsc::channel(CHUNKS_MAX);
         // Nothing is ever acknowledged: the slot goes with its connection.
         let (_durable, durable) = watch::channel(Lsn::ZERO);

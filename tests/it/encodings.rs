@@ -33,7 +33,7 @@ async fn insert(client: &Client, shape: Shape, entity: &str, text: &str, turn: i
 
 async fn archived(stage: &Stage, client: &Client) {
     let lsn = client.query_one("select pg_current_wal_insert_lsn()", &[]).await.unwrap().get(0);
-    client.batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')").await.unwrap();
+    client.batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key").await.unwrap();
     stage.acknowledged(client, lsn, DEADLINE).await;
 }
 

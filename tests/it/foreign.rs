@@ -376,3 +376,95 @@ async fn a_removal_that_was_taken_back_is_forgotten() {
     drops(&client).await;
     drop(sidecar);
 }
+
+/// Adds a file to a table's log by hand, as anybody may who can write there; the version of the entry.
+fn add_by_hand(stage: &Stage, table: &str, name: &str, bytes: Option<&[u8]>) -> PathBuf {
+    let folder = stage.storage().join(table);
+    if let Some(bytes) = bytes {
+        fs::write(folder.join(name), bytes).unwrap();
+    }
+    let size = bytes.map_or(1_000, <[u8]>::len);
+    let add = format!(
+        r#"{{"add":{{"path":"{name}","partitionValues":{{}},"size":{size},"modificationTime":1,"dataChange":true,"stats":"{{\"numRecords\":5}}"}}}}"#
+    );
+    append_entry(&folder, &add)
+}
+
+/// Puts an entry behind the last one of a log.
+fn append_entry(folder: &Path, entry: &str) -> PathBuf {
+    loop {
+        let log = folder.join("_delta_log");
+        let versions = fs::read_dir(&log).unwrap().filter_map(|entry| {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            name.strip_suffix(".json").and_then(|version| version.parse::<u64>().ok())
+        });
+        let path = log.join(format!("{:020}.json", versions.max().unwrap() + 1));
+        match fs::File::create_new(&path) {
+            Ok(mut file) => {
+                std::io::Write::write_all(&mut file, entry.as_bytes()).unwrap();
+                return path;
+            }
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_none_stops_its_own_table_only() {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    let mut whole = b"PAR1 and more".to_vec();
+    whole.extend(0x7fff_ffff_u32.to_le_bytes());
+    whole.extend(b"PAR1");
+    let psi = stage.storage().join("psi");
+    for (turn, bytes) in
+        [Some(&b"no Parquet file"[..]), Some(&whole), None, Some(b"")].into_iter().enumerate()
+    {
+        assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+        let name = format!("hostile-{turn}.parquet");
+        // At last an entry that is none.
+        let entry = match bytes {
+            Some(b"") => append_entry(&psi, "no entry"),
+            bytes => add_by_hand(&stage, "psi", &name, bytes),
+        };
+        sidecar = quiet(&stage).start();
+        if let Some(bytes) = bytes {
+            sidecar.says(if bytes.is_empty() { "following its log" } else { &name }, DEADLINE).await;
+            sidecar
+                .says("this table is not archived, and its purge is blocked; the others go on", DEADLINE)
+                .await;
+        }
+        insert(&client, 0, 3).await;
+        let target = stage.insert_one(&client, &format!("beside {turn}"), Some(1.0)).await;
+        let flushed =
+            "select coalesce(max(flushed_lsn), '0/0') from highwater.watermark where kind = 'custom'";
+        until("the other table is archived", DEADLINE, async || {
+            let lsn: tokio_postgres::types::PgLsn = client.query_one(flushed, &[]).await.unwrap().get(0);
+            (lsn > target).then_some(())
+        })
+        .await;
+        let state = async || text(&client, "select state from highwater.watermark where kind = 'psi'").await;
+        // Whoever takes the file, or the entry, out again has the table archived.
+        match bytes {
+            Some(b"") => {
+                assert_eq!(state().await, "gap");
+                fs::remove_file(&entry).unwrap();
+            }
+            _ => {
+                // One that is gone may come back: nothing stops for it.
+                assert_eq!(state().await, if bytes.is_some() { "gap" } else { "streaming" });
+                let remove = format!(
+                    r#"{{"remove":{{"path":"{name}","deletionTimestamp":1,"dataChange":true,"partitionValues":{{}},"size":1}}}}"#
+                );
+                append_entry(&psi, &remove);
+            }
+        }
+        until("the table is complete again", DEADLINE * 2, async || {
+            (state().await == "streaming").then_some(())
+        })
+        .await;
+        settled(&stage, &client).await;
+    }
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}

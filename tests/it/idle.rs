@@ -63,10 +63,10 @@ async fn checkpoints_that_many_ask_for_are_made_once_for_all() {
     let before = entries();
     let sql = format!(
         "do $$ begin for n in 1..{REQUESTS} loop
-             perform pg_logical_emit_message(true, 'highwater', 'checkpoint'); commit; end loop; end $$"
+             perform pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key; commit; end loop; end $$"
     );
     client.batch_execute(&sql).await.unwrap();
-    let last = "select pg_logical_emit_message(true, 'highwater', 'checkpoint')::text";
+    let last = "select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key)::text from highwater.request_key";
     let target: String = client.query_one(last, &[]).await.unwrap().get(0);
     until("the last request is answered", Duration::from_secs(120), async || {
         let sql = "select bool_and(flushed_lsn >= $1::text::pg_lsn) from highwater.watermark";

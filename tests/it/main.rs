@@ -24,6 +24,8 @@ mod fuzz;
 mod gap;
 mod horizon;
 mod idle;
+mod intruder;
+mod liar;
 mod moved;
 mod partition;
 mod purge;

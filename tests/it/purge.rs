@@ -709,7 +709,7 @@ async fn rows_that_did_not_pass_the_stream_stay_until_they_are_archived() {
     sidecar.signal("CONT");
     until("they are archived, and purged", DEADLINE, async || {
         client
-            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key")
             .await
             .unwrap();
         purge(&client).await;

@@ -254,7 +254,7 @@ async fn whatever_fails_no_row_is_deleted_that_is_not_archived() {
     .await;
     let emptied = within(DEADLINE, async || {
         client
-            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key")
             .await
             .unwrap();
         let sql = "select count(*) from pg_inherits where inhrelid::regclass::text like 'scouter.day_%'";

@@ -242,7 +242,8 @@ async fn rows_that_are_purged_while_they_are_read_are_not_missing() {
     let client = stage.connect().await;
     client.batch_execute("update highwater.retention set retention = '0'").await.unwrap();
     let base = (Utc::now() - Duration::from_secs(3600)).timestamp_micros();
-    let ask = "select pg_logical_emit_message(true, 'highwater', 'checkpoint')";
+    let ask =
+        "select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key";
     let purged = async |client: &Client| {
         until("all is archived and purged", DEADLINE, async || {
             client.batch_execute(ask).await.unwrap();

@@ -31,7 +31,7 @@ fn names<'a>(list: &'a Value, key: &str) -> Vec<&'a str> {
 
 async fn archived(stage: &Stage, client: &Client) {
     let lsn = client.query_one("select pg_current_wal_insert_lsn()", &[]).await.unwrap().get(0);
-    client.batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')").await.unwrap();
+    client.batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key").await.unwrap();
     stage.acknowledged(client, lsn, DEADLINE).await;
 }
 

@@ -134,7 +134,7 @@ async fn a_promoted_standby_has_the_slot(major: u32) {
     // and a position past it.
     let client = stage.connect().await;
     let synced = async || {
-        let pass = "select pg_log_standby_snapshot(); select pg_logical_emit_message(true, 'highwater', 'checkpoint')";
+        let pass = "select pg_log_standby_snapshot(); select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key";
         client.batch_execute(pass).await.unwrap();
         let query = "select count(*) from pg_replication_slots where synced and not temporary and invalidation_reason is null";
         (replica.query_one(query, &[]).await.unwrap().get::<_, i64>(0) == 1).then_some(())

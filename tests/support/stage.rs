@@ -254,7 +254,7 @@ pub async fn archived(client: &Client) {
     until("the horizon has passed what was committed", Duration::from_secs(60), async || {
         // Writes, too, so that there is a position to record.
         client
-            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint')")
+            .batch_execute("select pg_logical_emit_message(true, 'highwater', 'checkpoint ' || key) from highwater.request_key")
             .await
             .unwrap();
         let sql = "select coalesce(min(archived_before::text::bigint), 0) from highwater.watermark";

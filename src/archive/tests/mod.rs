@@ -3,6 +3,7 @@
 mod commits;
 mod doubles;
 mod encoding;
+mod hostile;
 mod stores;
 mod upkeep;
 
