@@ -10,6 +10,16 @@ insert into highwater.request_key values (gen_random_uuid()::text);
 comment on table highwater.request_key is
     'Requests for a checkpoint (pg_logical_emit_message with prefix highwater) carry it. For the roles that archive and verify.';
 
+-- What a purge may delete from. The owner alone writes it: `highwater setup --as-owner` puts the drift tables here, and that and each
+-- purge the partitions that they have, so that one that is detached later is known to have been one.
+create table highwater.purgeable (
+    table_oid oid primary key,
+    root      oid not null
+);
+
+comment on table highwater.purgeable is
+    'The drift tables that a purge may delete from, and tables that were seen as partitions of them. Written by the owner only.';
+
 alter table highwater.archive_log add column removed_rows bigint, add column damage_note text;
 
 comment on column highwater.archive_log.removal_note is
@@ -20,17 +30,14 @@ comment on column highwater.archive_log.damage_note is
     'Files that the log names and the storage has not, or not as they were written; null if all are there.';
 
 -- Why what the watermarks say of a table can't be relied on; null if it can. Nobody has looked at the archive's logs for too long:
--- that of the table, and that of the quarantine, which may have rows of it. Or no publication has the table, which only its owner can
--- have put there: then it is not archived, whatever the sidecar's role has written.
+-- that of the table, and that of the quarantine, which may have rows of it. Or its owner has not said that it may be purged, whatever
+-- the sidecar's role has written.
 create or replace function highwater.unseen(root oid) returns text
 language sql stable set search_path = pg_catalog, pg_temp as $$
     select coalesce((
-        select format('no publication has %s, so it is not archived: its owner publishes it, by `highwater setup --as-owner`', root::regclass)
-        where exists (select from pg_class c where c.oid = root) and not exists (
-            select from pg_publication p join pg_class c on c.oid = root
-            where p.pubinsert and (p.puballtables
-                or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = root)
-                or exists (select from pg_publication_namespace n where n.pnpubid = p.oid and n.pnnspid = c.relnamespace)))), (
+        select format('its owner has not given %s to the purge: `highwater setup --as-owner` does', root::regclass)
+        where exists (select from pg_class c where c.oid = root)
+          and not exists (select from highwater.purgeable p where p.table_oid = unseen.root and p.root = unseen.root)), (
     select case
         when l.kind is null then format(
             'the log of the archive''s table %s was not looked at yet, so somebody may have taken rows out of it: `highwater run` looks', k.kind)
@@ -44,7 +51,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- What the rows of a table are in: partitions that are dropped as a whole (a range of created_at that ends, and those that
--- were detached and kept, whose columns it has, too), and tables whose rows are deleted (a plain one, a default partition, and
+-- were detached and kept, and were seen as partitions before), and tables whose rows are deleted (a plain one, a default partition, and
 -- everything else).
 create or replace function highwater.purge_units(root oid)
 returns table (partition_oid oid, partition_name text, is_whole boolean, range_end timestamptz, is_attached boolean)
@@ -68,9 +75,7 @@ language sql set search_path = pg_catalog, pg_temp set timezone = 'UTC' set date
     select c.oid, c.oid::regclass::text, true, null, false
     from highwater.watermark w join highwater.covered_partition p using (source_table) join pg_class c on c.oid = p.partition_oid
     where w.table_oid = root and c.relkind = 'r' and not c.relispartition and c.oid <> root
-      and not exists (
-        select a.attname, a.atttypid from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-        except select a.attname, a.atttypid from pg_attribute a where a.attrelid = root and a.attnum > 0 and not a.attisdropped)
+      and exists (select from highwater.purgeable s where s.table_oid = c.oid and s.root = purge_units.root)
 $$;
 
 -- What there is to delete of one of these tables, and what stands in the way. `depth`: 'quick' counts nothing, 'proof' counts if
@@ -210,6 +215,17 @@ exception
 end
 $$;
 
+-- Takes note of the partitions that a purgeable table has now.
+create function highwater.note_partitions(root oid) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
+    insert into highwater.purgeable (table_oid, root)
+    select u.partition_oid, note_partitions.root from highwater.purge_units(note_partitions.root) u
+    where u.is_attached and u.partition_oid <> note_partitions.root
+      and has_table_privilege('highwater.purgeable', 'insert')
+      and exists (select from highwater.purgeable p where p.table_oid = note_partitions.root and p.root = note_partitions.root)
+    on conflict do nothing
+$$;
+
 -- Who runs a purge of a table already, for people; null if nobody. Anybody can take an advisory lock, so one that is held by a role that
 -- could not purge the table means nothing.
 create function highwater.purge_holder(root oid, lock_key bigint) returns text
@@ -257,6 +273,7 @@ begin
             'another purge of it is running: ' operator(pg_catalog.||) highwater.purge_holder(root, lock_key));
         return;
     end if;
+    perform highwater.note_partitions(root);
     cutoff := highwater.cutoff(retention);
     key := highwater.purge_key(root, cutoff);
     if key.blocked_by is not null then

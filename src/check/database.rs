@@ -17,7 +17,7 @@ const STATE_SCHEMA: &str = "
            array(select c.relname::text from pg_class c
                   where c.relnamespace = n.oid and c.relname in ('watermark', 'entity_watermark', 'covered_partition', 'verified_partition', 'archive_log')
                     and not (has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
-                             and has_table_privilege(c.oid, 'update') and has_table_privilege(c.oid, 'delete'))),
+                             and has_table_privilege(c.oid, 'update') and (c.relname = 'watermark' or has_table_privilege(c.oid, 'delete')))),
            coalesce((select bool_and(pg_has_role(c.relowner, 'usage')) from pg_class c
                      where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relname = any ($2)), false)
       from (select 1) as one
@@ -104,7 +104,14 @@ async fn check_owner(client: &Client, config: &Config, role: &str, report: &mut 
         report.ok("schema-owner", "highwater", format!("belongs to {owner}"));
     }
     let version = "select coalesce(max(version), 0)::bigint from highwater.migration";
-    let version = client.query_one(version, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())?;
+    let version: i64 =
+        client.query_one(version, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())?;
+    let newest = setup::newest_version();
+    if version < newest {
+        let message = format!("is of version {version}, and this release needs {newest}");
+        let remedy = format!("as {owner}: `highwater setup --as-owner --sidecar-role {role}`");
+        report.error("schema-version", "highwater", message, remedy);
+    }
     let differences = setup::differences(client, version).await?;
     if let Some(message) = in_short(&differences) {
         let remedy = "see who did that, and don't purge before it is put right; move into another schema what is yours";

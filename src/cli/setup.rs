@@ -24,12 +24,10 @@ pub(super) struct SetupFlags {
     #[arg(long, conflicts_with_all = ["as_owner", "schedule_purge"])]
     print_sql: bool,
 
-    /// The role that archives, for `--as-owner` (highwater unless said otherwise) and `--print-sql` (the one that logs in)
+    /// The role that archives, for `--as-owner` (highwater unless said otherwise) and `--print-sql` (the one that logs in, if that is not the owner)
     #[arg(long, value_name = "ROLE")]
     sidecar_role: Option<String>,
 }
-
-const SIDECAR_ROLE: &str = "highwater";
 
 /// The exit code is 1 if something is left to do without which rows may be dropped unarchived, or the purge was to be scheduled
 /// and could not be.
@@ -40,7 +38,7 @@ pub(super) async fn setup(config: &Config, flags: &SetupFlags) -> Result<ExitCod
         return Ok(ExitCode::SUCCESS);
     }
     let report = if flags.as_owner {
-        setup::setup_as_owner(config, role.unwrap_or(SIDECAR_ROLE)).await?
+        setup::setup_as_owner(config, role.unwrap_or(setup::SIDECAR_ROLE)).await?
     } else {
         setup::setup(config).await?
     };

@@ -32,6 +32,7 @@ use crate::unarchived::{self, Part, Told};
 use crate::watermark::{self, NewWatermark, State};
 pub(crate) use objects::differences;
 use owner::Ownership;
+pub(crate) use owner::newest as newest_version;
 pub(crate) use publication::has_publication;
 pub use retention::schedule_purge;
 pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
@@ -42,6 +43,9 @@ mod migrations {
 
 /// Key of the advisory lock that lets one setup run at a time (manual section 13.3.5); "highwatr" in ASCII.
 const SETUP_LOCK: i64 = 0x6869_6768_7761_7472;
+
+/// The role that archives, where nobody names another.
+pub(crate) const SIDECAR_ROLE: &str = "highwater";
 
 /// How long to wait for another setup, which may have to wait for transactions itself before it has its slot.
 const SETUP_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -100,6 +104,9 @@ pub async fn setup(config: &Config) -> Result<Report> {
         ownership.warn_of_owner(&mut report);
     }
     let tables = find_tables(&client, config).await?;
+    if ownership.is_owner() {
+        owner::give_to_purge(&client, &tables).await?;
+    }
     if let Some(found) = found {
         report.left.push(format!("replication slot {} at {}", config.slot, found.confirmed_flush_lsn));
         keep_on_standbys(config, &mut replication, &found, &mut report).await?;
@@ -138,7 +145,8 @@ pub async fn setup(config: &Config) -> Result<Report> {
 pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Report> {
     let mut report = Report::default();
     let mut client = open(config).await?;
-    let ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
+    let mut ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
+    ownership.sidecar = Some(sidecar_role.to_owned());
     if !ownership.is_owner() {
         return Err(ownership.refusal("making schema highwater"));
     }
@@ -151,7 +159,8 @@ pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Repor
     let identity = slot::identify_by_sql(&client).await?;
     let fed = found.as_ref().map(|found| (&identity, found.confirmed_flush_lsn));
     publication::publish(&mut client, config, &tables, &ownership, fed, &mut report).await?;
-    owner::grant(&client, config, &tables, (&ownership.user, sidecar_role), &mut report).await?;
+    owner::grant(&client, config, &tables, &ownership, sidecar_role, &mut report).await?;
+    owner::give_to_purge(&client, &tables).await?;
     retention::stop_partman(&client, &tables, &mut report).await?;
     Ok(report)
 }
@@ -166,8 +175,11 @@ pub async fn owner_script(config: &Config, sidecar_role: Option<&str>) -> Result
     let client = sql::connect(&config.source).await?;
     check_server(&client).await?;
     let tables = list_tables(&client, config).await?;
-    let ownership = Ownership::read(&client, config, &tables).await?;
-    owner::script(&client, config, &tables, &ownership, sidecar_role.unwrap_or(&ownership.user)).await
+    let mut ownership = Ownership::read(&client, config, &tables).await?;
+    let own = if ownership.is_owner() { SIDECAR_ROLE } else { &ownership.user };
+    let role = sidecar_role.unwrap_or(own).to_owned();
+    ownership.sidecar = Some(role.clone());
+    owner::script(&client, config, &tables, &ownership, &role).await
 }
 
 /// The session of a setup that is the only one.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 
 use crate::error::{Error, Result};
+use crate::postgres::quote_literal;
 
 /// The objects as the server has them: name, and a digest of the definition.
 const QUERY: &str = include_str!("objects.sql");
@@ -52,6 +53,21 @@ fn made(version: i64) -> impl Iterator<Item = (&'static str, &'static str)> {
         let is_last = last.parse::<i64>().map_or(true, |last| version <= last);
         (first <= version && is_last).then_some((object, digest))
     })
+}
+
+/// A statement that fails, and names what differs, if the schema is not as the migrations up to `version` have made it: for scripts,
+/// which run later than they are written.
+pub(super) fn assertion(version: i64) -> String {
+    let rows: Vec<String> = made(version)
+        .map(|(object, digest)| format!("({}, {})", quote_literal(object), quote_literal(digest)))
+        .collect();
+    format!(
+        "do $highwater$ declare wrong text; begin\nselect string_agg(coalesce(f.object, m.object), ', ') into wrong from (\n{QUERY}) as f \
+         (object, digest)\nfull join (values {}) as m (object, digest) on m.object = f.object where m.digest is distinct from f.digest;\nif \
+         wrong is not null then raise exception 'schema highwater is not as its migrations made it: %', wrong; end if;\nend \
+         $highwater$;\n",
+        rows.join(",\n")
+    )
 }
 
 /// Names of the tables at a version, without the schema.

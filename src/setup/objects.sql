@@ -29,6 +29,11 @@ found (object, definition) as (
     union all
     select format('child %s of %s', i.inhrelid::regclass, r.object), '' from relation r join pg_inherits i on i.inhparent = r.oid
     union all
+    select format('parent %s of %s', i.inhparent::regclass, r.object), '' from relation r join pg_inherits i on i.inhrelid = r.oid
+    union all
+    select format('statistics %s.%s of %s', t.stxnamespace::regnamespace, t.stxname, r.object), ''
+    from relation r join pg_statistic_ext t on t.stxrelid = r.oid
+    union all
     select 'routine ' || p.oid::regprocedure,
            concat_ws(' ', p.prokind, l.lanname, p.prosecdef, p.provolatile, p.proisstrict, p.proretset, p.prorettype::regtype,
                      pg_get_function_arguments(p.oid), p.proconfig, p.prosrc, p.probin)

@@ -16,9 +16,10 @@ const WRITTEN: [(&str, &str); 6] = [
     ("covered_partition", "select, insert, update, delete"),
     ("entity_watermark", "select, insert, update, delete"),
     ("verified_partition", "select, insert, update, delete"),
-    ("watermark", "select, insert, update, delete"),
+    // With a row its retention would go.
+    ("watermark", "select, insert, update"),
     // Those of tables that are archived for the first time; to change them is the owner's business.
-    ("retention", "select, insert"),
+    ("retention", "select, insert (source_table, retention)"),
 ];
 
 /// Who owns what, and whether this session may do what its owner may.
@@ -34,6 +35,8 @@ pub(super) struct Ownership {
     schema_owner: Option<String>,
     /// The newest migration.
     version: i64,
+    /// The role that archives, if it is another one.
+    pub(super) sidecar: Option<String>,
 }
 
 impl Ownership {
@@ -44,9 +47,8 @@ impl Ownership {
         let query = "
             select current_user::text, pg_get_userbyid(c.relowner)::text, pg_has_role(c.relowner, 'usage'), c.relname::text,
                    (select pg_get_userbyid(n.nspowner)::text from pg_namespace n where n.nspname = 'highwater'),
-                   to_regclass('highwater.migration') is not null
-                   and has_schema_privilege(to_regnamespace('highwater'), 'usage')
-                   and has_table_privilege(to_regclass('highwater.migration'), 'select')
+                   case when has_schema_privilege(to_regnamespace('highwater'), 'usage')
+                        then coalesce(has_table_privilege(to_regclass('highwater.migration'), 'select'), false) else false end
             from pg_class c where c.oid = any ($1) order by c.relname";
         let rows = client.query(query, &[&oids]).await.map_err(failed())?;
         let mut owners = Vec::new();
@@ -78,6 +80,7 @@ impl Ownership {
             user,
             lacking,
             version,
+            sidecar: None,
         })
     }
 
@@ -142,7 +145,7 @@ impl Ownership {
 }
 
 /// The version that the newest migration makes.
-pub(super) fn newest() -> i64 {
+pub(crate) fn newest() -> i64 {
     migrations::migrations::runner()
         .get_migrations()
         .iter()
@@ -158,7 +161,8 @@ struct Step {
     statement: String,
 }
 
-/// The statements by which the schema becomes the owner's: it is made, or what others own of it is given to him.
+/// The statements by which the schema becomes the owner's: it is made, or what others own of it is given to him, and what others may
+/// write is taken back. They lock what they change, so that nobody changes it before the transaction ends.
 async fn ownership_steps(client: &Client, ownership: &Ownership) -> Result<Vec<Step>> {
     let owner = quote_identifier(&ownership.owner);
     if ownership.schema_owner.is_none() {
@@ -168,28 +172,54 @@ async fn ownership_steps(client: &Client, ownership: &Ownership) -> Result<Vec<S
         }]);
     }
     let failed = || Error::sql("reading what is in schema highwater");
-    // The schema first: who gets something in it must have the right to create there. Sequences of columns go with their tables.
-    let query = "
-        with schema as (select oid from pg_namespace where nspname = 'highwater'),
-        object (rank, statement, owner) as (
-            select 0, 'alter schema highwater', nspowner from pg_namespace where nspname = 'highwater'
-            union all
-            select 1, format('alter table %s', c.oid::regclass), c.relowner from pg_class c join schema s on c.relnamespace = s.oid where c.relkind = 'r'
-            union all
-            select 2, format('alter routine %s', p.oid::regprocedure), p.proowner from pg_proc p join schema s on p.pronamespace = s.oid)
-        select statement, pg_get_userbyid(owner)::text from object where pg_get_userbyid(owner) <> $1 order by rank, statement";
+    let sidecar = ownership.sidecar.as_deref().unwrap_or_default();
     let mut steps = Vec::new();
-    for row in client.query(query, &[&ownership.owner]).await.map_err(failed())? {
-        let (statement, other): (String, String) =
-            (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
-        let object = statement.trim_start_matches("alter ").to_owned();
+    for row in client.query(OWNERSHIP, &[&ownership.owner, &sidecar]).await.map_err(failed())? {
         steps.push(Step {
-            did: format!("gave {object} to {}; it was {other}'s", ownership.owner),
-            statement: format!("{statement} owner to {owner}"),
+            did: row.try_get(1).map_err(failed())?,
+            statement: row.try_get(2).map_err(failed())?,
         });
     }
     Ok(steps)
 }
+
+/// What of the schema is not the owner's (`$1`), and what others may do in it by which they could get his rights; if the role that archives is
+/// known (`$2`), also what others than that one may write. The schema first: who gets something in it must have the right to create there.
+/// Sequences of columns go with their tables.
+const OWNERSHIP: &str = "
+    with schema as (select * from pg_namespace where nspname = 'highwater'),
+    object (rank, name, statement, owner) as (
+        select 0, 'schema highwater', 'alter schema highwater', nspowner from schema
+        union all
+        select 1, c.oid::regclass::text, format('alter table %s', c.oid::regclass), c.relowner
+        from pg_class c join schema s on c.relnamespace = s.oid where c.relkind = 'r'
+        union all
+        select 2, p.oid::regprocedure::text, format('alter routine %s', p.oid::regprocedure), p.proowner
+        from pg_proc p join schema s on p.pronamespace = s.oid),
+    granted (name, kind, grantee, privileges) as (
+        select c.oid::regclass::text, 'table', x.grantee, array_agg(distinct x.privilege_type)
+        from pg_class c join schema s on c.relnamespace = s.oid
+        cross join lateral (select x.grantee, x.privilege_type from aclexplode(c.relacl) x
+                            union all
+                            select x.grantee, x.privilege_type from pg_attribute a, aclexplode(a.attacl) x where a.attrelid = c.oid) x
+        where c.relkind = 'r' and x.grantee <> c.relowner group by c.oid, x.grantee
+        union all
+        select 'highwater', 'schema', x.grantee, array['CREATE'] from schema s, aclexplode(s.nspacl) x
+        where x.privilege_type = 'CREATE' and x.grantee <> s.nspowner),
+    revoked as (
+        select g.name, g.kind, coalesce(r.rolname::text, 'public') as role, coalesce(quote_ident(r.rolname), 'public') as quoted,
+               (select string_agg(lower(w.one), ', ' order by w.one) from unnest(g.privileges) w (one)
+                where w.one = any (array['CREATE', 'TRUNCATE', 'REFERENCES', 'TRIGGER'])
+                   or ($2::text <> '' and r.rolname is distinct from $2::text and w.one = any (array['INSERT', 'UPDATE', 'DELETE']))) as what
+        from granted g left join pg_roles r on r.oid = g.grantee
+        where r.rolname is distinct from $1::text)
+    select rank, format('gave %s to %s, whose drift tables it is for; it was of %s', name, $1::text, pg_get_userbyid(owner)),
+           format('%s owner to %I', statement, $1::text)
+    from object where pg_get_userbyid(owner) <> $1::text
+    union all
+    select 3, format('took back from %s: %s on %s', role, what, name), format('revoke %s on %s %s from %s cascade', what, kind, name, quoted)
+    from revoked where what is not null
+    order by 1, 2";
 
 /// Makes the schema, or makes it the owner's, and brings it up to date.
 ///
@@ -201,21 +231,23 @@ pub(super) async fn make_schema(
     ownership: &Ownership,
     report: &mut Report,
 ) -> Result<()> {
-    if ownership.schema_owner.is_some() {
-        ownership.must_be_ours(client).await?;
-    }
     let steps = ownership_steps(client, ownership).await?;
     let statements: Vec<&str> = steps.iter().map(|step| step.statement.as_str()).collect();
     let context = format!("making schema highwater, as the role {}", ownership.user);
-    client.batch_execute(&statements.join("; ")).await.map_err(Error::sql(context))?;
-    match (steps.as_slice(), &ownership.schema_owner) {
-        ([], _) => {}
-        (steps, Some(_)) if steps.len() > 1 => report.done.push(format!(
-            "gave schema highwater and {} objects in it to {}, the owner of the drift tables",
-            steps.len() - 1,
-            ownership.owner
+    // Compared only when nobody else can change it any more. An error ends the session, and with it the transaction.
+    client.batch_execute(&format!("begin; {}", statements.join("; "))).await.map_err(Error::sql(&context))?;
+    if ownership.schema_owner.is_some() {
+        ownership.must_be_ours(client).await?;
+    }
+    client.batch_execute("commit").await.map_err(Error::sql(&context))?;
+    match (steps.len(), &ownership.schema_owner) {
+        (4.., Some(_)) => report.done.push(format!(
+            "gave schema highwater and what is in it to {}, who owns the drift tables, and took back what others might write in it \
+             ({} steps)",
+            ownership.owner,
+            steps.len()
         )),
-        (steps, _) => report.done.extend(steps.iter().map(|step| step.did.clone())),
+        _ => report.done.extend(steps.iter().map(|step| step.did.clone())),
     }
     let become_owner = format!("set role {}", quote_identifier(&ownership.owner));
     client.batch_execute(&become_owner).await.map_err(Error::sql(format!("becoming {}", ownership.owner)))?;
@@ -224,6 +256,26 @@ pub(super) async fn make_schema(
     let go_back = format!("set role {}", quote_identifier(&ownership.user));
     client.batch_execute(&go_back).await.map_err(Error::sql("going back to the session's role"))?;
     outcome
+}
+
+/// Has the purge delete from the drift tables, and from what is a partition of them now.
+fn purgeable(tables: &[SourceTable]) -> String {
+    let oids: Vec<String> =
+        tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid.to_string()).collect();
+    let list = format!("pg_catalog.unnest(array[{}]::pg_catalog.oid[]) as drift (root)", oids.join(", "));
+    format!(
+        "insert into highwater.purgeable (table_oid, root) select root, root from {list} on conflict do nothing;\nselect \
+         highwater.note_partitions(root) from {list}"
+    )
+}
+
+/// Gives the drift tables to the purge.
+///
+/// # Errors
+///
+/// The server refused the statement.
+pub(super) async fn give_to_purge(client: &Client, tables: &[SourceTable]) -> Result<()> {
+    client.batch_execute(&purgeable(tables)).await.map_err(Error::sql("giving the drift tables to the purge"))
 }
 
 async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
@@ -253,9 +305,15 @@ async fn grants(client: &Client, config: &Config, tables: &[SourceTable], role: 
         select coalesce(has_schema_privilege($1::text::name, to_regnamespace('highwater'), 'usage'), false),
                has_schema_privilege($1::text::name, quote_ident($2)::regnamespace, 'usage'),
                array(select c.oid from pg_class c where c.oid = any ($3) and has_table_privilege($1::text::name, c.oid, 'select')),
-               array(select format('%s %s', c.relname, lower(string_agg(x.privilege_type, ', ' order by array_position(array['SELECT', 'INSERT', 'UPDATE', 'DELETE'], x.privilege_type))))
+               array(select concat_ws(', ', format('%s %s', c.relname,
+                                                 lower(string_agg(x.privilege_type, ', ' order by array_position(array['SELECT', 'INSERT', 'UPDATE', 'DELETE'], x.privilege_type)))),
+                                      (select string_agg(n.granted, ', ' order by n.granted) from (
+                                           select format('%s (%s)', lower(n.privilege_type), string_agg(a.attname, ', ' order by a.attnum)) as granted
+                                           from pg_attribute a, aclexplode(a.attacl) n where a.attrelid = c.oid and n.grantee = x.grantee
+                                           group by n.privilege_type) n))
                      from pg_class c, aclexplode(c.relacl) x
-                     where c.relnamespace = to_regnamespace('highwater') and x.grantee = (select r.oid from pg_roles r where r.rolname = $1) group by c.oid, c.relname),
+                     where c.relnamespace = to_regnamespace('highwater') and c.relkind = 'r'
+                       and x.grantee = (select r.oid from pg_roles r where r.rolname = $1) group by c.oid, c.relname, x.grantee),
                array(select c.relname::text from pg_class c where c.relnamespace = to_regnamespace('highwater') and c.relkind = 'r')";
     let row = client.query_one(query, &[&role, &config.schema, &oids]).await.map_err(failed())?;
     if !row.try_get::<_, bool>(1).map_err(failed())? {
@@ -322,6 +380,14 @@ fn printed_tables() -> Vec<String> {
     objects::tables(newest()).map(str::to_owned).collect()
 }
 
+/// Whether a role may do what the owner may.
+async fn has_owners_rights(client: &Client, role: &str, owner: &str) -> Result<bool> {
+    let query = "select pg_has_role(r.oid, $2::text::name, 'usage') from pg_roles r where r.rolname = $1";
+    let row = client.query_opt(query, &[&role, &owner]).await;
+    let found = row.and_then(|row| row.map(|row| row.try_get(0)).transpose());
+    found.map(Option::unwrap_or_default).map_err(Error::sql(format!("looking for role {role}")))
+}
+
 /// Gives the role that archives what it needs.
 ///
 /// # Errors
@@ -331,9 +397,11 @@ pub(super) async fn grant(
     client: &Client,
     config: &Config,
     tables: &[SourceTable],
-    (user, role): (&str, &str),
+    ownership: &Ownership,
+    role: &str,
     report: &mut Report,
 ) -> Result<()> {
+    let (user, owner) = (ownership.user.as_str(), ownership.owner.as_str());
     let failed = || Error::sql(format!("looking for role {role}"));
     let query = "select rolsuper, rolreplication or rolsuper or exists (select from pg_roles g where g.rolname = 'rds_replication' and pg_has_role(r.oid, g.oid, 'member'))
                  from pg_roles r where rolname = $1";
@@ -352,6 +420,11 @@ pub(super) async fn grant(
             "role {role} may not replicate; as a superuser: alter role {} replication;",
             quote_identifier(role)
         ));
+    }
+    // Who has the owner's rights has all of these.
+    if has_owners_rights(client, role, owner).await? {
+        report.left.push(format!("rights of role {role}, which are those of {owner}"));
+        return Ok(());
     }
     let mut steps = grants(client, config, tables, role).await?;
     match partman_grant(client, user, role).await? {
@@ -387,9 +460,6 @@ pub(super) async fn script(
     ownership: &Ownership,
     role: &str,
 ) -> Result<String> {
-    if ownership.schema_owner.is_some() {
-        ownership.must_be_ours(client).await?;
-    }
     let mut script = format!(
         "-- For {}, who owns the drift tables, or a superuser; by psql. All of it, or nothing.\n\\set ON_ERROR_STOP on\nbegin;\nset \
          local search_path = pg_catalog;\nset local check_function_bodies = on;\n",
@@ -397,6 +467,10 @@ pub(super) async fn script(
     );
     for step in ownership_steps(client, ownership).await? {
         script.push_str(&format!("{};\n", step.statement));
+    }
+    // Whoever else could change it could do so after this was printed.
+    if ownership.schema_owner.is_some() {
+        script.push_str(&objects::assertion(ownership.version));
     }
     let runner = migrations::migrations::runner();
     let missing: Vec<_> =
@@ -422,11 +496,19 @@ pub(super) async fn script(
         script.push_str("\nreset role;\n");
     }
     script.push_str(&super::publication::script(client, config, tables).await?);
-    let mut grants = grants(client, config, tables, role).await?;
-    grants.extend(partman_grant(client, &ownership.owner, role).await?.map(|(step, _)| step));
-    for step in grants {
-        script.push_str(&format!("{};\n", step.statement));
+    script.push_str(&format!("{};\n", purgeable(tables)));
+    if !has_owners_rights(client, role, &ownership.owner).await? {
+        for step in grants(client, config, tables, role).await? {
+            script.push_str(&format!("{};\n", step.statement));
+        }
+        if let Some((step, may_grant)) = partman_grant(client, &ownership.owner, role).await? {
+            let comment = if may_grant { "" } else { "-- As the owner of pg_partman: " };
+            script.push_str(&format!("{comment}{};\n", step.statement));
+        }
     }
+    script.push_str(
+        "-- pg_partman's own retention drops partitions that are not archived: `highwater setup` says where it is set.\n",
+    );
     script.push_str("commit;\n");
     Ok(script)
 }

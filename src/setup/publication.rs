@@ -71,7 +71,15 @@ pub(super) async fn publish(
         return Err(ownership.refusal(&format!("making publication {}", config.publication)));
     }
     let context = format!("making publication {}", config.publication);
-    client.batch_execute(&creation(config, tables)).await.map_err(Error::sql(context))?;
+    client.batch_execute(&creation(config, tables)).await.map_err(Error::sql(&context))?;
+    if ownership.user != ownership.owner {
+        let (name, owner) = (quote_identifier(&config.publication), quote_identifier(&ownership.owner));
+        // Where he may not have it (without the right to create in the database), it stays with who made it.
+        if let Err(error) = client.batch_execute(&format!("alter publication {name} owner to {owner}")).await
+        {
+            tracing::debug!(error = Error::sql(context)(error).chain(), "the publication stays as it is");
+        }
+    }
     let names: Vec<String> = tables.iter().map(|table| qualified(config, table)).collect();
     report.done.push(format!("made publication {} for {}", config.publication, names.join(", ")));
     Ok(())

@@ -94,7 +94,7 @@ fn finding(launch: &Launch, id: &str) -> (String, String) {
 }
 
 /// By each of these the role became who runs the purge, when it owned the schema.
-const ATTACKS: [&str; 11] = [
+const ATTACKS: [&str; 13] = [
     "create or replace function highwater.cutoff(retention interval) returns timestamptz language plpgsql as
      $$ begin alter role highwater superuser; return now(); end $$",
     "create function highwater.trap() returns trigger language plpgsql as $$ begin alter role highwater superuser; return new; end $$",
@@ -107,6 +107,8 @@ const ATTACKS: [&str; 11] = [
     "alter procedure highwater.purge_all() owner to highwater",
     "insert into highwater.purge_log (source_table, action, cutoff) values ('t', 'dropped', now())",
     "update highwater.retention set retention = '0'",
+    "delete from highwater.watermark",
+    "insert into highwater.purgeable values (1, 1)",
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,6 +141,17 @@ async fn the_role_that_archives_can_change_nothing_that_the_purge_runs() {
             select t, 'public.users'::regclass, 'users', 1, '', '4611686018427387904' from (values ('public.users'), ('scouter.psi_drift')) as tables (t);
         update highwater.watermark set archived_before = '1' where source_table = 'public.users';
         update highwater.retention set retention = '0 s'";
+    // A table that looks like one that was a partition is none, if its owner has not seen it as one.
+    let backup = "create table scouter.backup (like scouter.psi_drift);
+                  insert into scouter.backup (created_at, space, name, version, feature, bin_id, bin_count)
+                  values ('2001-01-01Z', 's', 'n', '1', 'f', 1, 1)";
+    client.batch_execute(backup).await.unwrap();
+    let claim = "
+        insert into highwater.covered_partition (source_table, partition_oid, partition_name, attachment, detached_at)
+            values ('scouter.psi_drift', 'scouter.backup'::regclass, 'scouter.backup', 'x', now());
+        insert into highwater.verified_partition (source_table, partition_oid, partition_name, row_count, checksum, horizon)
+            values ('scouter.psi_drift', 'scouter.backup'::regclass, 'scouter.backup', 1, '', '4611686018427387904')";
+    role.batch_execute(claim).await.unwrap();
     client.batch_execute("create table public.users (created_at timestamptz, secret text); insert into public.users values ('2001-01-01Z', 's')").await.unwrap();
     let (lie, forbidden) = lie.rsplit_once(';').unwrap();
     role.batch_execute(lie).await.unwrap();
@@ -150,9 +163,11 @@ async fn the_role_that_archives_can_change_nothing_that_the_purge_runs() {
     client.batch_execute("call highwater.purge_all()").await.unwrap();
     let users = "select count(*) from public.users";
     assert_eq!(client.query_one(users, &[]).await.unwrap().get::<_, i64>(0), 1);
+    let backup = "select count(*) from scouter.backup";
+    assert_eq!(client.query_one(backup, &[]).await.unwrap().get::<_, i64>(0), 1);
     let why = "select reason from highwater.purge_log where source_table = 'public.users'";
     let why: String = client.query_one(why, &[]).await.unwrap().get(0);
-    assert!(why.contains("no publication has"), "{why}");
+    assert!(why.contains("its owner has not given"), "{why}");
     // And to purge is the owner's.
     let output = stage
         .launch()
@@ -167,6 +182,7 @@ async fn the_role_that_archives_can_change_nothing_that_the_purge_runs() {
 }
 
 /// As installations were before: the role that archives owns the schema, and has made something of it.
+#[expect(clippy::too_many_lines, reason = "one take-over, in order")]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_installation_of_the_old_kind_is_taken_over_unless_it_was_changed() {
     let stage = Stage::shared(Shape::Named).await;
@@ -216,6 +232,22 @@ async fn an_installation_of_the_old_kind_is_taken_over_unless_it_was_changed() {
         assert!(!output.status.success() && said.contains(named), "{named}: {said}");
         role.batch_execute(release).await.unwrap();
     }
+    // One that is laid while the schema is being taken over.
+    role.batch_execute("begin; lock table highwater.archive_log in access share mode").await.unwrap();
+    let mut setup = owner.start_command(&["setup", "--as-owner"]);
+    let waits =
+        "select count(*) from pg_locks where not granted and relation = 'highwater.archive_log'::regclass";
+    until("the setup waits", DEADLINE, async || {
+        (client.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) > 0).then_some(())
+    })
+    .await;
+    let trap = "create function highwater.trap() returns trigger language plpgsql as $$ begin alter role highwater superuser; return new; end $$;
+                create trigger trap before insert on highwater.migration for each row execute function highwater.trap()";
+    role.batch_execute(trap).await.unwrap();
+    role.batch_execute("commit").await.unwrap();
+    assert!(!setup.wait(DEADLINE).await.success(), "{}", setup.log());
+    assert!(setup.log().contains("trigger trap of table highwater.migration"), "{}", setup.log());
+    role.batch_execute("drop function highwater.trap() cascade").await.unwrap();
     let said = owner.must(&["setup", "--as-owner"]);
     assert!(
         said.contains("gave schema highwater and") && said.contains("let highwater write the state"),
@@ -233,7 +265,14 @@ async fn an_installation_of_the_old_kind_is_taken_over_unless_it_was_changed() {
     client.batch_execute("grant trigger on highwater.retention to highwater").await.unwrap();
     let (severity, message) = finding(&stage.launch(), "schema-owner");
     assert!(severity == "error" && message.contains("highwater may make triggers on"), "{message}");
-    assert!(owner.must(&["setup", "--as-owner"]).contains("let highwater write the state"));
+    client.batch_execute("create role thief; grant trigger, update on highwater.retention to thief; grant create on schema highwater to thief").await.ok();
+    let said = owner.must(&["setup", "--as-owner"]);
+    for taken in
+        ["from highwater: trigger on", "from thief: trigger, update on", "from thief: create on highwater"]
+    {
+        assert!(said.contains(taken), "{taken}: {said}");
+    }
+    client.batch_execute("drop owned by thief; drop role thief").await.unwrap();
     assert_eq!(finding(&stage.launch(), "schema-owner").0, "ok");
 }
 
