@@ -142,7 +142,7 @@ async fn the_role_that_archives_can_change_nothing_that_the_purge_runs() {
         update highwater.watermark set archived_before = '1' where source_table = 'public.users';
         update highwater.retention set retention = '0 s'";
     // A table that looks like one that was a partition is none, if its owner has not seen it as one.
-    let backup = "create table scouter.backup (like scouter.psi_drift);
+    let backup = "create table scouter.backup (like scouter.psi_drift including defaults);
                   insert into scouter.backup (created_at, space, name, version, feature, bin_id, bin_count)
                   values ('2001-01-01Z', 's', 'n', '1', 'f', 1, 1)";
     client.batch_execute(backup).await.unwrap();
