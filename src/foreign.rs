@@ -4,11 +4,13 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::time::sleep;
+use tokio_postgres::Client;
 
 use crate::archive::{self, ForeignRemoval, Storage, Table};
 use crate::config::Config;
 use crate::error::{Error, Policy, Result};
 use crate::postgres::Session;
+use crate::postgres::sql::connect;
 use crate::purge;
 use crate::record::Kind;
 use crate::slot;
@@ -137,10 +139,7 @@ async fn void(
     reason: Option<&str>,
 ) -> Result<()> {
     let kind = table.kind();
-    for row in sql.run(watermark::read).await?.iter().filter(|row| row.slot_name == config.slot) {
-        if kind != Kind::Quarantine && row.kind != kind.name() {
-            continue;
-        }
+    for row in &fed(config, sql, kind).await? {
         let partitions =
             concerned(sql, row, |low, high| kind == Kind::Quarantine || removal.may_concern(low, high))
                 .await?;
@@ -149,6 +148,13 @@ async fn void(
         sql.run(async |client| watermark::void_partitions(client, &void).await).await?;
     }
     Ok(())
+}
+
+/// The watermarks of the drift tables whose rows a Delta table may hold: the quarantine may have some of each.
+async fn fed(config: &Config, sql: &mut Session, kind: Kind) -> Result<Vec<Watermark>> {
+    let mut rows = sql.run(watermark::read).await?;
+    rows.retain(|row| row.slot_name == config.slot && (kind == Kind::Quarantine || row.kind == kind.name()));
+    Ok(rows)
 }
 
 /// The partitions of a drift table that may have rows of certain times.
@@ -182,23 +188,26 @@ pub(crate) async fn look(config: &Config, sql: &mut Session, table: &mut Table) 
     table.look().await?;
     note(config, sql, table).await?;
     let damaged = table.damaged().await?;
-    if damaged.is_empty() {
-        table.set_damaged(&[]);
-        let kind = table.kind();
-        sql.run(async |client| watermark::note_damage(client, kind, None).await).await?;
-    } else {
-        note_damage(config, sql, table, &damaged).await?;
-    }
+    let damage = take_note(config, sql, table, &damaged).await?;
     let (kind, version, trust) = (table.kind(), table.version(), config.purge_trust);
-    sql.run(async |client| watermark::set_looked(client, kind, version, begun.elapsed(), trust).await).await
+    let looked = async |client: &Client| {
+        watermark::set_looked(client, kind, version, begun.elapsed(), trust, damage.as_deref()).await
+    };
+    sql.run(looked).await
 }
 
-async fn note_damage(
+/// Takes back what was verified of the rows of files that are gone, when they are first missed; what people are told of them. `None` if
+/// all are there.
+async fn take_note(
     config: &Config,
     sql: &mut Session,
     table: &mut Table,
     damaged: &[archive::Damaged],
-) -> Result<()> {
+) -> Result<Option<String>> {
+    let is_new = table.set_damaged(damaged);
+    if damaged.is_empty() {
+        return Ok(None);
+    }
     let kind = table.kind();
     let is_young = |file: &archive::Damaged| {
         let written = u64::try_from(file.file.modified_millis).unwrap_or_default();
@@ -226,17 +235,15 @@ async fn note_damage(
         is_loss: true,
         times: damaged.iter().map(|one| one.file.times()).collect(),
     };
-    let is_new = table.set_damaged(damaged);
     if is_new {
         tracing::error!(table = kind.name(), "{reason}; what they hold is not purged");
-        sql.run(async |client| watermark::note_damage(client, kind, Some(&reason)).await).await?;
         table.keep_history(SystemTime::now() + HISTORY_KEPT);
         void(config, sql, table, &removal, Some(&reason)).await?;
     }
     if is_new && damaged.iter().any(is_young) && has_all(config, sql, kind, damaged).await? {
         rewrite(config, sql, kind).await?;
     }
-    Ok(())
+    Ok(Some(reason))
 }
 
 /// Whether Postgres still has what some files of a table held, as far as can be told: nothing of their times was purged, and there are
@@ -250,21 +257,18 @@ async fn has_all(
     if damaged.len() > REWRITTEN_MAX {
         return Ok(false);
     }
-    let rows = sql.run(watermark::read).await?;
+    let rows = fed(config, sql, kind).await?;
     // It may take longer than what a session allows that only touches a few rows.
-    let client = crate::postgres::sql::connect(&config.source).await?;
-    for row in rows.iter().filter(|row| row.slot_name == config.slot) {
-        if kind != Kind::Quarantine && row.kind != kind.name() {
-            continue;
-        }
+    let client = connect(&config.source).await?;
+    let times: Vec<(i64, i64)> = damaged.iter().map(|one| one.file.times()).collect();
+    for row in &rows {
         let purged = purge::cutoff(&client, &row.source_table, false).await?.unwrap_or(i64::MIN);
-        for file in damaged {
-            let times = file.file.times();
-            if times.0 < purged
-                || (kind != Kind::Quarantine && !source::has_rows(&client, row, times).await?)
-            {
-                return Ok(false);
-            }
+        if times.iter().any(|(first, _)| *first < purged) {
+            return Ok(false);
+        }
+        // What the quarantine holds may be of any time.
+        if kind != Kind::Quarantine && source::have_rows(&client, row, &times).await?.contains(&false) {
+            return Ok(false);
         }
     }
     Ok(true)
@@ -272,15 +276,13 @@ async fn has_all(
 
 /// Makes the tables whose rows a table may have held gaps, so that what is missing is added.
 async fn rewrite(config: &Config, sql: &mut Session, kind: Kind) -> Result<()> {
-    for row in sql.run(watermark::read).await?.iter().filter(|row| row.slot_name == config.slot) {
-        if kind == Kind::Quarantine || row.kind == kind.name() {
-            let table = row.source_table.as_str();
-            tracing::warn!(
-                table,
-                "gap: files are gone soon after they were written; what Postgres still has is written again"
-            );
-            sql.run(async |client| watermark::resync(client, table).await).await?;
-        }
+    for row in &fed(config, sql, kind).await? {
+        let table = row.source_table.as_str();
+        tracing::warn!(
+            table,
+            "gap: files are gone soon after they were written; what Postgres still has is written again"
+        );
+        sql.run(async |client| watermark::resync(client, table).await).await?;
     }
     Ok(())
 }
@@ -306,14 +308,10 @@ pub(crate) async fn drop_damaged(
         }
         let mut damaged = table.damaged().await?;
         if let Some(row) = row.filter(|_| !damaged.is_empty()) {
-            let client = crate::postgres::sql::connect(&config.source).await?;
-            let mut needed = Vec::new();
-            for one in damaged {
-                if source::has_rows(&client, row, one.file.times()).await? {
-                    needed.push(one);
-                }
-            }
-            damaged = needed;
+            let client = connect(&config.source).await?;
+            let times: Vec<(i64, i64)> = damaged.iter().map(|one| one.file.times()).collect();
+            let mut is_needed = source::have_rows(&client, row, &times).await?.into_iter();
+            damaged.retain(|_| is_needed.next() == Some(true));
         }
         if damaged.is_empty() {
             continue;

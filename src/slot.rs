@@ -299,6 +299,13 @@ pub(crate) async fn ask_for_checkpoint(client: &tokio_postgres::Client) -> Resul
     client.query_one(statement, &[]).await.map_err(Error::sql("asking for a checkpoint")).map(drop)
 }
 
+/// Whether a role `r` (of `pg_roles`) may replicate. `rds_replication` stands for `rolreplication` on Amazon RDS, where nobody gets the
+/// attribute; elsewhere it is a role like any.
+pub(crate) const MAY_REPLICATE: &str = "
+    r.rolreplication or r.rolsuper
+    or (exists (select from pg_settings where name = 'rds.logical_replication')
+        and exists (select from pg_roles g where g.rolname = 'rds_replication' and pg_has_role(r.oid, g.oid, 'member')))";
+
 /// A cluster, and the history of its log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {

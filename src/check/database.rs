@@ -14,10 +14,9 @@ const STATE_SCHEMA: &str = "
     select n.oid is not null,
            coalesce(has_schema_privilege(n.oid, 'usage'), false),
            to_regclass('highwater.watermark') is not null,
-           array(select c.relname::text from pg_class c
-                  where c.relnamespace = n.oid and c.relname in ('watermark', 'entity_watermark', 'covered_partition', 'verified_partition', 'archive_log')
-                    and not (has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert')
-                             and has_table_privilege(c.oid, 'update') and (c.relname = 'watermark' or has_table_privilege(c.oid, 'delete')))),
+           array(select distinct c.relname::text
+                 from unnest($3::text[], $4::text[]) as needed (name, privilege) join pg_class c on c.relname = needed.name
+                 where c.relnamespace = n.oid and not has_table_privilege(c.oid, needed.privilege) order by 1),
            coalesce((select bool_and(pg_has_role(c.relowner, 'usage')) from pg_class c
                      where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relname = any ($2)), false)
       from (select 1) as one
@@ -25,21 +24,13 @@ const STATE_SCHEMA: &str = "
 
 /// What of the schema belongs to others than these roles and superusers; and who else may put code into it.
 const STRANGERS: &str = "
-    with schema as (select * from pg_namespace where nspname = 'highwater'),
-    allowed as (select oid from pg_roles where rolname = any ($1) or rolsuper),
-    object (name, owner) as (
-        select 'schema highwater', nspowner from schema
-        union all select c.oid::regclass::text, c.relowner from pg_class c join schema s on c.relnamespace = s.oid where c.relkind not in ('i', 'I', 'S')
-        union all select p.oid::regprocedure::text, p.proowner from pg_proc p join schema s on p.pronamespace = s.oid),
-    granted (name, role, does) as (
-        select 'schema highwater', x.grantee, 'create objects in' from schema s, aclexplode(s.nspacl) x where x.privilege_type = 'CREATE'
-        union all
-        select c.oid::regclass::text, x.grantee, 'make triggers on' from pg_class c join schema s on c.relnamespace = s.oid, aclexplode(c.relacl) x
-        where x.privilege_type = 'TRIGGER')
-    select format('%s belongs to %s', name, pg_get_userbyid(owner)) from object where owner not in (select oid from allowed)
+    allowed as (select oid from pg_roles where rolname = any ($1) or rolsuper)
+    select format('%s%s belongs to %s', case kind when 'schema' then 'schema ' end, name, pg_get_userbyid(owner)) from object
+    where owner not in (select oid from allowed)
     union all
-    select format('%s may %s %s', case when role = 0 then 'everybody' else pg_get_userbyid(role)::text end, does, name) from granted
-    where role not in (select oid from allowed)";
+    select format('%s may %s %s', case when grantee = 0 then 'everybody' else pg_get_userbyid(grantee)::text end,
+                  case kind when 'schema' then 'create objects in schema' else 'make triggers on' end, name) from granted
+    where grantee not in (select oid from allowed) and privileges && array['CREATE', 'TRIGGER']";
 
 pub(super) async fn check(
     client: &Client,
@@ -48,8 +39,9 @@ pub(super) async fn check(
     report: &mut Report,
 ) -> Result<()> {
     let context = "reading the rights on the schema highwater";
+    let (tables, rights): (Vec<&str>, Vec<&str>) = setup::state_rights().unzip();
     let row = client
-        .query_one(STATE_SCHEMA, &[&config.schema, &drift_tables()])
+        .query_one(STATE_SCHEMA, &[&config.schema, &drift_tables(), &tables, &rights])
         .await
         .map_err(Error::sql(context))?;
     let flag = |column: usize| row.try_get::<_, bool>(column).map_err(Error::sql(context));
@@ -148,7 +140,8 @@ async fn check_names(client: &Client, config: &Config, report: &mut Report) -> R
 /// What of the schema belongs to others than these roles and superusers, and who else may put code into it: a sentence each.
 pub(super) async fn strangers(client: &Client, owners: &[String]) -> Result<Vec<String>> {
     let failed = || Error::sql("reading who owns schema highwater");
-    let rows = client.query(STRANGERS, &[&owners]).await.map_err(failed())?;
+    let query = format!("with {}, {STRANGERS}", setup::HOLDINGS);
+    let rows = client.query(&query, &[&owners]).await.map_err(failed())?;
     rows.iter().map(|row| row.try_get(0).map_err(failed())).collect()
 }
 

@@ -5,6 +5,7 @@ use tokio_postgres::{Client, Row};
 use super::{Report, SERVER_VERSION_MIN, identifier};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::slot::MAY_REPLICATE;
 
 /// What one query tells about the server.
 #[derive(Debug)]
@@ -236,18 +237,11 @@ impl Server {
     }
 }
 
-// `rds_replication` stands for `rolreplication` on Amazon RDS, where nobody gets the attribute; elsewhere it is a role like any.
-const ROLE: &str = "
-    select rolreplication or rolsuper
-           or (exists (select from pg_settings where name = 'rds.logical_replication')
-               and exists (select from pg_roles g where g.rolname = 'rds_replication' and pg_has_role(g.oid, 'member')))
-      from pg_roles
-     where rolname = current_user";
-
 /// Whether the role may replicate.
 pub(super) async fn check_role(client: &Client, server: &Server, report: &mut Report) -> Result<bool> {
     let context = "reading the role's attributes";
-    let row = client.query_one(ROLE, &[]).await.map_err(Error::sql(context))?;
+    let query = format!("select {MAY_REPLICATE} from pg_roles r where r.rolname = current_user");
+    let row = client.query_one(&query, &[]).await.map_err(Error::sql(context))?;
     let may_replicate = row.try_get(0).map_err(Error::sql(context))?;
     if may_replicate {
         report.ok("role", &server.role, "may replicate");

@@ -30,9 +30,9 @@ use crate::slot::{self, Identity, Slot};
 use crate::source::{self, Partition};
 use crate::unarchived::{self, Part, Told};
 use crate::watermark::{self, NewWatermark, State};
-pub(crate) use objects::differences;
+pub(crate) use objects::{HOLDINGS, differences};
 use owner::Ownership;
-pub(crate) use owner::newest as newest_version;
+pub(crate) use owner::{newest as newest_version, state_rights};
 pub(crate) use publication::has_publication;
 pub use retention::schedule_purge;
 pub(crate) use retention::{PURGE_COMMAND, PURGE_JOB};
@@ -77,6 +77,11 @@ struct SourceTable {
     parts: Vec<Part>,
 }
 
+/// The oids of the drift tables; not that of the entity table, which is only read.
+fn drift_oids(tables: &[SourceTable]) -> Vec<u32> {
+    tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid).collect()
+}
+
 /// Makes the schema `highwater`, the publication, the slot and the watermark rows, as far as they are
 /// missing; before them it proves that the storage can hold an archive. What only the owner of the drift tables may
 /// do it does if the role has his rights, and otherwise refuses to go on without.
@@ -98,7 +103,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
         return Err(unreadable_slot(config));
     }
     if ownership.is_owner() {
-        owner::make_schema(&mut client, &ownership, &mut report).await?;
+        owner::make_schema(&mut client, &ownership, None, &mut report).await?;
     } else {
         ownership.must_be_made()?;
         ownership.warn_of_owner(&mut report);
@@ -145,8 +150,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
 pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Report> {
     let mut report = Report::default();
     let mut client = open(config).await?;
-    let mut ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
-    ownership.sidecar = Some(sidecar_role.to_owned());
+    let ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
     if !ownership.is_owner() {
         return Err(ownership.refusal("making schema highwater"));
     }
@@ -154,7 +158,7 @@ pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Repor
     if found.is_some() && !has_publication(&client, &config.publication).await? {
         return Err(unreadable_slot(config));
     }
-    owner::make_schema(&mut client, &ownership, &mut report).await?;
+    owner::make_schema(&mut client, &ownership, Some(sidecar_role), &mut report).await?;
     let tables = find_tables(&client, config).await?;
     let identity = slot::identify_by_sql(&client).await?;
     let fed = found.as_ref().map(|found| (&identity, found.confirmed_flush_lsn));
@@ -175,11 +179,9 @@ pub async fn owner_script(config: &Config, sidecar_role: Option<&str>) -> Result
     let client = sql::connect(&config.source).await?;
     check_server(&client).await?;
     let tables = list_tables(&client, config).await?;
-    let mut ownership = Ownership::read(&client, config, &tables).await?;
+    let ownership = Ownership::read(&client, config, &tables).await?;
     let own = if ownership.is_owner() { SIDECAR_ROLE } else { &ownership.user };
-    let role = sidecar_role.unwrap_or(own).to_owned();
-    ownership.sidecar = Some(role.clone());
-    owner::script(&client, config, &tables, &ownership, &role).await
+    owner::script(&client, config, &tables, &ownership, sidecar_role.unwrap_or(own)).await
 }
 
 /// The session of a setup that is the only one.

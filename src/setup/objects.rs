@@ -15,6 +15,26 @@ const QUERY: &str = include_str!("objects.sql");
 /// is), the digest, and its name. A test runs the migrations one by one, and says how this must read.
 const MADE: &str = include_str!("objects.txt");
 
+/// The parts of a query that say who has what of the schema: `object`, whose owners may change it, and `granted`, what others may do with
+/// it. The schema comes first: who is given something in it must have the right to create there. Sequences of columns go with their tables.
+pub(crate) const HOLDINGS: &str = "
+    schema as (select * from pg_namespace where nspname = 'highwater'),
+    relation as (select c.* from pg_class c join schema s on c.relnamespace = s.oid where c.relkind not in ('i', 'I', 'S')),
+    object (rank, kind, name, owner) as (
+        select 0, 'schema', nspname::text, nspowner from schema
+        union all select 1, 'table', c.oid::regclass::text, c.relowner from relation c
+        union all select 2, 'routine', p.oid::regprocedure::text, p.proowner from pg_proc p join schema s on p.pronamespace = s.oid),
+    granted (kind, name, grantee, privileges) as (
+        select 'table', c.oid::regclass::text, x.grantee, array_agg(distinct x.privilege_type)
+        from relation c
+        cross join lateral (select x.grantee, x.privilege_type from aclexplode(c.relacl) x
+                            union all
+                            select x.grantee, x.privilege_type from pg_attribute a, aclexplode(a.attacl) x where a.attrelid = c.oid) x
+        where x.grantee <> c.relowner group by c.oid, x.grantee
+        union all
+        select 'schema', s.nspname::text, x.grantee, array['CREATE'] from schema s, aclexplode(s.nspacl) x
+        where x.privilege_type = 'CREATE' and x.grantee <> s.nspowner)";
+
 /// The objects that are not as the migrations up to `version` have made them, a sentence each.
 ///
 /// # Errors

@@ -5,10 +5,12 @@
 
 use tokio_postgres::Client;
 
-use super::{Report, SourceTable, migrations, objects, qualified};
+use super::objects::HOLDINGS;
+use super::{Report, SourceTable, drift_oids, migrations, objects, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
+use crate::slot::MAY_REPLICATE;
 
 /// What the role that archives may do with the tables of the schema; with all others it may read.
 const WRITTEN: [(&str, &str); 6] = [
@@ -21,6 +23,12 @@ const WRITTEN: [(&str, &str); 6] = [
     // Those of tables that are archived for the first time; to change them is the owner's business.
     ("retention", "select, insert (source_table, retention)"),
 ];
+
+/// The tables that the role that archives writes as a whole, with each of its rights on them.
+pub(crate) fn state_rights() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let whole = WRITTEN.iter().filter(|(_, rights)| !rights.contains('('));
+    whole.flat_map(|(table, rights)| rights.split(", ").map(|right| (*table, right)))
+}
 
 /// Who owns what, and whether this session may do what its owner may.
 #[derive(Debug)]
@@ -35,22 +43,18 @@ pub(super) struct Ownership {
     schema_owner: Option<String>,
     /// The newest migration.
     version: i64,
-    /// The role that archives, if it is another one.
-    pub(super) sidecar: Option<String>,
 }
 
 impl Ownership {
     pub(super) async fn read(client: &Client, config: &Config, tables: &[SourceTable]) -> Result<Self> {
         let failed = || Error::sql("reading who owns the drift tables and schema highwater");
-        let oids: Vec<u32> =
-            tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid).collect();
         let query = "
             select current_user::text, pg_get_userbyid(c.relowner)::text, pg_has_role(c.relowner, 'usage'), c.relname::text,
                    (select pg_get_userbyid(n.nspowner)::text from pg_namespace n where n.nspname = 'highwater'),
                    case when has_schema_privilege(to_regnamespace('highwater'), 'usage')
                         then coalesce(has_table_privilege(to_regclass('highwater.migration'), 'select'), false) else false end
             from pg_class c where c.oid = any ($1) order by c.relname";
-        let rows = client.query(query, &[&oids]).await.map_err(failed())?;
+        let rows = client.query(query, &[&drift_oids(tables)]).await.map_err(failed())?;
         let mut owners = Vec::new();
         let mut lacking = None;
         for row in &rows {
@@ -80,7 +84,6 @@ impl Ownership {
             user,
             lacking,
             version,
-            sidecar: None,
         })
     }
 
@@ -163,7 +166,7 @@ struct Step {
 
 /// The statements by which the schema becomes the owner's: it is made, or what others own of it is given to him, and what others may
 /// write is taken back. They lock what they change, so that nobody changes it before the transaction ends.
-async fn ownership_steps(client: &Client, ownership: &Ownership) -> Result<Vec<Step>> {
+async fn ownership_steps(client: &Client, ownership: &Ownership, sidecar: Option<&str>) -> Result<Vec<Step>> {
     let owner = quote_identifier(&ownership.owner);
     if ownership.schema_owner.is_none() {
         return Ok(vec![Step {
@@ -172,9 +175,9 @@ async fn ownership_steps(client: &Client, ownership: &Ownership) -> Result<Vec<S
         }]);
     }
     let failed = || Error::sql("reading what is in schema highwater");
-    let sidecar = ownership.sidecar.as_deref().unwrap_or_default();
+    let query = format!("with {HOLDINGS}, {OWNERSHIP}");
     let mut steps = Vec::new();
-    for row in client.query(OWNERSHIP, &[&ownership.owner, &sidecar]).await.map_err(failed())? {
+    for row in client.query(&query, &[&ownership.owner, &sidecar]).await.map_err(failed())? {
         steps.push(Step {
             did: row.try_get(1).map_err(failed())?,
             statement: row.try_get(2).map_err(failed())?,
@@ -184,44 +187,24 @@ async fn ownership_steps(client: &Client, ownership: &Ownership) -> Result<Vec<S
 }
 
 /// What of the schema is not the owner's (`$1`), and what others may do in it by which they could get his rights; if the role that archives is
-/// known (`$2`), also what others than that one may write. The schema first: who gets something in it must have the right to create there.
-/// Sequences of columns go with their tables.
+/// known (`$2`), also what others than that one may write.
 const OWNERSHIP: &str = "
-    with schema as (select * from pg_namespace where nspname = 'highwater'),
-    object (rank, name, statement, owner) as (
-        select 0, 'schema highwater', 'alter schema highwater', nspowner from schema
-        union all
-        select 1, c.oid::regclass::text, format('alter table %s', c.oid::regclass), c.relowner
-        from pg_class c join schema s on c.relnamespace = s.oid where c.relkind = 'r'
-        union all
-        select 2, p.oid::regprocedure::text, format('alter routine %s', p.oid::regprocedure), p.proowner
-        from pg_proc p join schema s on p.pronamespace = s.oid),
-    granted (name, kind, grantee, privileges) as (
-        select c.oid::regclass::text, 'table', x.grantee, array_agg(distinct x.privilege_type)
-        from pg_class c join schema s on c.relnamespace = s.oid
-        cross join lateral (select x.grantee, x.privilege_type from aclexplode(c.relacl) x
-                            union all
-                            select x.grantee, x.privilege_type from pg_attribute a, aclexplode(a.attacl) x where a.attrelid = c.oid) x
-        where c.relkind = 'r' and x.grantee <> c.relowner group by c.oid, x.grantee
-        union all
-        select 'highwater', 'schema', x.grantee, array['CREATE'] from schema s, aclexplode(s.nspacl) x
-        where x.privilege_type = 'CREATE' and x.grantee <> s.nspowner),
     revoked as (
         select g.name, g.kind, coalesce(r.rolname::text, 'public') as role, coalesce(quote_ident(r.rolname), 'public') as quoted,
                (select string_agg(lower(w.one), ', ' order by w.one) from unnest(g.privileges) w (one)
                 where w.one = any (array['CREATE', 'TRUNCATE', 'REFERENCES', 'TRIGGER'])
-                   or ($2::text <> '' and r.rolname is distinct from $2::text and w.one = any (array['INSERT', 'UPDATE', 'DELETE']))) as what
+                   or ($2::text is not null and r.rolname is distinct from $2::text and w.one = any (array['INSERT', 'UPDATE', 'DELETE']))) as what
         from granted g left join pg_roles r on r.oid = g.grantee
         where r.rolname is distinct from $1::text)
-    select rank, format('gave %s to %s, whose drift tables it is for; it was of %s', name, $1::text, pg_get_userbyid(owner)),
-           format('%s owner to %I', statement, $1::text)
+    select rank, format('gave %s %s to %s, whose drift tables it is for; it was of %s', kind, name, $1::text, pg_get_userbyid(owner)),
+           format('alter %s %s owner to %I', kind, name, $1::text)
     from object where pg_get_userbyid(owner) <> $1::text
     union all
     select 3, format('took back from %s: %s on %s', role, what, name), format('revoke %s on %s %s from %s cascade', what, kind, name, quoted)
     from revoked where what is not null
     order by 1, 2";
 
-/// Makes the schema, or makes it the owner's, and brings it up to date.
+/// Makes the schema, or makes it the owner's, and brings it up to date. `sidecar` is the role that archives, if that is known.
 ///
 /// # Errors
 ///
@@ -229,9 +212,10 @@ const OWNERSHIP: &str = "
 pub(super) async fn make_schema(
     client: &mut Client,
     ownership: &Ownership,
+    sidecar: Option<&str>,
     report: &mut Report,
 ) -> Result<()> {
-    let steps = ownership_steps(client, ownership).await?;
+    let steps = ownership_steps(client, ownership, sidecar).await?;
     let statements: Vec<&str> = steps.iter().map(|step| step.statement.as_str()).collect();
     let context = format!("making schema highwater, as the role {}", ownership.user);
     // Compared only when nobody else can change it any more. An error ends the session, and with it the transaction.
@@ -260,8 +244,7 @@ pub(super) async fn make_schema(
 
 /// Has the purge delete from the drift tables, and from what is a partition of them now.
 fn purgeable(tables: &[SourceTable]) -> String {
-    let oids: Vec<String> =
-        tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid.to_string()).collect();
+    let oids: Vec<String> = drift_oids(tables).iter().map(u32::to_string).collect();
     let list = format!("pg_catalog.unnest(array[{}]::pg_catalog.oid[]) as drift (root)", oids.join(", "));
     format!(
         "insert into highwater.purgeable (table_oid, root) select root, root from {list} on conflict do nothing;\nselect \
@@ -313,8 +296,7 @@ async fn grants(client: &Client, config: &Config, tables: &[SourceTable], role: 
                                            group by n.privilege_type) n))
                      from pg_class c, aclexplode(c.relacl) x
                      where c.relnamespace = to_regnamespace('highwater') and c.relkind = 'r'
-                       and x.grantee = (select r.oid from pg_roles r where r.rolname = $1) group by c.oid, c.relname, x.grantee),
-               array(select c.relname::text from pg_class c where c.relnamespace = to_regnamespace('highwater') and c.relkind = 'r')";
+                       and x.grantee = (select r.oid from pg_roles r where r.rolname = $1) group by c.oid, c.relname, x.grantee)";
     let row = client.query_one(query, &[&role, &config.schema, &oids]).await.map_err(failed())?;
     if !row.try_get::<_, bool>(1).map_err(failed())? {
         let schema = quote_identifier(&config.schema);
@@ -328,11 +310,11 @@ async fn grants(client: &Client, config: &Config, tables: &[SourceTable], role: 
         let name = qualified(config, table);
         grant(format!("let {role} read {name}"), format!("grant select on {name} to {to}"));
     }
-    let (mut held, state): (Vec<String>, Vec<String>) =
-        (row.try_get(3).map_err(failed())?, row.try_get(4).map_err(failed())?);
+    let mut held: Vec<String> = row.try_get(3).map_err(failed())?;
     let rights =
         |table: &str| WRITTEN.iter().find(|(name, _)| *name == table).map_or("select", |(_, rights)| *rights);
-    let state: Vec<String> = if state.is_empty() { printed_tables() } else { state };
+    // As they are when all migrations have run, which a script has still to do.
+    let state: Vec<&str> = objects::tables(newest()).collect();
     let mut wanted: Vec<String> = state.iter().map(|table| format!("{table} {}", rights(table))).collect();
     held.sort_unstable();
     wanted.sort_unstable();
@@ -375,11 +357,6 @@ async fn partman_grant(client: &Client, owner: &str, role: &str) -> Result<Optio
     Ok(Some((step, row.try_get(1).map_err(failed())?)))
 }
 
-/// The tables of the schema before it is there.
-fn printed_tables() -> Vec<String> {
-    objects::tables(newest()).map(str::to_owned).collect()
-}
-
 /// Whether a role may do what the owner may.
 async fn has_owners_rights(client: &Client, role: &str, owner: &str) -> Result<bool> {
     let query = "select pg_has_role(r.oid, $2::text::name, 'usage') from pg_roles r where r.rolname = $1";
@@ -403,9 +380,8 @@ pub(super) async fn grant(
 ) -> Result<()> {
     let (user, owner) = (ownership.user.as_str(), ownership.owner.as_str());
     let failed = || Error::sql(format!("looking for role {role}"));
-    let query = "select rolsuper, rolreplication or rolsuper or exists (select from pg_roles g where g.rolname = 'rds_replication' and pg_has_role(r.oid, g.oid, 'member'))
-                 from pg_roles r where rolname = $1";
-    let Some(found) = client.query_opt(query, &[&role]).await.map_err(failed())? else {
+    let query = format!("select rolsuper, {MAY_REPLICATE} from pg_roles r where rolname = $1");
+    let Some(found) = client.query_opt(&query, &[&role]).await.map_err(failed())? else {
         return Err(Error::Setting {
             setting: "--sidecar-role".to_owned(),
             value: role.to_owned(),
@@ -465,7 +441,7 @@ pub(super) async fn script(
          local search_path = pg_catalog;\nset local check_function_bodies = on;\n",
         ownership.owner
     );
-    for step in ownership_steps(client, ownership).await? {
+    for step in ownership_steps(client, ownership, Some(role)).await? {
         script.push_str(&format!("{};\n", step.statement));
     }
     // Whoever else could change it could do so after this was printed.

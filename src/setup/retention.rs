@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::{Report, SourceTable};
+use super::{Report, SourceTable, drift_oids};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal, sql};
@@ -62,8 +62,7 @@ pub(super) async fn stop_partman(client: &Client, tables: &[SourceTable], report
          where s.sub_retention is not null and s.sub_parent::text in (select name from named)
          order by 1"
     );
-    let oids: Vec<u32> = tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid).collect();
-    let rows = match client.query(&found, &[&oids]).await {
+    let rows = match client.query(&found, &[&drift_oids(tables)]).await {
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
             report.todo.push(format!(
                 "pg_partman may drop partitions that are not archived, and this role may not look; as its owner: update \

@@ -9,7 +9,7 @@ mod time;
 
 pub(crate) use copier::Copier;
 pub(crate) use copy::{Rows, Source, has_unreadable, insert};
-pub(crate) use partition::{Fate, Partition, has_rows, holders, leaves, not_below};
+pub(crate) use partition::{Fate, Partition, have_rows, holders, leaves, not_below};
 pub(crate) use point::{Point, TemporarySlot};
 pub(crate) use sums::PartitionSums;
 pub(crate) use time::{Days, Slice, TimeColumn};

@@ -112,16 +112,30 @@ pub(crate) async fn holders(
     read(client, source_table, root, true).await
 }
 
-/// Whether Postgres has any row of some times (first and last microsecond since the epoch) in the table of a watermark row, or in what
-/// was detached from it and kept.
+/// Of each range of times (first and last microsecond since the epoch), whether Postgres has any row of it, in the table of a watermark
+/// row or in what was detached from it and kept.
 ///
 /// # Errors
 ///
 /// A query failed.
-pub(crate) async fn has_rows(client: &Client, row: &Watermark, (first, last): (i64, i64)) -> Result<bool> {
-    let Some(source) = Source::find(client, row).await? else { return Ok(false) };
-    let is_within = source.time.within(first, last.saturating_add(1));
-    for holder in holders(client, &row.source_table, source.oid).await? {
+pub(crate) async fn have_rows(client: &Client, row: &Watermark, ranges: &[(i64, i64)]) -> Result<Vec<bool>> {
+    let Some(source) = Source::find(client, row).await? else { return Ok(vec![false; ranges.len()]) };
+    let holders = holders(client, &row.source_table, source.oid).await?;
+    let mut found = Vec::with_capacity(ranges.len());
+    for (first, last) in ranges {
+        found.push(has_rows(client, &holders, source.time, (*first, *last)).await?);
+    }
+    Ok(found)
+}
+
+async fn has_rows(
+    client: &Client,
+    holders: &[Partition],
+    time: TimeColumn,
+    (first, last): (i64, i64),
+) -> Result<bool> {
+    let is_within = time.within(first, last.saturating_add(1));
+    for holder in holders {
         let (low, high) = holder.extent.unwrap_or((i64::MIN, i64::MAX));
         if last < low || first >= high {
             continue;

@@ -40,8 +40,8 @@ pub async fn read_archive_logs(client: &Client) -> Result<BTreeMap<String, Archi
     Ok(logs)
 }
 
-/// Writes down that a table's log was looked at up to a version, and all its files were there, `age` ago. A purge relies on
-/// it for as long as `trust`.
+/// Writes down that a table's log was looked at up to a version, and its files, `age` ago. A purge relies on it for as long as `trust`.
+/// `damage` says which files are gone, for people.
 ///
 /// # Errors
 ///
@@ -52,16 +52,17 @@ pub async fn set_looked(
     version: u64,
     age: Duration,
     trust: Duration,
+    damage: Option<&str>,
 ) -> Result<()> {
     let statement = "
-        insert into highwater.archive_log as l (kind, version, looked_at, purge_trust)
+        insert into highwater.archive_log as l (kind, version, looked_at, purge_trust, damage_note)
         values ($1, $2, clock_timestamp() - $3::float8 * interval '1 second',
-                justify_hours($4::float8 * interval '1 second'))
+                justify_hours($4::float8 * interval '1 second'), $5)
         on conflict (kind) do update
         set version = greatest(l.version, excluded.version), looked_at = greatest(l.looked_at, excluded.looked_at),
-            purge_trust = excluded.purge_trust";
+            purge_trust = excluded.purge_trust, damage_note = excluded.damage_note";
     let (age, trust) = (age.as_secs_f64(), trust.as_secs_f64());
-    let written = client.execute(statement, &[&kind.name(), &signed(version), &age, &trust]).await;
+    let written = client.execute(statement, &[&kind.name(), &signed(version), &age, &trust, &damage]).await;
     written.map_err(Error::sql(format!("writing that the log of {} was looked at", kind.name()))).map(drop)
 }
 
@@ -114,20 +115,6 @@ pub async fn note_removal(client: &Client, removal: &Removal<'_>) -> Result<()> 
     let written =
         client.execute(statement, &[&kind.name(), &signed(version), &note, &row_count, &is_return]).await;
     written.map_err(Error::sql(format!("writing what was taken out of {}", kind.name()))).map(drop)
-}
-
-/// Writes down which files of a table are gone; `None` if all are there (again).
-///
-/// # Errors
-///
-/// The statement failed.
-pub async fn note_damage(client: &Client, kind: Kind, note: Option<&str>) -> Result<()> {
-    let statement = "
-        insert into highwater.archive_log as l (kind, version, looked_at, purge_trust, damage_note)
-        values ($1, 0, to_timestamp(0), interval '0', $2)
-        on conflict (kind) do update set damage_note = excluded.damage_note where l.damage_note is distinct from excluded.damage_note";
-    let written = client.execute(statement, &[&kind.name(), &note]).await;
-    written.map_err(Error::sql(format!("writing which files of {} are gone", kind.name()))).map(drop)
 }
 
 /// What is not to be relied on any more of a drift table.

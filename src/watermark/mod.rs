@@ -21,8 +21,7 @@ use tokio_postgres::{Client, Row};
 use entity::Spans;
 pub use entity::{EntityWatermark, add_entities, count_removed, entity_row_count, read_entities, recount};
 pub use foreign::{
-    ArchiveLog, Removal, Void, note_damage, note_removal, read_archive_logs, set_looked, set_noted,
-    void_partitions,
+    ArchiveLog, Removal, Void, note_removal, read_archive_logs, set_looked, set_noted, void_partitions,
 };
 pub use gap::{
     Unpublished, accept, archived_root, mark_gap, mark_one_gap, mark_table_gap, mark_unpublished, rebase,
