@@ -320,7 +320,7 @@ async fn files_that_are_gone_soon_are_written_again_and_old_ones_block_the_purge
 #[tokio::test(flavor = "multi_thread")]
 async fn files_that_are_away_for_a_while_are_not_forgotten() {
     let (stage, client) = staged().await;
-    let sidecar = quiet(&stage).start();
+    let mut sidecar = quiet(&stage).start();
     settled(&stage, &client).await;
     quiet(&stage).must(&["verify"]);
     drops(&client).await;
@@ -341,6 +341,15 @@ async fn files_that_are_away_for_a_while_are_not_forgotten() {
     };
     let away = "error    archive-files";
     until("the files are missed", 2 * DEADLINE, async || check().contains(away).then_some(())).await;
+    // Everything else goes on, over a restart, too; and whatever wants to be done about the files has been done by then.
+    stage.insert_one(&client, "beside", Some(1.0)).await;
+    archived(&client).await;
+    sidecar.kill();
+    sidecar = quiet(&stage).start();
+    stage.streaming().await;
+    stage.insert_one(&client, "after the restart", Some(1.0)).await;
+    archived(&client).await;
+    assert!(check().contains(away), "{}", check());
     for entry in fs::read_dir(&aside).unwrap() {
         let entry = entry.unwrap();
         fs::rename(entry.path(), table.join(entry.file_name())).unwrap();
@@ -349,6 +358,7 @@ async fn files_that_are_away_for_a_while_are_not_forgotten() {
     assert!(!sidecar.log().contains("taken out of the log"), "{}", sidecar.log());
     quiet(&stage).must(&["verify"]);
     assert_eq!(archived_rows(&table).len(), before);
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
 
 /// Whoever goes back as he was told has gone back.
