@@ -1,5 +1,6 @@
-//! Logs: `tracing` to stderr, for people or for machines.
+//! Logs: `tracing` to stderr, for people or for machines; and what a terminal may be shown.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::OnceLock;
@@ -82,9 +83,43 @@ impl Bar {
             _ => {}
         }
         self.0.set_position(done);
-        if self.0.message() != step {
-            self.0.set_message(step.to_owned());
+        let step = plain(step);
+        if self.0.message() != *step {
+            self.0.set_message(step.into_owned());
         }
+    }
+}
+
+/// A text in which nothing can move the cursor, hide what stands before it or turn its direction, whoever wrote it: names
+/// and messages come from tables that others write. Line ends and tabs stay. What is dangerous is written as JSON writes it,
+/// so that a JSON document says the same as before.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_dangerous) {
+        return Cow::Borrowed(text);
+    }
+    let mut plain = String::with_capacity(text.len() + 16);
+    for character in text.chars() {
+        if is_dangerous(character) {
+            plain.push_str(&format!("\\u{:04x}", u32::from(character)));
+        } else {
+            plain.push(character);
+        }
+    }
+    Cow::Owned(plain)
+}
+
+/// Control characters of both sets (ECMA-48), separators of lines, marks and overrides of direction (Unicode's annex 9),
+/// and what is not seen at all. None lies beyond the first plane.
+const fn is_dangerous(character: char) -> bool {
+    match character {
+        '\n' | '\t' => false,
+        '\u{00}'..='\u{1f}' | '\u{7f}'..='\u{9f}' => true,
+        '\u{61c}'
+        | '\u{200b}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}'
+        | '\u{feff}' => true,
+        _ => false,
     }
 }
 
@@ -145,6 +180,15 @@ fn is_colour_welcome() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_of_others_steers_a_terminal() {
+        assert_eq!(plain("größe\t1\n\u{2003}é 日本"), "größe\t1\n\u{2003}é 日本");
+        assert_eq!(plain("a\u{1b}[2J\r\u{9b}1m\u{202e}b\u{200b}"), r"a\u001b[2J\u000d\u009b1m\u202eb\u200b");
+        let document = serde_json::to_string("x\u{7f}\u{2066}y\u{1b}").unwrap();
+        let read: String = serde_json::from_str(&plain(&document)).unwrap();
+        assert_eq!(read, "x\u{7f}\u{2066}y\u{1b}", "the same document");
+    }
 
     #[test]
     fn a_bare_level_is_for_highwater_alone() {

@@ -48,7 +48,7 @@ pub use log::{TableFile, app_id};
 pub use merge::{MergePlan, MergeTurns, Merged, merge};
 pub use name::{Namer, ObjectName};
 pub use object_reader::{check_footers, read_through};
-pub(crate) use scan::{Scan, runtime, session};
+pub(crate) use scan::{MEMORY_BYTES, Scan, runtime, session};
 pub use snapshot::Snapshot;
 pub use stats::FileStats;
 pub use storage::Storage;

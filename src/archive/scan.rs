@@ -37,8 +37,11 @@ const REQUESTS_MAX: usize = 64;
 /// Parts that a query is run in. More than there are cores, because a part waits for storage most of its time.
 const PARTS: usize = 16;
 
-/// Memory for what the queries of a reader sort and group; what doesn't fit goes to disk, or ends the query.
-const MEMORY_BYTES_MAX: usize = 1 << 30;
+/// Memory for what is sorted and grouped, where nobody says otherwise.
+pub(crate) const MEMORY_BYTES: usize = 1 << 30;
+
+/// What the queries of a reader may have on disk at a time.
+const DISK_BYTES_MAX: u64 = 20 << 30;
 
 /// Memory that each part of a sort sets aside, whether it needs it or not, to merge what it sends to disk. DataFusion's 10 MB
 /// would let no more than six queries sort at a time.
@@ -50,11 +53,13 @@ const METADATA_BYTES_MAX: usize = 256 << 20;
 /// The store of the archive, as sessions know it.
 const STORE_URL: &str = "highwater://archive";
 
-/// What the sessions of a reader share: the store, with a limit to requests, and the footers that were read.
-pub(crate) fn runtime(storage: &Storage) -> Result<Arc<RuntimeEnv>> {
+/// What the sessions of a reader share: the store, with a limit to requests, the footers that were read, and so many bytes of
+/// memory for what is sorted and grouped.
+pub(crate) fn runtime(storage: &Storage, memory_bytes: usize) -> Result<Arc<RuntimeEnv>> {
     let runtime = RuntimeEnvBuilder::new()
-        .with_metadata_cache_limit(METADATA_BYTES_MAX)
-        .with_memory_limit(MEMORY_BYTES_MAX, 1.0)
+        .with_metadata_cache_limit(METADATA_BYTES_MAX.min(memory_bytes / 4))
+        .with_memory_limit(memory_bytes, 1.0)
+        .with_max_temp_directory_size(DISK_BYTES_MAX)
         .build_arc()?;
     let url = Url::parse(STORE_URL).map_err(|error| DataFusionError::External(Box::new(error)))?;
     // One store for all tables: footers are cached by path.
@@ -287,7 +292,7 @@ mod tests {
         ];
         let folder = tempfile::tempdir().unwrap();
         let settings = ObjectStorageSettings::new(folder.path().to_str().unwrap(), "").unwrap();
-        let session = session(runtime(&Storage::open(&settings).unwrap()).unwrap());
+        let session = session(runtime(&Storage::open(&settings).unwrap(), MEMORY_BYTES).unwrap());
         let rows = session.read_table(Arc::new(Scan::new(Kind::Psi, &files).unwrap())).unwrap();
         let plan = rows.filter(condition).unwrap().create_physical_plan().await.unwrap();
         let plan = displayable(plan.as_ref()).indent(true).to_string();

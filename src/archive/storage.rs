@@ -13,7 +13,7 @@ use url::Url;
 use super::s3;
 
 use super::synced::{SyncedLocal, create_folder};
-use crate::config::{ObjectStorageSettings, StorageType};
+use crate::config::{LocalAccess, ObjectStorageSettings, StorageType};
 use crate::record::Kind;
 use crate::{Error, Result};
 
@@ -74,7 +74,9 @@ impl Storage {
                 let account = builder.get_config_value(&AzureConfigKey::AccountName).unwrap_or_default();
                 (Arc::new(builder.build().map_err(failed())?), format!("Azure, account {account}"))
             }
-            StorageType::Local => return Self::open_folder(FilePath::new(settings.storage_root())),
+            StorageType::Local => {
+                return Self::open_folder(FilePath::new(settings.storage_root()), settings.local_access);
+            }
         };
         let storage = Self::from_store(root, &format!("{uri}/"))?;
         Ok(Self { place: format!("{} at {address}", storage.url), ..storage })
@@ -91,15 +93,15 @@ impl Storage {
         if is_missing { Err(nothing_in(&settings.storage_uri)) } else { Self::open(settings) }
     }
 
-    fn open_folder(folder: &FilePath) -> Result<Self> {
+    fn open_folder(folder: &FilePath, access: LocalAccess) -> Result<Self> {
         let context = || format!("creating the folder {}", folder.display());
         let absolute: PathBuf = std::path::absolute(folder).map_err(Error::io(context()))?;
-        create_folder(&absolute).map_err(Error::io(context()))?;
+        create_folder(&absolute, access).map_err(Error::io(context()))?;
         // Links and dots are resolved once, so that one folder has one URL.
         let absolute = absolute.canonicalize().map_err(Error::io(context()))?;
         let url = Url::from_directory_path(&absolute)
             .map_err(|()| Error::Internal(format!("{} is not absolute", absolute.display())))?;
-        let store = SyncedLocal::open(&absolute).map_err(Error::io(context()))?;
+        let store = SyncedLocal::open(&absolute, access).map_err(Error::io(context()))?;
         let place = format!("{url} {}", store.identity());
         Ok(Self { root: Arc::new(store), url, place, proved: Arc::default() })
     }

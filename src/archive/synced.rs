@@ -3,10 +3,10 @@
 //! `object_store`'s own does not sync: after a power cut an acknowledged log entry could be empty or
 //! gone. Here bytes are on disk before their name is, and the name is before the put returns.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,7 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
 
+use crate::config::LocalAccess;
 use crate::error::{Policy, Verdict};
 
 /// Name of the folder that holds a table's log.
@@ -36,8 +37,8 @@ pub(super) struct SyncedLocal {
 
 impl SyncedLocal {
     /// A store for what is in `folder`, which must exist. Paths are those of the whole file system.
-    pub(super) fn open(folder: &FilePath) -> io::Result<Self> {
-        Ok(Self { inner: Arc::new(LocalFileSystem::new()), root: Root::open(folder)? })
+    pub(super) fn open(folder: &FilePath, access: LocalAccess) -> io::Result<Self> {
+        Ok(Self { inner: Arc::new(LocalFileSystem::new()), root: Root::open(folder, access)? })
     }
 
     /// What tells the folder from another that comes to have its path.
@@ -76,11 +77,12 @@ struct Root {
     /// Device and inode. Some file systems have another device number after they are mounted anew; then
     /// it takes a restart to go on.
     identity: (u64, u64),
+    access: LocalAccess,
 }
 
 impl Root {
-    fn open(folder: &FilePath) -> io::Result<Self> {
-        Ok(Self { folder: folder.into(), identity: identity(folder)? })
+    fn open(folder: &FilePath, access: LocalAccess) -> io::Result<Self> {
+        Ok(Self { folder: folder.into(), identity: identity(folder)?, access })
     }
 
     /// Makes sure that the path still leads to the folder that was opened.
@@ -112,7 +114,7 @@ impl Root {
         for name in inside {
             folder.push(name);
             if !folder.is_dir() {
-                create_one(&folder)?;
+                create_one(&folder, self.access)?;
             }
         }
         Ok(())
@@ -154,18 +156,18 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 /// Makes a folder and its missing ancestors; each new name is synced into its parent.
-pub(super) fn create_folder(folder: &FilePath) -> io::Result<()> {
+pub(super) fn create_folder(folder: &FilePath, access: LocalAccess) -> io::Result<()> {
     if folder.is_dir() {
         return Ok(());
     }
     if let Some(parent) = folder.parent() {
-        create_folder(parent)?;
+        create_folder(parent, access)?;
     }
-    create_one(folder)
+    create_one(folder, access)
 }
 
-fn create_one(folder: &FilePath) -> io::Result<()> {
-    match fs::create_dir(folder) {
+fn create_one(folder: &FilePath, access: LocalAccess) -> io::Result<()> {
+    match DirBuilder::new().mode(access.folder_mode()).create(folder) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(error),
@@ -259,8 +261,8 @@ fn rename_noreplace(_: &FilePath, _: &FilePath) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-fn write_synced(staging: &FilePath, payload: &PutPayload) -> io::Result<()> {
-    let mut file = File::create_new(staging)?;
+fn write_synced(staging: &FilePath, payload: &PutPayload, access: LocalAccess) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(access.file_mode()).open(staging)?;
     for part in payload {
         file.write_all(part)?;
     }
@@ -273,7 +275,7 @@ fn put_synced(root: &Root, target: &FilePath, payload: &PutPayload, create: bool
     root.create_folder_of(target)?;
     // Names that end in # and digits are not listed by `LocalFileSystem`.
     let staging = PathBuf::from(format!("{}#{}", target.display(), rand::random::<u64>()));
-    let named = write_synced(&staging, payload)
+    let named = write_synced(&staging, payload, root.access)
         .and_then(|()| root.check())
         .and_then(|()| if create { rename_new(&staging, target) } else { fs::rename(&staging, target) });
     if named.is_err() {
@@ -376,8 +378,14 @@ impl MultipartUpload for SyncedUpload {
         let (target, root) = (self.target.clone(), self.root.clone());
         // Only log entries make a file count, so its name may come before its bytes.
         let sync = move || {
-            let synced =
-                File::open(&target).and_then(|file| file.sync_all()).and_then(|()| sync_parent(&target));
+            let sync = |file: File| {
+                // `object_store` made it as the umask says.
+                if root.access == LocalAccess::Owner {
+                    file.set_permissions(Permissions::from_mode(root.access.file_mode()))?;
+                }
+                file.sync_all()
+            };
+            let synced = File::open(&target).and_then(sync).and_then(|()| sync_parent(&target));
             synced.and_then(|()| root.check()).map_err(|source| generic(source, &target))
         };
         blocking(sync).await?;

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
+use super::columns::line;
 use super::{Format, json, print};
 use crate::check::{Report, Severity};
 use crate::config::Config;
@@ -29,7 +30,7 @@ pub(super) async fn check(config: &Config, format: Format) -> Result<ExitCode> {
 fn table(report: &Report) -> String {
     let findings = report.findings().iter();
     let id_width = findings.clone().map(|finding| finding.id.len()).max().unwrap_or(0);
-    let object_width = findings.map(|finding| finding.object.chars().count()).max().unwrap_or(0);
+    let object_width = findings.map(|finding| line(&finding.object).chars().count()).max().unwrap_or(0);
     let object_width = object_width.min(OBJECT_WIDTH_MAX);
     let mut text = String::new();
     for finding in report.findings() {
@@ -39,8 +40,8 @@ fn table(report: &Report) -> String {
             "{:<7}  {:<id_width$}  {:<object_width$}  {}",
             finding.severity.name(),
             finding.id,
-            finding.object,
-            finding.message
+            line(&finding.object),
+            line(&finding.message)
         );
         if let Some(remedy) = &finding.remedy {
             let _ = writeln!(text, "{:<7}  -> {remedy}", "");

@@ -29,6 +29,11 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true)]
     region: Option<String>,
 
+    /// Who may read what is made in a local folder: owner (modes 0700 and 0600), or umask, as that of
+    /// the process says [env: HIGHWATER_LOCAL_ACCESS] [default: owner]
+    #[arg(long, global = true, value_name = "WHO")]
+    local_access: Option<String>,
+
     /// Days that Postgres keeps a row; setup writes them to highwater.retention, by which the purge
     /// goes [env: DATA_RETENTION_PERIOD] [default: 60]
     #[arg(long, global = true, value_name = "DAYS")]
@@ -101,6 +106,7 @@ impl SettingFlags {
             Setting::DatabaseUri => &self.database_uri,
             Setting::StorageUri => &self.storage_uri,
             Setting::Region => &self.region,
+            Setting::LocalAccess => &self.local_access,
             Setting::RetentionDays => &self.retention_days,
             Setting::Window => &self.window,
             Setting::MaxLag => &self.max_lag,

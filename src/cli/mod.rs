@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand. The only module that speaks to the terminal.
 
 mod check;
+mod columns;
 mod flags;
 mod output;
 mod plot;
@@ -9,6 +10,7 @@ mod query;
 mod resync;
 mod run;
 mod setup;
+mod sql;
 mod time;
 mod verify;
 mod watermarks;
@@ -25,10 +27,12 @@ use crate::error::{Error, Policy, Result};
 use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
 use flags::SettingFlags;
+use output::Style;
 use purge::PurgeFlags;
-use query::{QueryFlags, SqlFlags};
+use query::QueryFlags;
 use resync::ResyncFlags;
 use setup::SetupFlags;
+use sql::SqlFlags;
 use verify::VerifyFlags;
 
 /// Archive drift records from PostgreSQL into Delta Lake, exactly once
@@ -56,6 +60,10 @@ struct Cli {
     #[arg(long, global = true, value_enum, default_value_t)]
     format: OutputFormat,
 
+    /// With csv: text that a spreadsheet would take for a formula (=, +, -, @ or white space at its start) gets an apostrophe
+    #[arg(long, global = true)]
+    spreadsheet: bool,
+
     /// Level (off, error, warn, info, debug, trace), or a filter such as
     /// warn,highwater::stream=trace [env: HIGHWATER_LOG or RUST_LOG] [default: info]
     #[arg(long, global = true, value_name = "FILTER")]
@@ -64,6 +72,10 @@ struct Cli {
     /// human or json [env: HIGHWATER_LOG_FORMAT] [default: human]
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
+
+    /// The query runs in this process, which another one watches
+    #[arg(long, hide = true)]
+    apart: bool,
 
     /// Archive a server of another history (restored, promoted) that has taken the place of the one archived so far: every
     /// row is compared with the archive first. For the first start only
@@ -186,11 +198,13 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
     let layers = Layers::collect(cli.settings.raw(), &env, cli.settings.config.as_deref())?;
     let mut config = Config::from_layers(&layers, &env)?;
     config.accept_new_system = cli.accept_new_system;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(Error::io("starting the runtime"))?;
-    runtime.block_on(async {
+    let style = Style::new(cli.format, cli.spreadsheet)?;
+    let runtime = if cli.apart {
+        sql::runtime(&config)
+    } else {
+        tokio::runtime::Builder::new_multi_thread().enable_all().build()
+    };
+    runtime.map_err(Error::io("starting the runtime"))?.block_on(async {
         match &cli.command {
             _ if cli.watermarks => {
                 watermarks::watermarks(&config, cli.format.of_report()?).await.map(|()| ExitCode::SUCCESS)
@@ -202,12 +216,13 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
             Some(Command::Resync(flags)) => resync::resync(&config, flags).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Verify(flags)) => verify::verify(&config, flags, cli.format.of_report()?).await,
             Some(Command::Query(flags)) => {
-                query::query(&config, flags, cli.format).await.map(|()| ExitCode::SUCCESS)
+                query::query(&config, flags, style).await.map(|()| ExitCode::SUCCESS)
             }
-            Some(Command::Entities) => query::entities(&config, cli.format).await.map(|()| ExitCode::SUCCESS),
-            Some(Command::Sql(flags)) => {
-                query::sql(&config, flags, cli.format).await.map(|()| ExitCode::SUCCESS)
+            Some(Command::Entities) => query::entities(&config, style).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Sql(flags)) if cli.apart => {
+                sql::answer(&config, flags, style).await.map(|()| ExitCode::SUCCESS)
             }
+            Some(Command::Sql(flags)) => sql::sql(&config, flags).await,
         }
     })
 }
@@ -237,7 +252,7 @@ fn print_error(error: &Error) {
         text.push_str(&format!("  what to do: {advice}\n"));
     }
     // Nothing can be done when stderr is gone.
-    let _ = io::stderr().lock().write_all(text.as_bytes());
+    let _ = io::stderr().lock().write_all(telemetry::plain(&text).as_bytes());
 }
 
 /// The JSON form of a report or an answer.
@@ -246,8 +261,13 @@ fn json(value: &impl serde::Serialize) -> Result<String> {
         .map_err(|error| Error::Internal(format!("what was found has no JSON form ({error})")))
 }
 
-/// Prints a report to stdout. A reader that has gone away (`| head`) is not an error.
+/// Prints a report to stdout, whoever wrote the names in it.
 fn print(text: &str) -> Result<()> {
+    print_as_it_is(&telemetry::plain(text))
+}
+
+/// Prints to stdout. A reader that has gone away (`| head`) is not an error.
+fn print_as_it_is(text: &str) -> Result<()> {
     match writeln!(io::stdout().lock(), "{text}") {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("printing")(error)),
         _ => Ok(()),

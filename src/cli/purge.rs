@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::columns::line;
 use super::watermarks::bytes;
 use super::{Format, json, print};
 use crate::config::Config;
@@ -61,7 +62,9 @@ async fn explain(client: &tokio_postgres::Client, goals: &[&Goal], format: Forma
     print(&match format {
         Format::Json => json(&findings)?,
         Format::Table if findings.is_empty() => "nothing is past its retention".to_owned(),
-        Format::Table => findings.iter().map(described).collect::<Vec<_>>().join("\n"),
+        Format::Table => {
+            findings.iter().map(|finding| line(&described(finding))).collect::<Vec<_>>().join("\n")
+        }
     })?;
     Ok(ExitCode::from(u8::from(is_blocked)))
 }
@@ -130,13 +133,14 @@ fn tell(entries: &[Entry], told: &mut Vec<i64>, is_end: bool) -> Result<()> {
         told.push(entry.id);
         let what = entry.partition.as_ref().unwrap_or(&entry.source_table);
         let rows = entry.row_count.unwrap_or_default();
-        print(&match (entry.action.as_str(), &entry.reason) {
+        let told = match (entry.action.as_str(), &entry.reason) {
             ("dropped", _) => {
                 format!("{what}: dropped, {rows} rows, {}", bytes(entry.byte_count.unwrap_or_default()))
             }
             (_, Some(why)) => format!("{what}: blocked: {why}"),
             (action, None) => format!("{what}: {action} {rows} rows"),
-        })?;
+        };
+        print(&line(&told))?;
     }
     Ok(())
 }

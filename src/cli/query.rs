@@ -1,4 +1,4 @@
-//! `highwater query`, `entities` and `sql`: the history, for people, spreadsheets and programs.
+//! `highwater query` and `entities`: the history, for people, spreadsheets and programs.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use datafusion::dataframe::DataFrame;
 use futures::stream;
 use serde::Serialize;
 
-use super::output::print_rows;
+use super::output::{Style, print_rows};
 use super::plot::Picture;
 use super::time::time;
 use super::{OutputFormat, json, print};
@@ -101,13 +101,13 @@ impl QueryFlags {
 }
 
 /// Prints a binned query's answer.
-pub(super) async fn query(config: &Config, flags: &QueryFlags, format: OutputFormat) -> Result<()> {
+pub(super) async fn query(config: &Config, flags: &QueryFlags, style: Style) -> Result<()> {
     let query = flags.query()?;
-    let mut archive = Archive::open(&config.storage).await?;
+    let mut archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
     if flags.fresh {
         archive = archive.with_database(config.clone());
     }
-    if format == OutputFormat::Json || flags.plot.is_some() {
+    if style.format() == OutputFormat::Json || flags.plot.is_some() {
         return collect(&archive, &query, flags).await;
     }
     let frame = match flags.kind {
@@ -120,7 +120,7 @@ pub(super) async fn query(config: &Config, flags: &QueryFlags, format: OutputFor
     let batches = frame.collect().await.map_err(Error::query("running the query"))?;
     let is_empty = batches.iter().all(|batch: &RecordBatch| batch.num_rows() == 0);
     known(&archive, flags, &query, is_empty).await?;
-    print_rows(&schema, stream::iter(batches.into_iter().map(Ok)), format).await
+    print_rows(&schema, stream::iter(batches.into_iter().map(Ok)), style).await
 }
 
 /// Prints the answer as a document, or draws it.
@@ -164,7 +164,7 @@ fn print_json(found: &impl Serialize) -> Result<()> {
 }
 
 /// Prints which entities the archive has, with their times and rows.
-pub(super) async fn entities(config: &Config, format: OutputFormat) -> Result<()> {
+pub(super) async fn entities(config: &Config, style: Style) -> Result<()> {
     let of_kind = |kind: Kind| {
         format!(
             "select '{0}' as kind, space, name, version, min(created_at) as first, max(created_at) as last, \
@@ -174,24 +174,12 @@ pub(super) async fn entities(config: &Config, format: OutputFormat) -> Result<()
     };
     let query =
         format!("{} order by kind, space, name, version", Kind::DRIFT.map(of_kind).join(" union all "));
-    let archive = Archive::open(&config.storage).await?;
-    print_frame(archive.sql(&query).await?, format).await
+    let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+    print_frame(archive.sql(&query).await?, style).await
 }
 
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-pub(super) struct SqlFlags {
-    /// A query over the tables custom, psi, spc and quarantine
-    #[arg(value_name = "QUERY")]
-    query: String,
-}
-
-/// Prints what a query in SQL answers.
-pub(super) async fn sql(config: &Config, flags: &SqlFlags, format: OutputFormat) -> Result<()> {
-    let archive = Archive::open(&config.storage).await?;
-    print_frame(archive.sql(&flags.query).await?, format).await
-}
-
-async fn print_frame(frame: DataFrame, format: OutputFormat) -> Result<()> {
+/// Prints the rows of a frame as they come.
+pub(super) async fn print_frame(frame: DataFrame, style: Style) -> Result<()> {
     let batches = frame.execute_stream().await.map_err(Error::query("running the query"))?;
-    print_rows(&batches.schema(), batches, format).await
+    print_rows(&batches.schema(), batches, style).await
 }

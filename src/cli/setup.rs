@@ -1,10 +1,11 @@
 //! `highwater setup`: makes what archiving needs in the database, and says what it did and what it left.
 
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::print;
+use super::{print, print_as_it_is};
 use crate::config::Config;
 use crate::error::Result;
 use crate::setup;
@@ -34,7 +35,10 @@ pub(super) struct SetupFlags {
 pub(super) async fn setup(config: &Config, flags: &SetupFlags) -> Result<ExitCode> {
     let role = flags.sidecar_role.as_deref();
     if flags.print_sql {
-        print(setup::owner_script(config, role).await?.trim_end())?;
+        // For psql, to which every character of a name counts.
+        let script = setup::owner_script(config, role).await?;
+        let show = if io::stdout().is_terminal() { print } else { print_as_it_is };
+        show(script.trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
     let report = if flags.as_owner {

@@ -1,10 +1,9 @@
 //! `highwater --watermarks`: how far the archive reaches, as the database has it. Needs no running sidecar.
 
-use std::fmt::Write as _;
-
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 
+use super::columns::{aligned, cell};
 use super::{Format, json, print};
 use crate::config::Config;
 use crate::error::Result;
@@ -13,6 +12,10 @@ use crate::postgres::Session;
 use crate::purge::{self, Summary};
 use crate::slot::{self, Slot};
 use crate::watermark::{self, EntityWatermark, State, Watermark};
+
+/// Characters of a name, and of anything else: a reason may be a sentence or two.
+const NAME_MAX: usize = 40;
+const CELL_MAX: usize = 400;
 
 /// The JSON form. Its names are a promise to programs.
 #[derive(Serialize)]
@@ -183,25 +186,25 @@ fn table(
         "LAG",
         "UPDATED",
     ];
-    align(&mut text, heads, tables.collect());
+    align(&mut text, heads, tables);
     text.push('\n');
     if !purges.is_empty() {
         let heads = ["TABLE", "RETENTION", "LAST PURGE", "DELETABLE", "BLOCKED", "WHY"];
-        align(&mut text, heads, purges.iter().map(|(table, summary)| purge_row(table, summary)).collect());
+        align(&mut text, heads, purges.iter().map(|(table, summary)| purge_row(table, summary)));
         text.push('\n');
     }
     let entities = entities.iter().map(|row| {
         [
             row.source_table.clone(),
-            shown(&row.entity.space),
-            shown(&row.entity.name),
-            shown(&row.entity.version),
+            named(&row.entity.space),
+            named(&row.entity.name),
+            named(&row.entity.version),
             seconds(row.min_created_at),
             seconds(row.max_created_at),
             row.row_count.to_string(),
         ]
     });
-    align(&mut text, ["TABLE", "SPACE", "NAME", "VERSION", "OLDEST", "NEWEST", "ROWS"], entities.collect());
+    align(&mut text, ["TABLE", "SPACE", "NAME", "VERSION", "OLDEST", "NEWEST", "ROWS"], entities);
     text
 }
 
@@ -222,29 +225,16 @@ fn purge_row(table: &str, summary: &Summary) -> [String; 6] {
     ]
 }
 
-/// Appends rows under heads, in columns as wide as their widest cell.
-fn align<const N: usize>(text: &mut String, heads: [&str; N], rows: Vec<[String; N]>) {
+/// Appends rows under heads. Most texts come from tables that others write.
+fn align<const N: usize>(text: &mut String, heads: [&str; N], rows: impl Iterator<Item = [String; N]>) {
+    let rows = rows.map(|row| row.map(|value| cell(&value, CELL_MAX)));
     let rows: Vec<[String; N]> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
-    let widths: Vec<usize> = (0..N)
-        .map(|column| rows.iter().filter_map(|row| Some(row.get(column)?.chars().count())).max().unwrap_or(0))
-        .collect();
-    for row in &rows {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        // Writing to a String can't fail.
-        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
-    }
+    text.push_str(&aligned(&rows));
 }
 
-/// A name for a terminal: without control characters, and not too long.
-fn shown(name: &str) -> String {
-    const LENGTH_MAX: usize = 40;
-    let escaped = name.escape_debug().to_string();
-    match escaped.char_indices().nth(LENGTH_MAX) {
-        Some((end, _)) => format!("{}...", escaped.get(..end).unwrap_or_default()),
-        None if escaped.is_empty() => "\"\"".to_owned(),
-        None => escaped,
-    }
+/// A name, which may be empty.
+fn named(name: &str) -> String {
+    if name.is_empty() { "\"\"".to_owned() } else { cell(name, NAME_MAX) }
 }
 
 fn seconds(time: DateTime<Utc>) -> String {
@@ -275,12 +265,5 @@ mod tests {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(i64::MAX), "8388608.0 TiB");
-    }
-
-    #[test]
-    fn a_name_cant_disturb_the_terminal() {
-        assert_eq!(shown("a\u{1b}[2J\n"), "a\\u{1b}[2J\\n");
-        assert_eq!(shown(&"x".repeat(5000)).len(), 43);
-        assert_eq!(shown(""), "\"\"");
     }
 }

@@ -34,7 +34,7 @@ pub use source::{
     Address, AuthMethod, ChannelBinding, DEFAULT_URI, Endpoint, Keepalive, Password, SourceConfig, SslMode,
     Target, TlsVersion,
 };
-pub use storage::{ObjectStorageSettings, StorageType};
+pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};
 use crate::record::WindowWidth;
@@ -142,10 +142,11 @@ impl Config {
         let rename = |error, setting| renamed(error, &layers.name(setting), setting.variable());
         let source = SourceConfig::new(layers.typed(Setting::DatabaseUri), env)
             .map_err(|error| rename(error, Setting::DatabaseUri))?;
-        let storage =
+        let mut storage =
             ObjectStorageSettings::new(layers.text(Setting::StorageUri), layers.text(Setting::Region))
                 .map_err(|error| rename(error, Setting::StorageUri))
                 .map_err(|error| rename(error, Setting::Region))?;
+        storage.local_access = parse::parsed(layers, Setting::LocalAccess, "owner or umask")?;
         let config = Self {
             source,
             storage,

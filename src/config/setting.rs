@@ -9,6 +9,8 @@ pub enum Setting {
     StorageUri,
     /// Region of the archive's bucket.
     Region,
+    /// Who may read what is made in a local folder.
+    LocalAccess,
     /// Days that Postgres keeps a row.
     RetentionDays,
     /// Length of a window.
@@ -37,10 +39,11 @@ pub enum Setting {
 
 impl Setting {
     /// Every setting, in the order of the documentation.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::DatabaseUri,
         Self::StorageUri,
         Self::Region,
+        Self::LocalAccess,
         Self::RetentionDays,
         Self::Window,
         Self::MaxLag,
@@ -62,6 +65,7 @@ impl Setting {
             Self::DatabaseUri => "database_uri",
             Self::StorageUri => "storage_uri",
             Self::Region => "region",
+            Self::LocalAccess => "local_access",
             Self::RetentionDays => "retention_days",
             Self::Window => "window",
             Self::MaxLag => "max_lag",
@@ -84,6 +88,7 @@ impl Setting {
             Self::DatabaseUri => "DATABASE_URI",
             Self::StorageUri => "SCOUTER_STORAGE_URI",
             Self::Region => "AWS_REGION",
+            Self::LocalAccess => "HIGHWATER_LOCAL_ACCESS",
             Self::RetentionDays => "DATA_RETENTION_PERIOD",
             Self::Window => "HIGHWATER_WINDOW",
             Self::MaxLag => "HIGHWATER_MAX_LAG",
@@ -106,6 +111,7 @@ impl Setting {
         match self {
             Self::DatabaseUri | Self::Region => None,
             Self::StorageUri => Some("./scouter-storage"),
+            Self::LocalAccess => Some("owner"),
             Self::RetentionDays => Some("60"),
             Self::Window => Some("1h"),
             Self::MaxLag => Some("60s"),

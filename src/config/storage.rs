@@ -1,5 +1,7 @@
 //! Where the archive is stored.
 
+use std::str::FromStr;
+
 use crate::{Error, Result};
 
 /// The kind of store behind a storage URI.
@@ -15,6 +17,47 @@ pub enum StorageType {
     Azure,
 }
 
+/// Who may read what is made in a local folder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LocalAccess {
+    /// The user that archives, alone: folders are made with mode 0700 and files with 0600.
+    #[default]
+    Owner,
+    /// Whoever the process's umask lets.
+    Umask,
+}
+
+/// `owner` or `umask`.
+impl FromStr for LocalAccess {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "owner" => Ok(Self::Owner),
+            "umask" => Ok(Self::Umask),
+            _ => Err(()),
+        }
+    }
+}
+
+impl LocalAccess {
+    /// The mode that a folder is made with, before the umask takes from it.
+    pub(crate) const fn folder_mode(self) -> u32 {
+        match self {
+            Self::Owner => 0o700,
+            Self::Umask => 0o777,
+        }
+    }
+
+    /// The mode that a file is made with, before the umask takes from it.
+    pub(crate) const fn file_mode(self) -> u32 {
+        match self {
+            Self::Owner => 0o600,
+            Self::Umask => 0o666,
+        }
+    }
+}
+
 /// Where the archive is stored: what `SCOUTER_STORAGE_URI` and `AWS_REGION` say. Credentials and
 /// endpoints are not part of it; the stores read them from their usual environment variables.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +69,8 @@ pub struct ObjectStorageSettings {
     /// The region of an S3 bucket; empty: that of `AWS_DEFAULT_REGION` or of the profile, else `us-east-1`. The other
     /// stores ignore it.
     pub region: String,
+    /// Who may read what is made in a local folder; the stores have rules of their own.
+    pub local_access: LocalAccess,
 }
 
 const SETTING: &str = "SCOUTER_STORAGE_URI";
@@ -54,7 +99,12 @@ impl ObjectStorageSettings {
             _ if is_bucket_uri(trimmed) => trimmed,
             _ => return Err(refuse()),
         };
-        Ok(Self { storage_uri: storage_uri.to_owned(), storage_type, region: region.trim().to_owned() })
+        Ok(Self {
+            storage_uri: storage_uri.to_owned(),
+            storage_type,
+            region: region.trim().to_owned(),
+            local_access: LocalAccess::default(),
+        })
     }
 
     /// The URI without its scheme: bucket and prefix, or the path of a local folder.
@@ -81,6 +131,7 @@ impl Default for ObjectStorageSettings {
             storage_uri: "./scouter-storage".to_owned(),
             storage_type: StorageType::Local,
             region: String::new(),
+            local_access: LocalAccess::default(),
         }
     }
 }

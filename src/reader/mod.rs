@@ -19,6 +19,7 @@ mod psi;
 mod query;
 pub mod scouter;
 mod spc;
+mod sql;
 #[cfg(test)]
 mod tests;
 
@@ -29,7 +30,6 @@ use std::time::{Duration, Instant};
 use arrow::array::RecordBatch;
 use datafusion::dataframe::DataFrame;
 use datafusion::error::DataFusionError;
-use datafusion::execution::context::SQLOptions;
 use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::logical_expr::Expr;
 use datafusion::prelude::SessionContext;
@@ -124,7 +124,17 @@ impl Archive {
     ///
     /// [`Error::Setting`] if there is no archive, [`Error::Storage`] and [`Error::Delta`] if it can't be read.
     pub async fn open(settings: &ObjectStorageSettings) -> Result<Self> {
-        Self::open_in(Storage::open_existing(settings)?).await
+        Self::open_within(settings, archive::MEMORY_BYTES).await
+    }
+
+    /// The same with so many bytes of memory for what all queries of it sort, group and join; what doesn't fit goes to disk,
+    /// or ends the query.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::open`].
+    pub async fn open_within(settings: &ObjectStorageSettings, memory_bytes: usize) -> Result<Self> {
+        Self::new(Storage::open_existing(settings)?, memory_bytes).await
     }
 
     /// The same in a storage that is open already: over a store of your own, say, that counts, caches or limits requests.
@@ -133,11 +143,15 @@ impl Archive {
     ///
     /// As [`Archive::open`].
     pub async fn open_in(storage: Storage) -> Result<Self> {
+        Self::new(storage, archive::MEMORY_BYTES).await
+    }
+
+    async fn new(storage: Storage, memory_bytes: usize) -> Result<Self> {
         let views = all_of(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
         if views.iter().all(|view| view.version().is_none()) {
             return Err(archive::nothing_in(storage.url()));
         }
-        let runtime = archive::runtime(&storage).map_err(Error::query("preparing to read"))?;
+        let runtime = archive::runtime(&storage, memory_bytes).map_err(Error::query("preparing to read"))?;
         let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
         let refreshing = tokio::sync::Mutex::new(());
         let shared = Shared { storage, runtime, tables, refreshing };
@@ -244,15 +258,18 @@ impl Archive {
 
     /// A query in SQL over the tables `custom`, `psi`, `spc` and `quarantine`, in DataFusion's dialect. It can't write.
     ///
+    /// A text of more than 100,000 bytes, 200 operators, 500 keywords or 100 tables is refused, and so are recursion and the
+    /// functions that make a text or list of any length (`repeat`, `lpad`, `rpad`, `array_repeat`, `array_resize`, `range`).
+    /// That keeps mistakes from ending the process, not strangers: for these run `highwater sql`, which has a process, a
+    /// deadline and a limit of memory of its own.
+    ///
     /// # Errors
     ///
     /// [`Error::Query`] if it is not a query that the tables can answer; otherwise as [`Archive::binned_custom`].
     pub async fn sql(&self, query: &str) -> Result<DataFrame> {
         let tables = self.tables().await?;
-        let only_read =
-            SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-        let refuse = |error: DataFusionError| Error::Query { detail: error.strip_backtrace() };
-        tables.session.sql_with_options(query, only_read).await.map_err(refuse)
+        let plan = sql::plan(&tables.session, query).await?;
+        tables.session.execute_logical_plan(plan).await.map_err(Error::query("planning the query"))
     }
 
     /// Rows in memory as a frame of the archive's session.
@@ -356,6 +373,7 @@ impl Archive {
 impl Tables {
     fn new(views: Vec<View>, runtime: &Arc<RuntimeEnv>) -> Result<Self> {
         let session = archive::session(Arc::clone(runtime));
+        sql::restrict(&session);
         let mut scans = Vec::new();
         for view in &views {
             let kind = view.kind();

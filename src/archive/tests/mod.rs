@@ -26,6 +26,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use super::*;
 use crate::Lsn;
+use crate::config::LocalAccess;
 use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR, Window, WindowWidth};
 
 const APP: &str = "highwater/7/slot";
@@ -49,7 +50,8 @@ impl std::fmt::Display for Observed {
 impl Observed {
     /// The archive's folder on disk, observed.
     pub(crate) fn folder(folder: &std::path::Path) -> (Arc<Self>, Storage) {
-        let inner: Arc<dyn ObjectStore> = Arc::new(synced::SyncedLocal::open(folder).unwrap());
+        let inner: Arc<dyn ObjectStore> =
+            Arc::new(synced::SyncedLocal::open(folder, LocalAccess::Owner).unwrap());
         let observed = Arc::new(Self {
             inner,
             requests: AtomicU64::new(0),

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use chrono::{DateTime, Utc};
 
+use super::columns::cell;
 use super::print;
 use crate::error::{Error, Result};
 use crate::reader::{BinnedMetricStats, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
@@ -81,12 +82,12 @@ impl Picture {
         let entity = query.entity();
         let length = std::time::Duration::from_micros(width.micros().unsigned_abs());
         let length = humantime::format_duration(length);
-        let title =
-            shown(&format!("{kind}: {} {} {}, bins of {length}", entity.space, entity.name, entity.version));
+        let title = format!("{kind}: {} {} {}, bins of {length}", entity.space, entity.name, entity.version);
+        let title = cell(&title, NAME_MAX);
         for panel in &mut panels {
             match panel {
-                Panel::Line(line) => line.name = shown(&line.name),
-                Panel::Shares(feature) => feature.feature = shown(&feature.feature),
+                Panel::Line(line) => line.name = cell(&line.name, NAME_MAX),
+                Panel::Shares(feature) => feature.feature = cell(&feature.feature, NAME_MAX),
             }
         }
         Ok(Self { title, range, width: width.micros(), panels })
@@ -138,16 +139,14 @@ impl Picture {
     }
 }
 
+/// Characters of a name. Control characters would break a picture's XML, or a terminal.
+const NAME_MAX: usize = 200;
+
 /// Values past it are drawn as if they were it: the span of an axis must be a number, too.
 const VALUE_MAX: f64 = f64::MAX / 8.0;
 
 fn drawable(value: f64) -> f64 {
     if value.is_finite() { value.clamp(-VALUE_MAX, VALUE_MAX) } else { value }
-}
-
-/// A name without what is no letter: it would break a picture's XML, or a terminal.
-fn shown(name: &str) -> String {
-    name.chars().filter(|letter| !letter.is_control()).collect()
 }
 
 /// Smallest and largest value of a line, bounds included, with some room.

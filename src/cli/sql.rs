@@ -1,0 +1,151 @@
+//! `highwater sql`: SQL of anybody, in a process of its own.
+//!
+//! What a query makes outside of DataFusion's pool nobody counts, and planning doesn't look at the clock. So the query runs in
+//! a child process, for which the system bounds the memory; its death is an error message of ours.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, ExitStatus};
+use std::time::Duration;
+
+use clap::Args;
+
+use super::output::Style;
+use super::query::print_frame;
+use super::watermarks::bytes;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::reader::Archive;
+
+/// The hidden flag of the child.
+pub(super) const APART: &str = "--apart";
+
+/// How long the child may take past its deadline to end by itself, and to remove what it sent to disk.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Memory of the program itself, its threads and what a scan holds outside of DataFusion's pool.
+#[cfg(target_os = "linux")]
+const BASE_BYTES: u64 = 384 << 20;
+
+/// Threads of the child: each takes a stack of the bounded memory.
+const WORKERS_MAX: usize = 16;
+const BLOCKING_MAX: usize = 32;
+
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct SqlFlags {
+    /// A query over the tables custom, psi, spc and quarantine
+    #[arg(value_name = "QUERY")]
+    query: String,
+
+    /// How long the answer may take
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "10m")]
+    timeout: Duration,
+}
+
+impl SqlFlags {
+    fn too_late(&self) -> Error {
+        let within = humantime::format_duration(self.timeout);
+        Error::Query { detail: format!("there was no answer within {within}; --timeout gives it longer") }
+    }
+}
+
+/// Has a child print what a query in SQL answers.
+pub(super) async fn sql(config: &Config, flags: &SqlFlags) -> Result<ExitCode> {
+    let failed = |source| Error::io("running the query in a process of its own")(source);
+    let scratch = Scratch::new().map_err(failed)?;
+    let mut child = tokio::process::Command::new(std::env::current_exe().map_err(failed)?)
+        .arg(APART)
+        .args(std::env::args_os().skip(1))
+        .env("TMPDIR", &scratch.0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let ended = tokio::select! {
+        ended = child.wait() => Some(ended.map_err(failed)?),
+        () = tokio::time::sleep(flags.timeout.saturating_add(GRACE)) => None,
+        // The terminal tells the child as well.
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    match ended {
+        Some(status) => outcome(status, config.memory_bytes),
+        None => {
+            // Gone already at worst.
+            let _ = child.kill().await;
+            Err(flags.too_late())
+        }
+    }
+}
+
+/// What the end of the child means. Its own errors it has told itself.
+fn outcome(status: ExitStatus, memory: usize) -> Result<ExitCode> {
+    use std::os::unix::process::ExitStatusExt as _;
+    let memory = bytes(i64::try_from(memory).unwrap_or(i64::MAX));
+    let detail = match (status.code(), status.signal()) {
+        (Some(0), _) => return Ok(ExitCode::SUCCESS),
+        (Some(1), _) => return Ok(ExitCode::FAILURE),
+        // SIGKILL; the others are an allocation that failed, and a stack that was too small.
+        (_, Some(9)) => "the process of the query was killed, perhaps for want of memory".to_owned(),
+        (Some(101), _) | (_, Some(6 | 7 | 11)) => format!(
+            "the query wanted more memory than {memory}, and its process ended; --memory gives it more, if it is a \
+             query that needs it"
+        ),
+        _ => format!("the process of the query ended ({status})"),
+    };
+    Err(Error::Query { detail })
+}
+
+/// A folder for what the child sends to disk, which a child that dies leaves behind.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> std::io::Result<Self> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let path = std::env::temp_dir().join(format!("highwater-sql-{:016x}", rand::random::<u64>()));
+        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let path: &Path = &self.0;
+        if let Err(error) = std::fs::remove_dir_all(path) {
+            tracing::warn!(folder = %path.display(), "what a query had sent to disk is left behind ({error})");
+        }
+    }
+}
+
+/// The child: before it has any thread.
+pub(super) fn runtime(config: &Config) -> std::io::Result<tokio::runtime::Runtime> {
+    bound(config)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.min(WORKERS_MAX))
+        .max_blocking_threads(BLOCKING_MAX)
+        .enable_all()
+        .build()
+}
+
+/// Bounds the memory of this process (setrlimit(2): `RLIMIT_DATA`), and has it end with the one that started it.
+#[cfg(target_os = "linux")]
+fn bound(config: &Config) -> std::io::Result<()> {
+    use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let wanted = u64::try_from(config.memory_bytes).unwrap_or(u64::MAX).saturating_add(BASE_BYTES);
+    let Rlimit { maximum, .. } = getrlimit(Resource::Data);
+    let current = Some(maximum.map_or(wanted, |maximum| maximum.min(wanted)));
+    Ok(setrlimit(Resource::Data, Rlimit { current, maximum })?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bound(_: &Config) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// The child's work.
+pub(super) async fn answer(config: &Config, flags: &SqlFlags, style: Style) -> Result<()> {
+    let answered = async {
+        let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+        print_frame(archive.sql(&flags.query).await?, style).await
+    };
+    tokio::time::timeout(flags.timeout, answered).await.unwrap_or_else(|_| Err(flags.too_late()))
+}
