@@ -164,6 +164,7 @@ fn tell_difference(found: &TableReport, partition: &str) {
         hours = found.differences.len(),
         missing = sum(|one| one.missing),
         surplus = sum(|one| one.surplus),
+        cut = sum(|one| one.cut),
         doubles = doubles(found) - found.doubles_removed.min(doubles(found)),
         "the archive differs from Postgres, so the partition is not purged; `highwater verify --table {}` names the hours, \
          --repair adds what is missing, --accept-surplus lets it be purged although rows were deleted in Postgres",

@@ -194,6 +194,11 @@ impl Batches {
         self.byte_count += batch.push(created_at, series, measure);
     }
 
+    /// The quarantined rows.
+    pub fn quarantined(&self) -> impl Iterator<Item = &QuarantinedRow> {
+        self.quarantine.rows()
+    }
+
     /// The rows as the files that they become: one per kind and window, the quarantine's first, then by
     /// kind and time.
     #[must_use]

@@ -42,6 +42,10 @@ impl QuarantineBatch {
         byte_count
     }
 
+    pub(super) fn rows(&self) -> impl Iterator<Item = &QuarantinedRow> {
+        self.rows.iter()
+    }
+
     /// One file for each window, as all kinds have it.
     pub(super) fn files(&self, width: WindowWidth) -> Vec<FileRows<'_>> {
         let mut windows: Vec<Window> =

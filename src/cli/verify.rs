@@ -153,7 +153,7 @@ fn text(report: &Report) -> String {
         }
     }
     let is_mended = |table: &TableReport| {
-        let mended = |one: &Difference| one.added == one.missing && one.surplus == 0;
+        let mended = |one: &Difference| one.added == one.missing && one.surplus + one.cut == 0;
         let doubles = table.differences.iter().map(|one| one.doubles).sum::<u64>();
         table.is_whole() && table.doubles_removed == doubles && table.differences.iter().all(mended)
     };
@@ -210,6 +210,12 @@ fn line(difference: &Difference) -> String {
         parts.push(format!(
             "the archive had {} copies too many of rows that Postgres has",
             difference.doubles
+        ));
+    }
+    if difference.cut > 0 {
+        parts.push(format!(
+            "{} rows are too long for --memory, so the quarantine has them without their long values",
+            difference.cut
         ));
     }
     format!(

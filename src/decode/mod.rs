@@ -331,6 +331,11 @@ pub(crate) fn is_about_column(reason: &str) -> bool {
     value::is_about_column(reason)
 }
 
+/// Whether a quarantined row is there without its long values, which nobody archived.
+pub(crate) fn is_about_length(reason: &str) -> bool {
+    value::is_about_length(reason)
+}
+
 /// The values of a row as texts, by column.
 fn texts(
     table: &Table,

@@ -75,6 +75,11 @@ pub(super) fn is_about_column(reason: &str) -> bool {
     reason.ends_with(" is missing from the table") || reason.ends_with(" that is not supported")
 }
 
+/// Whether a quarantined row is there without its long values.
+pub(super) fn is_about_length(reason: &str) -> bool {
+    reason.ends_with(" bytes, which makes the row longer than the memory setting allows")
+}
+
 /// The oid to name in [`Unfit::Type`].
 const fn type_oid(source_type: SourceType) -> u32 {
     match source_type {

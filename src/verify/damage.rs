@@ -56,7 +56,7 @@ impl Table<'_> {
             };
             sql.run(async |client| {
                 watermark::forget_verified(client, &verified).await?;
-                watermark::set_lacking(client, &verified, true).await
+                watermark::set_lacking(client, &verified, true, None).await
             })
             .await?;
         }

@@ -286,10 +286,14 @@ struct Different {
     hours: BTreeSet<i64>,
     /// Those of which the archive still lacks rows.
     lacking: BTreeSet<i64>,
+    /// Those of which only the quarantine has some rows, without their long values.
+    cut: BTreeSet<i64>,
     /// The rows without a usable time.
     timeless: bool,
     /// The archive still lacks some of these.
     lacks_timeless: bool,
+    /// Some of these are cut.
+    cut_timeless: bool,
 }
 
 /// One table that is compared.
@@ -392,11 +396,15 @@ impl Table<'_> {
             let is_held = self.is_held(&bounds, purged, *hour);
             let rows = postgres_rows + archive_rows;
             let found = comparison.hour(*hour, rows, is_held, (&mut *repair, &mut *sql)).await?;
-            if found.missing + found.surplus + found.doubles > 0 {
+            let cut = if report.quarantine_accepted { 0 } else { found.cut };
+            if found.missing + found.surplus + found.doubles + cut > 0 {
                 // Files that were written anew, without the surplus copies, are to be read back.
                 let is_rewritten = found.doubles > 0 && repair.is_on();
-                if found.missing > 0 || is_rewritten || !self.accepts_surplus {
+                if found.missing + cut > 0 || is_rewritten || !self.accepts_surplus {
                     different.hours.insert(*hour);
+                }
+                if cut > 0 {
+                    different.cut.insert(*hour);
                 }
                 let Found { missing, surplus, doubles, .. } = found;
                 let added = comparison.add(found, repair, sql).await?;
@@ -412,17 +420,20 @@ impl Table<'_> {
                     surplus,
                     doubles,
                     added,
+                    cut,
                 });
             }
         }
         report.doubles_removed = comparison.removed(repair, sql).await?;
         if counted.timeless > 0 {
             let found = comparison.timeless().await?;
-            if found.missing > 0 {
+            let cut = if report.quarantine_accepted { 0 } else { found.cut };
+            if found.missing + cut > 0 {
                 different.timeless = true;
                 let missing = found.missing;
                 let added = comparison.add(found, repair, sql).await?;
                 different.lacks_timeless = added < missing;
+                different.cut_timeless = cut > 0;
                 report.differences.push(Difference {
                     hour: None,
                     postgres_rows: counted.timeless,
@@ -431,6 +442,7 @@ impl Table<'_> {
                     surplus: 0,
                     doubles: 0,
                     added,
+                    cut,
                 });
             }
         }
@@ -538,6 +550,8 @@ impl Table<'_> {
             let differs = different.hours.iter().any(touches) || (different.timeless && sums.timeless > 0);
             let lacks =
                 different.lacking.iter().any(touches) || (different.lacks_timeless && sums.timeless > 0);
+            let is_cut = different.cut.iter().any(touches) || (different.cut_timeless && sums.timeless > 0);
+            let reason = is_cut.then(|| cut_reason(&self.row.source_table));
             let mut total = RowSum::default();
             sums.fit.values().for_each(|sum| total += *sum);
             let checksum = format!("{:016x}", total.sum);
@@ -551,8 +565,11 @@ impl Table<'_> {
                 gap_count: self.row.gap_count,
             };
             // What a part of it shows proves that rows are missing, but not that none are.
+            let lacks = lacks || is_cut;
             if lacks || is_whole {
-                sql.run(async |client| watermark::set_lacking(client, &verified, lacks).await).await?;
+                let reason = reason.as_deref();
+                sql.run(async |client| watermark::set_lacking(client, &verified, lacks, reason).await)
+                    .await?;
             }
             let is_verified = is_whole && !differs;
             let mut is_recorded = false;
@@ -578,6 +595,15 @@ impl Table<'_> {
         let table = self.row.source_table.clone();
         (self.tell)(Progress { table, step: step.to_owned(), done, all, unit });
     }
+}
+
+/// Why a partition stays of which some rows were too long.
+fn cut_reason(source_table: &str) -> String {
+    format!(
+        "rows of it are too long for the sidecar's memory, so the quarantine has them without their long values: with a \
+         larger memory (HIGHWATER_MEMORY) `highwater verify --repair` archives them, or update highwater.retention set \
+         accepts_quarantine = true where source_table = '{source_table}' and `highwater verify` lets them be deleted"
+    )
 }
 
 /// The error of a partition that is no longer what the snapshot saw: a rewritten one looks empty to it.

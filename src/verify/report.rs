@@ -100,6 +100,9 @@ pub struct Difference {
     pub doubles: u64,
     /// How many of the missing rows were added.
     pub added: u64,
+    /// Rows that only the quarantine can have, and there without their long values, because they are too long for the memory;
+    /// zero if the quarantine is accepted.
+    pub cut: u64,
 }
 
 /// What was found in one partition.

@@ -5,7 +5,7 @@ use super::{RepairMode, Table, changed};
 use crate::archive::{self, CommitNote, DataFile, Doubles, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
 use crate::commit::{self, COPY_PATIENCE, StorageRetry};
-use crate::decode::{Decoder, Settled};
+use crate::decode::{self, Decoder, Settled};
 use crate::error::Result;
 use crate::failpoint;
 use crate::lookup::Lookup;
@@ -123,6 +123,8 @@ pub(super) struct Found {
     pub(super) surplus: u64,
     /// Copies that it has too many of rows that Postgres has.
     pub(super) doubles: u64,
+    /// Rows that the archive can have in its quarantine alone, and there without their long values.
+    pub(super) cut: u64,
     /// Files of missing rows, uploaded and not yet named in a log; only in a repair.
     pub(super) repairable: Vec<(Kind, DataFile)>,
     /// Digests of rows of the part under way that are in the quarantine, and would fit by now.
@@ -281,11 +283,12 @@ impl<'a> Comparison<'a> {
         while let Some(row) = rows.next().await? {
             let before = batches.byte_count();
             source::insert(&mut self.decoder, row, &mut batches, &mut self.entities).await?;
-            if batches.byte_count() == before && present.is_some() {
+            if batches.byte_count() == before {
                 source::insert(&mut self.plain, row, &mut settled, &mut self.entities).await?;
             }
             if batches.byte_count() >= table.config.batch_bytes_max() {
                 let full = std::mem::replace(&mut batches, new_batches());
+                found.cut += cut(&full);
                 take(table, self.namer.as_ref(), full, present, found).await?;
             }
         }
@@ -297,6 +300,7 @@ impl<'a> Comparison<'a> {
                 archive::each_digest(table.kind, &batch?, |_, digest| found.settled.push(digest))?;
             }
         }
+        found.cut += cut(&settled) + cut(&batches);
         take(table, self.namer.as_ref(), batches, present, found).await
     }
 
@@ -329,6 +333,11 @@ impl<'a> Comparison<'a> {
 }
 
 /// Counts the rows that the archive lacks, and uploads them in a repair.
+/// Rows whose long values were left out.
+fn cut(batches: &Batches) -> u64 {
+    batches.quarantined().filter(|row| decode::is_about_length(&row.reason)).count() as u64
+}
+
 async fn take(
     table: &Table<'_>,
     namer: Option<&Arc<Namer>>,

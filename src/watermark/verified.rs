@@ -69,21 +69,30 @@ pub async fn forget_verified(client: &Client, verified: &Verified<'_>) -> Result
     forgotten.map_err(Error::sql(context)).map(drop)
 }
 
-/// Writes down whether the archive lacks rows of a partition, which blocks the purge of all of it.
+/// Writes down whether the archive lacks rows of a partition, which blocks the purge of all of it; and why, if there is more to
+/// say than that they are missing.
 ///
 /// # Errors
 ///
 /// The statement failed.
-pub async fn set_lacking(client: &Client, verified: &Verified<'_>, lacks: bool) -> Result<()> {
+pub async fn set_lacking(
+    client: &Client,
+    verified: &Verified<'_>,
+    lacks: bool,
+    reason: Option<&str>,
+) -> Result<()> {
     // What was noticed since the comparison began is not taken back by it.
     let statement = "
         with held as (select gap_count from highwater.watermark where source_table = $1 for update)
-        update highwater.covered_partition set lacks_since = case when $3 then clock_timestamp() end, lacks_reason = null
+        update highwater.covered_partition set lacks_since = case when $3 then clock_timestamp() end, lacks_reason = $5
         where source_table = $1 and partition_oid = $2 and (lacks_since is not null) <> $3
           and exists (select from held where $3 or held.gap_count = $4)";
     let context = format!("writing whether the archive lacks rows of {}", verified.partition_name);
     let written = client
-        .execute(statement, &[&verified.source_table, &verified.partition_oid, &lacks, &verified.gap_count])
+        .execute(
+            statement,
+            &[&verified.source_table, &verified.partition_oid, &lacks, &verified.gap_count, &reason],
+        )
         .await;
     written.map_err(Error::sql(context)).map(drop)
 }

@@ -10,7 +10,7 @@ use crate::support::sidecar::{Launch, Sidecar};
 use crate::support::stage::Stage;
 use crate::support::wait::{throughout, until};
 
-const DEADLINE: Duration = Duration::from_secs(40);
+const DEADLINE: Duration = Duration::from_secs(90);
 
 const STATES: &str = "select state, archived_before::text from highwater.watermark
                        where source_table = 'scouter.custom_drift'";

@@ -123,8 +123,25 @@ async fn a_row_that_is_too_long_is_in_the_quarantine_by_name_and_the_others_are_
     eprintln!("most resident memory: {} MB", most >> 20);
     assert!(most < RESIDENT_MAX, "{most} bytes");
 
+    // The quarantine has only a part of them, so they stay in Postgres until its owner says that this will do.
+    let (is_equal, report) = verified(&launch);
+    assert!(!is_equal, "{report:#}");
+    let cut: u64 =
+        report["differences"].as_array().unwrap().iter().map(|one| one["cut"].as_u64().unwrap()).sum();
+    assert_eq!(cut, 4, "{report:#}");
+    let lacks =
+        "select lacks_reason from highwater.covered_partition where source_table = 'scouter.custom_drift'";
+    let why: Option<String> = client.query_one(lacks, &[]).await.unwrap().get(0);
+    assert!(
+        why.as_ref().is_some_and(|why| why.contains("too long") && why.contains("HIGHWATER_MEMORY")),
+        "{why:?}"
+    );
+    let accept = "update highwater.retention set accepts_quarantine = true where source_table = 'scouter.custom_drift'";
+    client.batch_execute(accept).await.unwrap();
     let (is_equal, report) = verified(&launch);
     assert!(is_equal, "{report:#}");
+    let why: Option<String> = client.query_one(lacks, &[]).await.unwrap().get(0);
+    assert_eq!(why, None);
     assert_eq!((&report["archive_rows"], &report["postgres_rows"]), (&3.into(), &7.into()), "{report:#}");
     // A comparison of everything finds them in the quarantine.
     sidecar.kill();

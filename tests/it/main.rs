@@ -44,6 +44,7 @@ mod settings;
 mod shutdown;
 mod storage;
 mod stores;
+mod strangers;
 mod tidy;
 mod unarchived;
 mod values;

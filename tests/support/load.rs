@@ -17,6 +17,11 @@ use super::wait::until;
 /// Sessions that write at the same time, so that transactions overlap in the log.
 const WRITERS: u64 = 4;
 
+/// Rows per second of all writers together, and after how many rows a tenth of them: a test that takes long on a busy machine
+/// must not have ever more to do because it takes long.
+const ROWS_PER_SECOND: u32 = 2_000;
+const ROWS_BEFORE_SLOW: u64 = 60_000;
+
 /// The entities that the load writes for: space, name, version.
 const ENTITIES: [(&str, &str, &str); 5] = [
     ("shop", "ranking", "1.0.0"),
@@ -38,10 +43,20 @@ pub struct Load {
 struct Shared {
     uri: String,
     shape: Shape,
+    writers: u64,
     stop: Arc<AtomicBool>,
     committed: Arc<AtomicU64>,
     /// Microseconds; every row takes the next, so that no unique constraint is hit by chance.
     clock: Arc<AtomicI64>,
+}
+
+impl Shared {
+    /// How long a writer rests after so many rows.
+    fn rest(&self, rows: u64, all: u64) -> Duration {
+        let slower = if all > ROWS_BEFORE_SLOW { 10 } else { 1 };
+        let share = u32::try_from(self.writers).expect("a few writers");
+        Duration::from_secs(rows) * share * slower / ROWS_PER_SECOND
+    }
 }
 
 impl Load {
@@ -64,6 +79,7 @@ impl Load {
         let shared = Shared {
             uri: uri.to_owned(),
             shape,
+            writers,
             stop: Arc::default(),
             committed: Arc::default(),
             clock: Arc::new(AtomicI64::new(i64::try_from(now.as_micros()).expect("a date"))),
@@ -111,7 +127,10 @@ async fn write(shared: Shared, mut rng: StdRng) {
         };
         while !shared.stop.load(Ordering::Relaxed) {
             match transaction(&shared, &mut client, &mut rng).await {
-                Ok(rows) => _ = shared.committed.fetch_add(rows, Ordering::Relaxed),
+                Ok(rows) => {
+                    let all = shared.committed.fetch_add(rows, Ordering::Relaxed);
+                    tokio::time::sleep(shared.rest(rows, all)).await;
+                }
                 Err(error) if client.is_closed() || error.is_closed() => break,
                 // The server says that it shuts down before it closes the connection.
                 Err(error) if error.code().is_some_and(|code| code.code().starts_with("57P")) => break,
