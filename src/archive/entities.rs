@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use arrow::array::{Array, ArrayRef, AsArray, DictionaryArray, RecordBatch, StringArray};
 use arrow::compute::{max, min};
 use arrow::datatypes::{DataType, Int32Type, UInt32Type};
+use arrow::error::ArrowError;
 use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::statistics::Statistics;
 
@@ -125,11 +126,12 @@ pub struct QuarantinedText<'a> {
     pub lsn: &'a str,
 }
 
-/// Hands the rows of quarantine files (paths relative to the table) to `seen`.
+/// Hands the rows of quarantine files (paths relative to the table) to `seen`. All tables need it, so a file that is none
+/// stops nothing: it is told, and its rows count as not being there, so that they are quarantined again.
 ///
 /// # Errors
 ///
-/// [`Error::Delta`] if a file can't be read.
+/// [`Error::Storage`] if a file can't be had.
 pub async fn each_quarantined(
     storage: &Storage,
     paths: &[String],
@@ -138,13 +140,14 @@ pub async fn each_quarantined(
     let store = storage.table_store(Kind::Quarantine);
     for path in paths {
         let context = format!("reading the quarantine file {path}");
-        each_batch(&store, path, &context, |batch| {
+        let read = each_batch(&store, path, &context, |batch| {
             let column =
                 |name: &str| batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
             let (Some(tables), Some(reasons), Some(texts), Some(lsns)) =
                 (column("source_table"), column("reason"), column("row"), column("lsn"))
             else {
-                return Err(Error::Internal(format!("{path} is not a quarantine file")));
+                let detail = ArrowError::SchemaError("it lacks columns of the quarantine".to_owned());
+                return Err(Error::Encode { context: context.clone(), source: Box::new(detail) });
             };
             for (((table, reason), row), lsn) in tables.iter().zip(reasons).zip(texts).zip(lsns) {
                 seen(QuarantinedText {
@@ -156,8 +159,15 @@ pub async fn each_quarantined(
             }
             Ok(())
         })
-        .await
-        .map_err(unreadable(Kind::Quarantine))?;
+        .await;
+        match read {
+            Err(error @ Error::Encode { .. }) => tracing::error!(
+                "a file of the quarantine can't be read, so its rows count as not being there: {}; restore it, or have Delta \
+                 forget it",
+                error.chain()
+            ),
+            other => other?,
+        }
     }
     Ok(())
 }

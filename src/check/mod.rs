@@ -20,10 +20,11 @@ use tokio_postgres::Client;
 
 pub use report::{Finding, Report, Severity};
 
-use crate::archive::Storage;
+use crate::archive::{Storage, View};
 use crate::config::{Config, ObjectStorageSettings, SourceConfig, Target};
 use crate::error::{Error, Policy, Result};
 use crate::postgres::{ReplicationConnection, is_standby, quote_literal as literal, sql};
+use crate::record::Kind;
 
 /// The oldest server whose publications can have what ours needs.
 const SERVER_VERSION_MIN: i32 = 150_000;
@@ -36,12 +37,20 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 pub async fn check(config: &Config) -> Report {
     let mut report = Report::default();
     match within("connecting", connect(&config.source)).await {
-        Ok(client) => check_database(&client, config, &mut report).await,
+        Ok(client) => {
+            check_database(&client, config, &mut report).await;
+            check_storage(&config.storage, &mut report).await;
+            let checked =
+                within("looking for the archive", check_archive(&client, config, &mut report)).await;
+            if let Err(error) = checked {
+                report.failure("archive", &config.storage.storage_uri, &error);
+            }
+        }
         Err(error) => {
             report.failure("connection", config.source.to_string(), &error);
+            check_storage(&config.storage, &mut report).await;
         }
     }
-    check_storage(&config.storage, &mut report).await;
     report
 }
 
@@ -154,6 +163,49 @@ async fn check_storage(settings: &ObjectStorageSettings, report: &mut Report) {
         Ok(()) => report.ok("storage", &settings.storage_uri, "can be written"),
         Err(error) => report.failure("storage", &settings.storage_uri, &error),
     }
+}
+
+/// Whether the storage is the one that the watermarks speak of.
+async fn check_archive(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
+    if !can_read_watermarks(client).await? {
+        return Ok(());
+    }
+    let failed = || Error::sql("reading how many rows are archived");
+    let query = "select source_table, kind, row_count from highwater.watermark
+                 where slot_name = $1 and row_count > 0 order by 1";
+    let uri = &config.storage.storage_uri;
+    let rows = client.query(query, &[&config.slot]).await.map_err(failed())?;
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let storage = Storage::open_existing(&config.storage)?;
+    let mut is_there = true;
+    for row in rows {
+        let (table, kind): (String, String) =
+            (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
+        let Some(kind) = Kind::ALL.into_iter().find(|one| one.name() == kind) else { continue };
+        let count: i64 = row.try_get(2).map_err(failed())?;
+        let view = View::read(&storage, kind).await?;
+        // A foreign writer need not have said how many rows its files hold.
+        let Some(held) = view.files().map(|file| file.row_count).sum::<Option<u64>>() else { continue };
+        if u64::try_from(count).is_ok_and(|count| count <= held) {
+            continue;
+        }
+        is_there = false;
+        report.error(
+            "archive",
+            uri,
+            format!(
+                "has {held} rows in its table {}, though {count} rows of {table} are archived: `highwater run` refuses it",
+                kind.name()
+            ),
+            "set SCOUTER_STORAGE_URI to where the archive is, or mount that",
+        );
+    }
+    if is_there {
+        report.ok("archive", uri, "has the rows that the watermarks speak of");
+    }
+    Ok(())
 }
 
 async fn within<T>(what: &str, step: impl Future<Output = Result<T>>) -> Result<T> {

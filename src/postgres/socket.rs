@@ -242,9 +242,13 @@ async fn encrypt(
             b'S' => {}
             b'N' if encryption == Encryption::Offered => return Ok(Socket::Tcp(stream)),
             b'N' => {
-                return Err(Error::Protocol {
-                    context,
-                    detail: "the server has no TLS, but sslmode asks for it".to_owned(),
+                return Err(Error::Setting {
+                    setting: "sslmode".to_owned(),
+                    value: "it asks for TLS".to_owned(),
+                    accepted: format!(
+                        "a server that has TLS, which {host} has not (`ssl = on` there), or `prefer` or `disable`, if the \
+                         network is trusted"
+                    ),
                 });
             }
             _ => {

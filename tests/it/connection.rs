@@ -323,7 +323,7 @@ async fn a_server_without_tls() {
     let cluster = Guarded::start(false, &[]).await;
     assert!(!both(&cluster.config("localhost", "sslmode=prefer")).await.unwrap());
     let error = both(&cluster.config("localhost", "sslmode=require")).await.unwrap_err();
-    assert!(matches!(&error, Error::Protocol { detail, .. } if detail.contains("no TLS")), "{error:?}");
+    assert!(matches!(&error, Error::Setting { accepted, .. } if accepted.contains("has TLS")), "{error:?}");
 }
 
 #[tokio::test]

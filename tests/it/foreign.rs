@@ -478,3 +478,33 @@ async fn a_file_that_is_none_stops_its_own_table_only() {
     }
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
+
+/// All tables need the quarantine.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_the_quarantine_that_is_none_stops_nothing() {
+    let (stage, client) = staged().await;
+    let mut sidecar = quiet(&stage).start();
+    settled(&stage, &client).await;
+    let quarantined = async |feature: &str| {
+        let sql =
+            "insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                   values ('infinity', 'a', 'b', 'c', $1, 1, 1)";
+        client.execute(sql, &[&feature]).await.unwrap();
+    };
+    quarantined("before").await;
+    settled(&stage, &client).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    add_by_hand(&stage, "quarantine", "hostile.parquet", Some(b"no Parquet file"));
+    // A comparison of all rows looks for those of the quarantine.
+    quiet(&stage).must(&["resync", "scouter.psi_drift"]);
+    sidecar = quiet(&stage).start();
+    sidecar.says("the quarantine file hostile.parquet", DEADLINE).await;
+    quarantined("after").await;
+    settled(&stage, &client).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    let quarantine = stage.storage().join("quarantine");
+    let remove = r#"{"remove":{"path":"hostile.parquet","deletionTimestamp":1,"dataChange":true,"partitionValues":{},"size":1}}"#;
+    append_entry(&quarantine, remove);
+    let rows = archived_rows(&quarantine);
+    assert_eq!(rows.len(), 2, "each once: {rows:?}");
+}

@@ -112,6 +112,10 @@ async fn an_empty_storage_in_the_place_of_a_full_one_is_refused() {
     let other = stage.folder().join("other").display().to_string();
     let launch = stage.launch().with("SCOUTER_STORAGE_URI", &other);
     refuses(&launch, &[&other, "scouter.custom_drift", "watermark"]).await;
+    let output = launch.output(&["check"]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("has 0 rows in its table custom, though"), "{said}");
+    assert_eq!(output.status.code(), Some(2), "{said}");
     // With the right one it goes on.
     let _sidecar = stage.launch().start();
     stage.assert_archived(DEADLINE).await;
