@@ -10,6 +10,7 @@
 //! written or merged meanwhile. Only `fresh` knows Postgres, from which it takes the rows that are not archived yet.
 
 mod bin;
+mod broken;
 mod columns;
 mod custom;
 mod entities;
@@ -28,6 +29,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
+use broken::Broken;
+use datafusion::catalog::TableProvider;
 use datafusion::dataframe::DataFrame;
 use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnv;
@@ -91,25 +94,29 @@ struct Shared {
 
 /// One version of each table.
 struct Tables {
-    views: Vec<View>,
-    scans: Vec<Scans>,
+    views: Vec<Found>,
+    scans: Vec<(Kind, Scans)>,
     session: SessionContext,
     read_at: Instant,
 }
+
+/// A table, or what is wrong with it: that is the answer of its queries, and those of others have theirs.
+type Found = Result<View, Arc<Broken>>;
 
 /// A table's files.
 #[derive(Clone)]
 struct Scans {
     /// As SQL sees them.
-    plain: Arc<Scan>,
+    plain: Arc<dyn TableProvider>,
     /// For binned queries, which look at the texts of many rows and hand out few.
-    viewed: Arc<Scan>,
+    viewed: Arc<dyn TableProvider>,
 }
 
 impl fmt::Debug for Archive {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tables = self.current();
-        let versions: Vec<_> = tables.views.iter().map(|view| (view.kind().name(), view.version())).collect();
+        let version = |view: &View| (view.kind().name(), view.version());
+        let versions: Vec<_> = tables.views.iter().flatten().map(version).collect();
         f.debug_struct("Archive")
             .field("url", &self.shared.storage.url())
             .field("versions", &versions)
@@ -147,8 +154,8 @@ impl Archive {
     }
 
     async fn new(storage: Storage, memory_bytes: usize) -> Result<Self> {
-        let views = all_of(Kind::ALL.map(|kind| View::read(&storage, kind))).await?;
-        if views.iter().all(|view| view.version().is_none()) {
+        let views = all_of(Kind::ALL.map(|kind| find(&storage, kind))).await?;
+        if views.iter().all(|view| view.as_ref().is_ok_and(|view| view.version().is_none())) {
             return Err(archive::nothing_in(storage.url()));
         }
         let runtime = archive::runtime(&storage, memory_bytes).map_err(Error::query("preparing to read"))?;
@@ -180,8 +187,15 @@ impl Archive {
     pub async fn refresh(&self) -> Result<bool> {
         let _one = self.shared.refreshing.lock().await;
         let before = self.current();
-        let views = all_of(before.views.iter().map(View::newer)).await?;
-        let is_same = views.iter().zip(&before.views).all(|(new, old)| new.version() == old.version());
+        let newer = async |found: &Found| match found {
+            Ok(view) => view.newer().await.map(Ok),
+            Err(broken) => find(&self.shared.storage, broken.kind()).await,
+        };
+        let views = all_of(before.views.iter().map(newer)).await?;
+        let is_same = views.iter().zip(&before.views).all(|pair| match pair {
+            (Ok(new), Ok(old)) => new.version() == old.version(),
+            _ => false,
+        });
         let tables = if is_same {
             let (scans, session) = (before.scans.clone(), before.session.clone());
             Tables { views, scans, session, read_at: Instant::now() }
@@ -371,15 +385,24 @@ impl Archive {
 }
 
 impl Tables {
-    fn new(views: Vec<View>, runtime: &Arc<RuntimeEnv>) -> Result<Self> {
+    fn new(views: Vec<Found>, runtime: &Arc<RuntimeEnv>) -> Result<Self> {
         let session = archive::session(Arc::clone(runtime));
         sql::restrict(&session);
         let mut scans = Vec::new();
-        for view in &views {
-            let kind = view.kind();
-            let scan = Arc::new(Scan::new(kind, view.files()).map_err(planning(kind))?);
-            session.register_table(kind.name(), Arc::clone(&scan) as _).map_err(planning(kind))?;
-            scans.push(Scans { viewed: Arc::new(scan.with_text_views()), plain: scan });
+        for found in &views {
+            let (kind, of_kind) = match found {
+                Ok(view) => {
+                    let kind = view.kind();
+                    let scan = Scan::new(kind, view.files()).map_err(planning(kind))?;
+                    (kind, Scans { viewed: Arc::new(scan.with_text_views()), plain: Arc::new(scan) })
+                }
+                Err(broken) => {
+                    let (plain, viewed) = (Arc::clone(broken) as _, Arc::clone(broken) as _);
+                    (broken.kind(), Scans { plain, viewed })
+                }
+            };
+            session.register_table(kind.name(), Arc::clone(&of_kind.plain)).map_err(planning(kind))?;
+            scans.push((kind, of_kind));
         }
         Ok(Self { views, scans, session, read_at: Instant::now() })
     }
@@ -394,10 +417,22 @@ impl Tables {
         self.read(kind, |scans| &scans.viewed)?.filter(condition).map_err(planning(kind))
     }
 
-    fn read(&self, kind: Kind, of: fn(&Scans) -> &Arc<Scan>) -> Result<DataFrame> {
-        let scans = self.views.iter().position(|view| view.kind() == kind).and_then(|at| self.scans.get(at));
-        let scans = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
-        self.session.read_table(Arc::clone(of(scans)) as _).map_err(planning(kind))
+    fn read(&self, kind: Kind, of: fn(&Scans) -> &Arc<dyn TableProvider>) -> Result<DataFrame> {
+        let scans = self.scans.iter().find(|(one, _)| *one == kind);
+        let (_, scans) = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
+        self.session.read_table(Arc::clone(of(scans))).map_err(planning(kind))
+    }
+}
+
+/// A table, as far as it can be read. What is wrong with the storage is wrong with all tables.
+async fn find(storage: &Storage, kind: Kind) -> Result<Found> {
+    match View::read(storage, kind).await {
+        Ok(view) => Ok(Ok(view)),
+        Err(error @ Error::Delta { .. }) => {
+            tracing::warn!("{}; the other tables can be read", error.chain());
+            Ok(Err(Arc::new(Broken::new(kind, error.chain()))))
+        }
+        Err(error) => Err(error),
     }
 }
 

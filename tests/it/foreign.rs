@@ -459,6 +459,10 @@ async fn a_file_that_is_none_stops_its_own_table_only() {
         match bytes {
             Some(b"") => {
                 assert_eq!(state().await, "gap");
+                let count = |table| quiet(&stage).output(&["sql", &format!("select count(*) from {table}")]);
+                assert!(count("custom").status.success(), "the others can be read: {:?}", count("custom"));
+                let said = String::from_utf8(count("psi").stderr).unwrap();
+                assert!(!count("psi").status.success() && said.contains("archive table psi"), "{said}");
                 fs::remove_file(&entry).unwrap();
             }
             _ => {

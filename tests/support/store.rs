@@ -69,8 +69,9 @@ impl Store {
     /// An S3 store with an empty bucket.
     pub async fn s3() -> Self {
         let port = free_port();
-        let moto = installed("target/stores/bin/moto_server");
-        let guard = guarded(&moto.display().to_string(), &["-H", "127.0.0.1", "-p", &port.to_string()]);
+        let python = installed("target/stores/bin/python").display().to_string();
+        let moto = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/serial_moto.py");
+        let guard = guarded(&python, &[moto, "-H", "127.0.0.1", "-p", &port.to_string()]);
         let made =
             async || request(port, &format!("PUT /{BUCKET}")).filter(|line| line.contains(" 200")).map(drop);
         until("the S3 store makes a bucket", Duration::from_secs(60), made).await;

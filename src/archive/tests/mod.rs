@@ -1,4 +1,4 @@
-//! The archive against real stores: a local disk, and S3 as `moto_server` plays it.
+//! The archive against real stores: a local disk, and S3 as moto plays it.
 
 mod commits;
 mod doubles;

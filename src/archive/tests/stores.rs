@@ -3,7 +3,7 @@
 use super::*;
 use crate::config::ObjectStorageSettings;
 
-/// `moto_server` on a free port; ends with the value.
+/// moto's server on a free port; ends with the value.
 struct Moto {
     server: std::process::Child,
     port: u16,
@@ -12,7 +12,10 @@ struct Moto {
 impl Moto {
     async fn start() -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let server = std::process::Command::new("moto_server")
+        // As the integration tests have it; `scripts/setup stores` installs it.
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/");
+        let server = std::process::Command::new(format!("{root}target/stores/bin/python"))
+            .arg(format!("{root}tests/support/serial_moto.py"))
             .args(["-H", "127.0.0.1", "-p", &port.to_string()])
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
@@ -29,7 +32,7 @@ impl Moto {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        panic!("moto_server did not start");
+        panic!("moto's server did not start");
     }
 }
 
