@@ -63,7 +63,8 @@ async fn a_query_reads_little_of_other_entities_and_nothing_of_other_days() {
     let (observed, storage) = Observed::folder(folder.path());
     fill(&storage).await;
     let archive = Archive::open_in(storage).await.unwrap();
-    let total: u64 = archive.current().views.iter().flat_map(View::files).map(|file| file.size).sum();
+    let total: u64 =
+        archive.current().views.iter().flatten().flat_map(View::files).map(|file| file.size).sum();
     let cost = async |query: &BinnedQuery| {
         let counted =
             || (observed.requests.load(Ordering::Relaxed), observed.bytes_read.load(Ordering::Relaxed));
