@@ -129,15 +129,25 @@ pub(crate) fn whole(rows: f64) -> u64 {
     rows.max(0.0) as u64
 }
 
+/// An event on one line, whoever wrote the names in it. `tracing` writes each with one call, and has escaped the escape
+/// characters of others; those that are left are its colours.
+fn one_line(event: &str) -> String {
+    let (text, end) = event.strip_suffix('\n').map_or((event, ""), |text| (text, "\n"));
+    let parts: Vec<Cow<'_, str>> = text.split('\u{1b}').map(plain).collect();
+    parts.join("\u{1b}").replace('\n', "\\n") + end
+}
+
 /// Stderr, with the bars out of the way while a line is written.
 struct BesideBars;
 
 impl io::Write for BesideBars {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let line = one_line(&String::from_utf8_lossy(bytes));
         match BARS.get() {
-            Some(bars) => bars.suspend(|| io::stderr().write(bytes)),
-            None => io::stderr().write(bytes),
+            Some(bars) => bars.suspend(|| io::stderr().write_all(line.as_bytes())),
+            None => io::stderr().write_all(line.as_bytes()),
         }
+        .map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -188,6 +198,14 @@ mod tests {
         let document = serde_json::to_string("x\u{7f}\u{2066}y\u{1b}").unwrap();
         let read: String = serde_json::from_str(&plain(&document)).unwrap();
         assert_eq!(read, "x\u{7f}\u{2066}y\u{1b}", "the same document");
+    }
+
+    #[test]
+    fn an_event_is_one_line() {
+        let colours = "\u{1b}[32m INFO\u{1b}[0m rows of x\n2026  INFO all is well\r\u{9b}1m\u{202e} are\n";
+        let wanted =
+            "\u{1b}[32m INFO\u{1b}[0m rows of x\\n2026  INFO all is well\\u000d\\u009b1m\\u202e are\n";
+        assert_eq!(one_line(colours), wanted);
     }
 
     #[test]

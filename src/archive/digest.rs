@@ -12,7 +12,7 @@ use arrow::datatypes::{Float64Type, Int32Type};
 use foldhash::fast::RandomState;
 use md5::{Digest as _, Md5};
 
-use super::entities::Strings;
+use super::columns::Strings;
 use super::object_reader::each_batch_within;
 use super::stats::times;
 use super::{Storage, TableFile, encode_error};

@@ -19,12 +19,11 @@ use parquet::arrow::AsyncArrowWriter;
 use parquet::file::metadata::RowGroupMetaData;
 use serde_json::json;
 
+use super::columns::{ENTITY_COLUMNS, EntityColumns, times};
 use super::digest::{Copies, digests};
 use super::encode::writer_options;
-use super::entities::EntityColumns;
 use super::log::TableFile;
 use super::object_reader::{as_ours, each_batch_of, group_times, open};
-use super::stats::{ENTITY_COLUMNS, times};
 use super::{DataFile, FileStats, Namer, Table, encode_error, parquet_error, unreadable};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result, failpoint};

@@ -14,8 +14,8 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::schema::types::ColumnPath;
 
+use super::columns::EntityColumns;
 use super::encode_error;
-use super::entities::EntityColumns;
 use super::stats::{FileStats, StatsBuilder};
 use crate::record::{ColumnType, Kind};
 use crate::{Error, Result};

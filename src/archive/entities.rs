@@ -9,96 +9,11 @@ use arrow::error::ArrowError;
 use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::statistics::Statistics;
 
+use super::columns::{ENTITY_COLUMNS, EntityColumns, Strings, time_column, times};
 use super::object_reader::{column, each_batch, each_batch_of, group_times, open};
-use super::stats::{ENTITY_COLUMNS, time_column, times};
 use super::{Storage, unreadable};
 use crate::record::{Entity, Kind};
 use crate::{Error, Result};
-
-/// Strings, dictionary-encoded or not.
-#[derive(Debug)]
-pub(super) enum Strings<'a> {
-    Plain(&'a StringArray),
-    Signed(&'a DictionaryArray<Int32Type>, &'a StringArray),
-    Unsigned(&'a DictionaryArray<UInt32Type>, &'a StringArray),
-}
-
-impl<'a> Strings<'a> {
-    pub(super) fn of(column: &'a ArrayRef) -> Option<Self> {
-        match column.data_type() {
-            DataType::Utf8 => column.as_string_opt().map(Self::Plain),
-            DataType::Dictionary(key, _) if **key == DataType::Int32 => {
-                let strings = column.as_dictionary_opt::<Int32Type>()?;
-                Some(Self::Signed(strings, strings.values().as_string_opt()?))
-            }
-            DataType::Dictionary(key, _) if **key == DataType::UInt32 => {
-                let strings = column.as_dictionary_opt::<UInt32Type>()?;
-                Some(Self::Unsigned(strings, strings.values().as_string_opt()?))
-            }
-            _ => None,
-        }
-    }
-
-    pub(super) fn get(&self, row: usize) -> Option<&'a str> {
-        let (values, index) = match self {
-            Self::Plain(values) => (*values, row),
-            Self::Signed(strings, values) => (*values, strings.key(row)?),
-            Self::Unsigned(strings, values) => (*values, strings.key(row)?),
-        };
-        (index < values.len() && values.is_valid(index)).then(|| values.value(index))
-    }
-}
-
-/// The entity columns of a batch.
-#[derive(Debug)]
-pub(super) struct EntityColumns<'a> {
-    columns: [Strings<'a>; 3],
-    row_count: usize,
-}
-
-impl<'a> EntityColumns<'a> {
-    /// The entity columns; `None` for the quarantine, which has none.
-    pub(super) fn of(kind: Kind, rows: &'a RecordBatch) -> Result<Option<Self>> {
-        if kind == Kind::Quarantine {
-            return Ok(None);
-        }
-        let strings = |name: &str| {
-            rows.column_by_name(name)
-                .and_then(Strings::of)
-                .ok_or_else(|| Error::Internal(format!("a batch of {} lacks strings in {name}", kind.name())))
-        };
-        let [space, name, version] = ENTITY_COLUMNS;
-        let columns = [strings(space)?, strings(name)?, strings(version)?];
-        Ok(Some(Self { columns, row_count: rows.num_rows() }))
-    }
-
-    /// Space, name and version of a row; `None` past the last row, or if one of them is null.
-    pub(super) fn get(&self, row: usize) -> Option<[&'a str; 3]> {
-        if row >= self.row_count {
-            return None;
-        }
-        let [space, name, version] = &self.columns;
-        Some([space.get(row)?, name.get(row)?, version.get(row)?])
-    }
-
-    /// First row after `start` that belongs to another entity. Rows of an entity are adjacent, so this
-    /// searches in steps that double, then halves: a batch costs per entity, not per row.
-    pub(super) fn end_of_run(&self, start: usize) -> usize {
-        let entity = self.get(start);
-        let mut step = 1;
-        let mut low = start;
-        while low + step < self.row_count && self.get(low + step) == entity {
-            low += step;
-            step *= 2;
-        }
-        let mut high = (low + step).min(self.row_count);
-        while low + 1 < high {
-            let middle = low + (high - low) / 2;
-            if self.get(middle) == entity { low = middle } else { high = middle }
-        }
-        high
-    }
-}
 
 /// What some files hold of one entity.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -14,10 +14,10 @@ use datafusion::logical_expr::{
 };
 use futures::TryStreamExt;
 
+use super::columns::{time_column, times};
 use super::digest::digests;
 use super::object_reader::each_batch_within;
 use super::scan::{MEMORY_BYTES, Scan, runtime, session};
-use super::stats::{time_column, times};
 use super::{Storage, TableFile};
 use crate::record::{Kind, MICROS_PER_HOUR, MICROS_PER_MINUTE};
 use crate::{Error, Result};
@@ -59,7 +59,7 @@ pub async fn hour_sums(
         return Ok(HourSums::new());
     }
     let failed = || Error::query(format!("adding up the rows of {}", storage.table_url(kind)));
-    let session = session(runtime(storage, MEMORY_BYTES).map_err(failed())?);
+    let session = session(runtime(storage, MEMORY_BYTES).map_err(failed())?, MEMORY_BYTES);
     let scan = Scan::new(kind, files.iter().copied()).map_err(failed())?;
     let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
     let columns: Vec<Expr> = kind.columns().iter().map(|column| col(column.name)).collect();

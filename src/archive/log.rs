@@ -6,8 +6,8 @@
 
 use serde_json::{Map, Value, json};
 
+use super::columns::{ENTITY_COLUMNS, time_column};
 use super::name::ObjectName;
-use super::stats::{ENTITY_COLUMNS, time_column};
 use crate::record::{ColumnType, Kind};
 
 /// Log entries between two checkpoints of a log; a reader opens at most this many beside the checkpoint.

@@ -4,6 +4,7 @@
 //! the one step that archives rows, and [`Table::claim`] is what makes this process the only one that can
 //! take it. Must not know Postgres.
 
+mod columns;
 mod digest;
 mod doubles;
 mod encode;

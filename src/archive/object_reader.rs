@@ -18,7 +18,7 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::file::statistics::Statistics;
 
-use super::stats::time_column;
+use super::columns::time_column;
 use super::{Storage, TableFile, encode_error, footer, parquet_error, unreadable};
 use crate::Error;
 use crate::record::Kind;

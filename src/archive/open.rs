@@ -136,3 +136,10 @@ pub(super) fn check_entry(kind: Kind, entry: &Entry) -> Result<()> {
         false => Ok(()),
     }
 }
+
+/// The position that a `txn` action has as its version (Delta protocol, "Transaction Identifiers").
+pub(super) fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
+    u64::try_from(version)
+        .map(Lsn)
+        .map_err(|_| unusable(kind, "reading its position", &format!("txn version {version} is negative")))
+}

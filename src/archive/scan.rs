@@ -11,6 +11,7 @@ use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::datasource::source::DataSourceExec;
 use datafusion::error::{DataFusionError, Result};
+use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::logical_expr::utils::conjunction;
@@ -26,8 +27,8 @@ use object_store::path::Path;
 use serde_json::Value;
 use url::Url;
 
+use super::columns::{ENTITY_COLUMNS, time_column};
 use super::footers::Footers;
-use super::stats::{ENTITY_COLUMNS, time_column};
 use super::{Storage, TableFile};
 use crate::record::Kind;
 
@@ -35,7 +36,10 @@ use crate::record::Kind;
 const REQUESTS_MAX: usize = 64;
 
 /// Parts that a query is run in. More than there are cores, because a part waits for storage most of its time.
-const PARTS: usize = 16;
+const PARTS_MAX: usize = 16;
+
+/// Memory that a part should have for what it sorts or groups.
+const PART_BYTES: usize = 16 << 20;
 
 /// Memory for what is sorted and grouped, where nobody says otherwise.
 pub(crate) const MEMORY_BYTES: usize = 1 << 30;
@@ -58,7 +62,8 @@ const STORE_URL: &str = "highwater://archive";
 pub(crate) fn runtime(storage: &Storage, memory_bytes: usize) -> Result<Arc<RuntimeEnv>> {
     let runtime = RuntimeEnvBuilder::new()
         .with_metadata_cache_limit(METADATA_BYTES_MAX.min(memory_bytes / 4))
-        .with_memory_limit(memory_bytes, 1.0)
+        // Each of those that can go to disk gets its share; whoever came first would take it all otherwise.
+        .with_memory_pool(Arc::new(FairSpillPool::new(memory_bytes)))
         .with_max_temp_directory_size(DISK_BYTES_MAX)
         .build_arc()?;
     let url = Url::parse(STORE_URL).map_err(|error| DataFusionError::External(Box::new(error)))?;
@@ -67,9 +72,10 @@ pub(crate) fn runtime(storage: &Storage, memory_bytes: usize) -> Result<Arc<Runt
     Ok(runtime)
 }
 
-/// A session that reads the tables of an archive.
-pub(crate) fn session(runtime: Arc<RuntimeEnv>) -> SessionContext {
-    let mut config = SessionConfig::new().with_target_partitions(PARTS);
+/// A session that reads the tables of an archive, in fewer parts where there is little memory for them.
+pub(crate) fn session(runtime: Arc<RuntimeEnv>, memory_bytes: usize) -> SessionContext {
+    let parts = (memory_bytes / PART_BYTES).clamp(2, PARTS_MAX);
+    let mut config = SessionConfig::new().with_target_partitions(parts);
     let options = config.options_mut();
     // A file that is split is opened once for each part.
     options.optimizer.repartition_file_scans = false;
@@ -254,7 +260,26 @@ impl crate::Error {
         move |error| match error {
             DataFusionError::ObjectStore(source) => Self::Storage { context, source: *source },
             DataFusionError::ParquetError(source) => super::parquet_error(context)(*source),
+            error if matches!(error.find_root(), DataFusionError::ResourcesExhausted(_)) => Self::Query {
+                detail: format!(
+                    "{context}: what it sorts, groups or joins does not fit the memory, nor can it go to disk; --memory gives it \
+                     more ({})",
+                    error.strip_backtrace()
+                ),
+            },
             error => Self::Encode { context, source: Box::new(error) },
+        }
+    }
+
+    /// The same for a query that somebody else has written: what is wrong is wrong with that.
+    pub(crate) fn asked(context: &'static str) -> impl FnOnce(DataFusionError) -> Self {
+        move |error| match error.find_root() {
+            DataFusionError::ObjectStore(_)
+            | DataFusionError::ParquetError(_)
+            | DataFusionError::IoError(_)
+            | DataFusionError::External(_)
+            | DataFusionError::ResourcesExhausted(_) => Self::query(context)(error),
+            _ => Self::Query { detail: error.strip_backtrace() },
         }
     }
 }
@@ -292,7 +317,8 @@ mod tests {
         ];
         let folder = tempfile::tempdir().unwrap();
         let settings = ObjectStorageSettings::new(folder.path().to_str().unwrap(), "").unwrap();
-        let session = session(runtime(&Storage::open(&settings).unwrap(), MEMORY_BYTES).unwrap());
+        let session =
+            session(runtime(&Storage::open(&settings).unwrap(), MEMORY_BYTES).unwrap(), MEMORY_BYTES);
         let rows = session.read_table(Arc::new(Scan::new(Kind::Psi, &files).unwrap())).unwrap();
         let plan = rows.filter(condition).unwrap().create_physical_plan().await.unwrap();
         let plan = displayable(plan.as_ref()).indent(true).to_string();

@@ -1,8 +1,7 @@
 use deltalake_core::kernel::LogicalFileView;
 use deltalake_core::table::state::DeltaTableState;
 
-use super::open::open_checked;
-use super::table::to_lsn;
+use super::open::{open_checked, to_lsn};
 use super::{Storage, TableFile};
 use crate::record::Kind;
 use crate::{Error, Lsn, Result};

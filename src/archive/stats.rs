@@ -5,20 +5,9 @@ use arrow::compute::{max, min};
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 
-use super::entities::EntityColumns;
-use crate::record::{ColumnType, Kind, is_in_calendar};
+use super::columns::{ENTITY_COLUMNS, EntityColumns, time_column, times};
+use crate::record::{Kind, is_in_calendar};
 use crate::{Error, Result};
-
-/// The entity columns, in sort order.
-pub(super) const ENTITY_COLUMNS: [&str; 3] = ["space", "name", "version"];
-
-/// The column of times that a kind's files are ranged by.
-pub(super) const fn time_column(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Quarantine => "quarantined_at",
-        _ => "created_at",
-    }
-}
 
 /// The longest string that goes whole into the Delta log, in characters.
 const STRING_CHARS_MAX: usize = 256;
@@ -140,16 +129,6 @@ impl StatsBuilder {
         let (min_time, max_time) = self.time?;
         Some(FileStats { row_count: self.row_count, min_time, max_time, entity_range: self.entity_range })
     }
-}
-
-/// The times of a batch's rows.
-pub(super) fn times(kind: Kind, rows: &RecordBatch) -> Result<&TimestampMicrosecondArray> {
-    let column = time_column(kind);
-    debug_assert!(kind.columns().first().is_some_and(|spec| spec.column_type == ColumnType::Timestamp));
-    rows.column_by_name(column)
-        .and_then(|times| times.as_any().downcast_ref())
-        .filter(|times: &&TimestampMicrosecondArray| times.null_count() == 0)
-        .ok_or_else(|| Error::Internal(format!("a batch of {} lacks times in {column}", kind.name())))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::foreign::{self, ForeignRemoval};
 use super::log::{self, CommitId, Entry, TableFile, entry_path};
 use super::merge::Merged;
-use super::open::{check_entry, create_if_absent, open_checked};
+use super::open::{check_entry, create_if_absent, open_checked, to_lsn};
 use super::snapshot::table_files;
 use super::{DataFile, Storage, unusable};
 use crate::record::Kind;
@@ -552,12 +552,6 @@ impl CommitNote {
         note.insert("rowCount".to_owned(), json!(self.row_count));
         note
     }
-}
-
-pub(super) fn to_lsn(kind: Kind, version: i64) -> Result<Lsn> {
-    u64::try_from(version)
-        .map(Lsn)
-        .map_err(|_| unusable(kind, "reading its position", &format!("txn version {version} is negative")))
 }
 
 fn to_txn(lsn: Lsn) -> Result<i64> {

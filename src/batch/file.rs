@@ -117,7 +117,7 @@ impl RecordBatches<'_> {
             Source::Quarantine(batch) => {
                 let first = self.position == 0;
                 self.position = 1;
-                first.then(|| batch.record_batch(self.file.window))
+                first.then(|| record_batch(Kind::Quarantine, batch.columns(self.file.window)))
             }
             Source::Drift { entities, series, batches } => {
                 let mut columns = Columns::default();
@@ -226,7 +226,7 @@ impl Columns {
 }
 
 /// A record batch of the kind's columns, as they are typed.
-pub(super) fn record_batch(kind: Kind, columns: Vec<ArrayRef>) -> Result<RecordBatch, ArrowError> {
+fn record_batch(kind: Kind, columns: Vec<ArrayRef>) -> Result<RecordBatch, ArrowError> {
     let schema = kind.schema();
     let fields = schema.fields().iter().zip(&columns).map(|(field, column)| {
         let data_type: DataType = column.data_type().clone();

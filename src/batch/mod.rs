@@ -203,7 +203,9 @@ impl Batches {
     /// kind and time.
     #[must_use]
     pub fn files(&self) -> Vec<FileRows<'_>> {
-        let mut files = self.quarantine.files(self.width);
+        let windows = self.quarantine.windows(self.width).into_iter();
+        let mut files: Vec<_> =
+            windows.map(|window| FileRows::quarantine(window, &self.quarantine)).collect();
         let series = Arc::new(SeriesOrder::new(&self.series));
         for (kind, batches) in Kind::DRIFT.into_iter().zip(&self.kinds) {
             let mut windows: BTreeMap<Window, Vec<&EntityBatch>> = BTreeMap::new();

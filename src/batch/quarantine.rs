@@ -1,11 +1,9 @@
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray};
-use arrow::error::ArrowError;
+use arrow::array::{ArrayRef, StringArray, TimestampMicrosecondArray};
 
-use super::file::{FileRows, record_batch};
 use crate::lsn::Lsn;
-use crate::record::{Kind, Window, WindowWidth};
+use crate::record::{Window, WindowWidth};
 
 /// Bytes that a quarantined row takes beside its texts.
 const QUARANTINED_ROW_BYTES: usize = 128;
@@ -46,13 +44,13 @@ impl QuarantineBatch {
         self.rows.iter()
     }
 
-    /// One file for each window, as all kinds have it.
-    pub(super) fn files(&self, width: WindowWidth) -> Vec<FileRows<'_>> {
+    /// The windows that have rows, in order.
+    pub(super) fn windows(&self, width: WindowWidth) -> Vec<Window> {
         let mut windows: Vec<Window> =
             self.rows.iter().map(|row| Window::of(row.quarantined_at, width)).collect();
         windows.sort_unstable();
         windows.dedup();
-        windows.into_iter().map(|window| FileRows::quarantine(window, self)).collect()
+        windows
     }
 
     pub(super) fn row_count_in(&self, window: Window) -> u64 {
@@ -63,7 +61,8 @@ impl QuarantineBatch {
         self.rows.iter().filter(move |row| window.contains(row.quarantined_at))
     }
 
-    pub(super) fn record_batch(&self, window: Window) -> Result<RecordBatch, ArrowError> {
+    /// The columns of a window's rows, sorted by time.
+    pub(super) fn columns(&self, window: Window) -> Vec<ArrayRef> {
         let mut rows: Vec<&QuarantinedRow> = self.rows_in(window).collect();
         rows.sort_by_key(|row| row.quarantined_at);
         let texts = |text: fn(&QuarantinedRow) -> &str| -> ArrayRef {
@@ -71,13 +70,12 @@ impl QuarantineBatch {
         };
         let times = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|row| row.quarantined_at));
         let lsns = StringArray::from_iter_values(rows.iter().map(|row| row.lsn.to_string()));
-        let columns: Vec<ArrayRef> = vec![
+        vec![
             Arc::new(times.with_timezone("UTC")),
             texts(|row| &row.source_table),
             texts(|row| &row.reason),
             texts(|row| &row.row),
             Arc::new(lsns),
-        ];
-        record_batch(Kind::Quarantine, columns)
+        ]
     }
 }

@@ -44,7 +44,7 @@ fn table(report: &Report) -> String {
             line(&finding.message)
         );
         if let Some(remedy) = &finding.remedy {
-            let _ = writeln!(text, "{:<7}  -> {remedy}", "");
+            let _ = writeln!(text, "{:<7}  -> {}", "", line(remedy));
         }
     }
     let counted = |severity, noun: &str| {

@@ -60,7 +60,7 @@ struct Cli {
     #[arg(long, global = true, value_enum, default_value_t)]
     format: OutputFormat,
 
-    /// With csv: text that a spreadsheet would take for a formula (=, +, -, @ or white space at its start) gets an apostrophe
+    /// With csv: text that a spreadsheet would take for a formula (=, +, -, @, a tab or a line end at its start) gets an apostrophe
     #[arg(long, global = true)]
     spreadsheet: bool,
 
@@ -247,9 +247,9 @@ fn log_format(name: &str, text: &str) -> Result<LogFormat> {
 }
 
 fn print_error(error: &Error) {
-    let mut text = format!("highwater: {}\n", error.chain());
+    let mut text = format!("highwater: {}\n", columns::line(&error.chain()));
     if let Policy::Stop { advice } = error.policy() {
-        text.push_str(&format!("  what to do: {advice}\n"));
+        text.push_str(&format!("  what to do: {}\n", columns::line(advice)));
     }
     // Nothing can be done when stderr is gone.
     let _ = io::stderr().lock().write_all(telemetry::plain(&text).as_bytes());

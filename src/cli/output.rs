@@ -232,7 +232,7 @@ pub(super) async fn print_rows(
     let heads = if style.for_spreadsheet { heads_without_formulas(schema) } else { Arc::clone(schema) };
     let mut writer = Writer::new(&heads, style.format, Output::stdout(gone.clone())).map_err(failed)?;
     let mut batches = pin!(batches);
-    while let Some(batch) = batches.try_next().await.map_err(Error::query("running the query"))? {
+    while let Some(batch) = batches.try_next().await.map_err(Error::asked("running the query"))? {
         let batch =
             if style.for_spreadsheet { cells_without_formulas(&batch).map_err(failed)? } else { batch };
         writer.write(&batch).map_err(failed)?;

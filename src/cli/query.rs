@@ -180,6 +180,6 @@ pub(super) async fn entities(config: &Config, style: Style) -> Result<()> {
 
 /// Prints the rows of a frame as they come.
 pub(super) async fn print_frame(frame: DataFrame, style: Style) -> Result<()> {
-    let batches = frame.execute_stream().await.map_err(Error::query("running the query"))?;
+    let batches = frame.execute_stream().await.map_err(Error::asked("running the query"))?;
     print_rows(&batches.schema(), batches, style).await
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{print, print_as_it_is};
+use super::{columns, print, print_as_it_is};
 use crate::config::Config;
 use crate::error::Result;
 use crate::setup;
@@ -66,7 +66,7 @@ pub(super) async fn setup(config: &Config, flags: &SetupFlags) -> Result<ExitCod
 fn tell(report: &setup::Report) -> Result<()> {
     for (word, lines) in [("did ", &report.done), ("left", &report.left), ("TODO", &report.todo)] {
         for line in lines {
-            print(&format!("{word}  {line}"))?;
+            print(&columns::line(&format!("{word}  {line}")))?;
         }
     }
     Ok(())

@@ -8,6 +8,7 @@ use std::process::{ExitCode, ExitStatus};
 use std::time::Duration;
 
 use clap::Args;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::output::Style;
 use super::query::print_frame;
@@ -18,6 +19,12 @@ use crate::reader::Archive;
 
 /// The hidden flag of the child.
 pub(super) const APART: &str = "--apart";
+
+/// How old a folder is that a process has left for sure.
+const LEFT_FOR: Duration = Duration::from_secs(3_600);
+
+/// How the folders begin that it uses.
+const SCRATCH: &str = "highwater-sql-";
 
 /// How long the child may take past its deadline to end by itself, and to remove what it sent to disk.
 const GRACE: Duration = Duration::from_secs(5);
@@ -51,7 +58,13 @@ impl SqlFlags {
 /// Has a child print what a query in SQL answers.
 pub(super) async fn sql(config: &Config, flags: &SqlFlags) -> Result<ExitCode> {
     let failed = |source| Error::io("running the query in a process of its own")(source);
-    let scratch = Scratch::new().map_err(failed)?;
+    // Before there is anything to remove.
+    let mut signals = Signals::new().map_err(failed)?;
+    let folder = std::env::temp_dir();
+    let scratch = Scratch::new(&folder).map_err(Error::io(format!(
+        "making a folder in {} (TMPDIR), for what does not fit the memory",
+        folder.display()
+    )))?;
     let mut child = tokio::process::Command::new(std::env::current_exe().map_err(failed)?)
         .arg(APART)
         .args(std::env::args_os().skip(1))
@@ -62,15 +75,41 @@ pub(super) async fn sql(config: &Config, flags: &SqlFlags) -> Result<ExitCode> {
     let ended = tokio::select! {
         ended = child.wait() => Some(ended.map_err(failed)?),
         () = tokio::time::sleep(flags.timeout.saturating_add(GRACE)) => None,
-        // The terminal tells the child as well.
-        _ = tokio::signal::ctrl_c() => None,
+        number = signals.next() => {
+            // Gone already at worst.
+            let _ = child.kill().await;
+            return Ok(ExitCode::from(128 + number));
+        }
     };
     match ended {
         Some(status) => outcome(status, config.memory_bytes),
         None => {
-            // Gone already at worst.
             let _ = child.kill().await;
             Err(flags.too_late())
+        }
+    }
+}
+
+/// The signals to end, from now on.
+struct Signals([(u8, Signal); 3]);
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let of = |kind: SignalKind, number| signal(kind).map(|signal| (number, signal));
+        Ok(Self([
+            of(SignalKind::hangup(), 1)?,
+            of(SignalKind::interrupt(), 2)?,
+            of(SignalKind::terminate(), 15)?,
+        ]))
+    }
+
+    /// Waits for one; its number.
+    async fn next(&mut self) -> u8 {
+        let [hangup, interrupt, terminate] = &mut self.0;
+        tokio::select! {
+            _ = hangup.1.recv() => hangup.0,
+            _ = interrupt.1.recv() => interrupt.0,
+            _ = terminate.1.recv() => terminate.0,
         }
     }
 }
@@ -84,7 +123,8 @@ fn outcome(status: ExitStatus, memory: usize) -> Result<ExitCode> {
         (Some(1), _) => return Ok(ExitCode::FAILURE),
         // SIGKILL; the others are an allocation that failed, and a stack that was too small.
         (_, Some(9)) => "the process of the query was killed, perhaps for want of memory".to_owned(),
-        (Some(101), _) | (_, Some(6 | 7 | 11)) => format!(
+        (Some(101), _) => "the query engine failed in this query; another form of it may do".to_owned(),
+        (_, Some(6 | 7 | 11)) => format!(
             "the query wanted more memory than {memory}, and its process ended; --memory gives it more, if it is a \
              query that needs it"
         ),
@@ -97,12 +137,37 @@ fn outcome(status: ExitStatus, memory: usize) -> Result<ExitCode> {
 struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new() -> std::io::Result<Self> {
+    /// Makes one, and removes those of processes that had no time to.
+    fn new(folder: &Path) -> std::io::Result<Self> {
         use std::os::unix::fs::DirBuilderExt as _;
-        let path = std::env::temp_dir().join(format!("highwater-sql-{:016x}", rand::random::<u64>()));
+        for entry in std::fs::read_dir(folder)?.flatten() {
+            let name = entry.file_name();
+            let process =
+                name.to_str().and_then(|name| name.strip_prefix(SCRATCH)?.split('-').next()?.parse().ok());
+            // Processes of a container have numbers of their own, so being old is asked for, too.
+            let age =
+                entry.metadata().and_then(|data| data.modified()).ok().and_then(|time| time.elapsed().ok());
+            if process.is_some_and(|process| !is_alive(process)) && age.is_some_and(|age| age > LEFT_FOR) {
+                // Somebody else's at worst.
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+        let path = folder.join(format!("{SCRATCH}{}-{:016x}", std::process::id(), rand::random::<u64>()));
         std::fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
     }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_alive(_: i32) -> bool {
+    true
+}
+
+#[cfg(target_os = "linux")]
+fn is_alive(process: i32) -> bool {
+    use rustix::process::{Pid, test_kill_process};
+    let gone = Pid::from_raw(process).map(test_kill_process);
+    !matches!(gone, None | Some(Err(rustix::io::Errno::SRCH)))
 }
 
 impl Drop for Scratch {
@@ -128,8 +193,8 @@ pub(super) fn runtime(config: &Config) -> std::io::Result<tokio::runtime::Runtim
 /// Bounds the memory of this process (setrlimit(2): `RLIMIT_DATA`), and has it end with the one that started it.
 #[cfg(target_os = "linux")]
 fn bound(config: &Config) -> std::io::Result<()> {
-    use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
-    set_parent_process_death_signal(Some(Signal::KILL))?;
+    use rustix::process::{Resource, Rlimit, getrlimit, set_parent_process_death_signal, setrlimit};
+    set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let wanted = u64::try_from(config.memory_bytes).unwrap_or(u64::MAX).saturating_add(BASE_BYTES);
     let Rlimit { maximum, .. } = getrlimit(Resource::Data);
     let current = Some(maximum.map_or(wanted, |maximum| maximum.min(wanted)));
@@ -147,5 +212,13 @@ pub(super) async fn answer(config: &Config, flags: &SqlFlags, style: Style) -> R
         let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
         print_frame(archive.sql(&flags.query).await?, style).await
     };
-    tokio::time::timeout(flags.timeout, answered).await.unwrap_or_else(|_| Err(flags.too_late()))
+    let mut answered = std::pin::pin!(answered);
+    tokio::select! {
+        result = &mut answered => result,
+        () = tokio::time::sleep(flags.timeout) => {
+            super::print_error(&flags.too_late());
+            // What is under way (the Delta library's tasks above all) does not bear to be given up: it ends with the process.
+            std::process::exit(1)
+        }
+    }
 }

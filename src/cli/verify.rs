@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, NaiveDate, Utc};
 use clap::Args;
 
-use super::{Format, json, print};
+use super::{Format, columns, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::telemetry::Bar;
@@ -134,16 +134,17 @@ fn text(report: &Report) -> String {
     let mut text = String::new();
     for table in &report.tables {
         // Writing to a `String` can't fail.
-        let _ = writeln!(text, "{}", summary(table));
+        let _ = writeln!(text, "{}", columns::line(&summary(table)));
         for Part { part, reason, remedy } in &table.parts_not_compared {
-            let _ = writeln!(text, "  {part} was not compared: it {reason}; to have it archived: {remedy}");
+            let told = format!("  {part} was not compared: it {reason}; to have it archived: {remedy}");
+            let _ = writeln!(text, "{}", columns::line(&told));
         }
         for UnfitColumn { column, problem, remedy } in &table.unfit_columns {
-            let _ = writeln!(
-                text,
+            let told = format!(
                 "  only its quarantine has its rows: column {column} {problem}; to have them archived: {remedy}{}",
                 if table.quarantine_accepted { " (accepted)" } else { "; --accept-quarantine accepts it" }
             );
+            let _ = writeln!(text, "{}", columns::line(&told));
         }
         for difference in table.differences.iter().take(DIFFERENCES_SHOWN) {
             let _ = writeln!(text, "  {}", line(difference));

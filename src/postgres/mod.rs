@@ -14,6 +14,7 @@ mod encoding;
 mod frame;
 mod long;
 mod pace;
+mod patience;
 mod receiver;
 mod replication;
 mod session;

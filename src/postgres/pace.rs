@@ -5,7 +5,7 @@
 //!
 //! - **TCP on one machine**: as long as the receive buffer has room, each `send` is carried through to it at once, in the
 //!   sender's time; when it is full, a `send` only appends to the sender's own buffer, at a quarter of the cost. So the
-//!   receive buffer is kept small ([`LOCAL_RECEIVE_BUFFER`]), and once little is left the pause is long enough to fill it
+//!   receive buffer is kept small ([`LOCAL_RECEIVE_BUFFER`](super::socket::LOCAL_RECEIVE_BUFFER)), and once little is left the pause is long enough to fill it
 //!   several times.
 //! - **Unix sockets** hold some 250 small messages, whatever their size; then the sender sleeps, which is worse. The
 //!   pause must be shorter than that, shorter too than the milliseconds in which the runtime's clock ticks: hence a timer

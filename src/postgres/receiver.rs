@@ -35,16 +35,11 @@ use super::wire::{HEADER_BYTES, Wire, header, server_error};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 
-/// Longest time between two reports, so that the server's monitoring views are never old.
-const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// Shortest time between two reports that say the same. A server that shuts down asks again as soon as it has
 /// an answer, and would keep two cores busy with it.
 const REPLY_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// A report is a few bytes; a socket that doesn't take them for so long is dead.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the server may say nothing while we read before it is asked for an answer, and how long it then has
-/// for it. TCP's own checks don't see a walsender that hangs, or a load balancer that has lost its server.
-const SILENCE: Duration = Duration::from_secs(30);
 /// How long the server may take to end the stream.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -55,22 +50,6 @@ const READ_BYTES_MIN: usize = 64 << 10;
 
 /// 2000-01-01 in seconds of Unix time: the protocol's clock starts there.
 const EPOCH_2000: Duration = Duration::from_secs(946_684_800);
-
-/// How often to report to a server that gives up after `wal_sender_timeout` (zero: never): two reports may be
-/// late.
-pub(super) fn status_interval(wal_sender_timeout: Duration) -> Duration {
-    match wal_sender_timeout / 3 {
-        Duration::ZERO => STATUS_INTERVAL_MAX,
-        third => third.min(STATUS_INTERVAL_MAX),
-    }
-}
-
-/// How long a server may be silent. One that decodes a long transaction of which nothing is published reads our
-/// messages only every half `wal_sender_timeout`; it must not be taken for dead, or it would begin the
-/// transaction again and again.
-pub(super) fn silence(wal_sender_timeout: Duration) -> Duration {
-    SILENCE.max(wal_sender_timeout.saturating_mul(3) / 4)
-}
 
 impl ReplicationStream {
     /// Starts the task that reads the stream. It sends whole frames, in order and without a gap, into
@@ -477,15 +456,6 @@ mod tests {
     }
 
     #[test]
-    fn a_server_may_be_silent_for_longer_than_it_needs_to_read_a_request() {
-        for (timeout, seconds) in [(0, 30), (2, 30), (60, 45), (300, 225)] {
-            let timeout = Duration::from_secs(timeout);
-            assert_eq!(silence(timeout).as_secs(), seconds, "{timeout:?}");
-            assert!(silence(timeout) > timeout / 2);
-        }
-    }
-
-    #[test]
     fn only_a_missing_object_is_laid_to_the_publication() {
         let refusal = |code: &str| Error::Server {
             context: STREAM.to_owned(),
@@ -496,13 +466,5 @@ mod tests {
         assert!(!named.is_transient());
         assert!(named.to_string().contains("pg_drop_replication_slot('s')"), "{named}");
         assert!(matches!(name_missing_publication("s", refusal("57P01")), Error::Server { .. }));
-    }
-
-    #[test]
-    fn reports_are_three_times_as_frequent_as_the_server_demands() {
-        for (timeout, interval) in [(0, 10_000), (2_000, 666), (60_000, 10_000), (15_000, 5_000)] {
-            let found = status_interval(Duration::from_millis(timeout));
-            assert_eq!(found.as_millis(), interval, "{timeout}");
-        }
     }
 }

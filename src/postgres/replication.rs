@@ -11,7 +11,7 @@ use tracing::info;
 use super::connection::{Connection, Rows};
 use super::startup::Process;
 use super::wire::Wire;
-use super::{frame, receiver};
+use super::{frame, patience};
 use crate::config::SourceConfig;
 use crate::error::{Error, Result};
 
@@ -96,8 +96,8 @@ impl ReplicationConnection {
                         wire: self.0.wire,
                         process_id: self.0.process_id,
                         slot: slot.to_owned(),
-                        status_interval: receiver::status_interval(wal_sender_timeout),
-                        silence: receiver::silence(wal_sender_timeout),
+                        status_interval: patience::status_interval(wal_sender_timeout),
+                        silence: patience::silence(wal_sender_timeout),
                         held_bytes_max: frame::HELD_BYTES_MAX,
                     });
                 }

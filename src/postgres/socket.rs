@@ -11,9 +11,12 @@ use tokio::net::TcpStream;
 use tokio::net::UnixStream;
 use tokio_rustls::client::TlsStream;
 
-use super::{pace, tls};
+use super::tls;
 use crate::config::{Address, Endpoint, Keepalive, SourceConfig, SslMode};
 use crate::error::{Error, Result};
+
+/// `SO_RCVBUF` for a server on the same machine: see [`pace`](super::pace).
+pub(super) const LOCAL_RECEIVE_BUFFER: usize = 128 << 10;
 
 /// Notices a silent peer within about a minute and a half. The kernel's default is two hours.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
@@ -199,7 +202,7 @@ fn tune(config: &SourceConfig, stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
     if is_local(stream) {
-        socket.set_recv_buffer_size(pace::LOCAL_RECEIVE_BUFFER)?;
+        socket.set_recv_buffer_size(LOCAL_RECEIVE_BUFFER)?;
     }
     match config.keepalive {
         Some(Keepalive { idle, interval, count }) => {

@@ -45,6 +45,6 @@ impl TableProvider for Broken {
         _: &[Expr],
         _: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        Err(DataFusionError::Execution(self.why.clone()))
+        Err(DataFusionError::External(self.why.clone().into()))
     }
 }

@@ -87,6 +87,7 @@ pub struct Archive {
 struct Shared {
     storage: Storage,
     runtime: Arc<RuntimeEnv>,
+    memory_bytes: usize,
     tables: RwLock<Arc<Tables>>,
     /// One refresh at a time.
     refreshing: tokio::sync::Mutex<()>,
@@ -159,9 +160,9 @@ impl Archive {
             return Err(archive::nothing_in(storage.url()));
         }
         let runtime = archive::runtime(&storage, memory_bytes).map_err(Error::query("preparing to read"))?;
-        let tables = RwLock::new(Arc::new(Tables::new(views, &runtime)?));
+        let tables = RwLock::new(Arc::new(Tables::new(views, &runtime, memory_bytes)?));
         let refreshing = tokio::sync::Mutex::new(());
-        let shared = Shared { storage, runtime, tables, refreshing };
+        let shared = Shared { storage, runtime, memory_bytes, tables, refreshing };
         Ok(Self { shared: Arc::new(shared), database: None })
     }
 
@@ -200,7 +201,7 @@ impl Archive {
             let (scans, session) = (before.scans.clone(), before.session.clone());
             Tables { views, scans, session, read_at: Instant::now() }
         } else {
-            Tables::new(views, &self.shared.runtime)?
+            Tables::new(views, &self.shared.runtime, self.shared.memory_bytes)?
         };
         *self.shared.tables.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(tables);
         Ok(!is_same)
@@ -272,7 +273,7 @@ impl Archive {
 
     /// A query in SQL over the tables `custom`, `psi`, `spc` and `quarantine`, in DataFusion's dialect. It can't write.
     ///
-    /// A text of more than 100,000 bytes, 200 operators, 500 keywords or 100 tables is refused, and so are recursion and the
+    /// A text of more than 100,000 bytes, 200 operators or 500 keywords in an expression, or 100 tables is refused, and so are recursion and the
     /// functions that make a text or list of any length (`repeat`, `lpad`, `rpad`, `array_repeat`, `array_resize`, `range`).
     /// That keeps mistakes from ending the process, not strangers: for these run `highwater sql`, which has a process, a
     /// deadline and a limit of memory of its own.
@@ -283,7 +284,7 @@ impl Archive {
     pub async fn sql(&self, query: &str) -> Result<DataFrame> {
         let tables = self.tables().await?;
         let plan = sql::plan(&tables.session, query).await?;
-        tables.session.execute_logical_plan(plan).await.map_err(Error::query("planning the query"))
+        tables.session.execute_logical_plan(plan).await.map_err(Error::asked("planning the query"))
     }
 
     /// Rows in memory as a frame of the archive's session.
@@ -385,8 +386,8 @@ impl Archive {
 }
 
 impl Tables {
-    fn new(views: Vec<Found>, runtime: &Arc<RuntimeEnv>) -> Result<Self> {
-        let session = archive::session(Arc::clone(runtime));
+    fn new(views: Vec<Found>, runtime: &Arc<RuntimeEnv>, memory_bytes: usize) -> Result<Self> {
+        let session = archive::session(Arc::clone(runtime), memory_bytes);
         sql::restrict(&session);
         let mut scans = Vec::new();
         for found in &views {

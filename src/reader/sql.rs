@@ -14,7 +14,9 @@ use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement;
-use datafusion::sql::sqlparser::ast::{ObjectName, Query, Visit, Visitor};
+use datafusion::sql::sqlparser::ast::{
+    Ident, ObjectName, Query, TableAlias, TableFactor, Visit, VisitMut, Visitor, VisitorMut,
+};
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
@@ -24,10 +26,13 @@ use crate::{Error, Result};
 /// Bytes of a text.
 const TEXT_BYTES_MAX: usize = 100_000;
 
-/// Operators of a text, and its keywords: each may make an expression one level deeper. Names, values, commas and signs of
-/// numbers are not counted: a list may be as long as the text.
+/// Operators of an expression, and its keywords: each may make it one level deeper. Names, values and signs of numbers are not
+/// counted, and a comma begins anew: a list may be as long as the text.
 const OPERATORS_MAX: usize = 200;
 const KEYWORDS_MAX: usize = 500;
+
+/// Words that begin or join queries (`select`, `from`, `union`): so deep is a plan, whatever commas there are.
+const QUERIES_MAX: usize = 300;
 
 /// Tables of a plan, with those that stand behind names of common table expressions counted as often as they are named.
 const TABLES_MAX: usize = 100;
@@ -48,8 +53,9 @@ pub(super) async fn plan(session: &SessionContext, text: &str) -> Result<Logical
     check_text(text)?;
     let state = session.state();
     let dialect = state.config_options().sql_parser.dialect;
-    let statement = state.sql_to_statement(text, &dialect).map_err(refused)?;
+    let mut statement = state.sql_to_statement(text, &dialect).map_err(refused)?;
     check_tables(&statement)?;
+    name_tables(&mut statement)?;
     let plan = state.statement_to_plan(statement).await.map_err(|error| told(text, error))?;
     let only_read =
         SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
@@ -80,29 +86,101 @@ fn check_text(text: &str) -> Result<()> {
     }
     // What is no SQL is the parser's to tell.
     let Ok(tokens) = Tokenizer::new(&GenericDialect {}, text).tokenize() else { return Ok(()) };
-    let mut before = &Token::Comma;
-    let (mut operators, mut keywords) = (0, 0);
-    for token in tokens.iter().filter(|token| !matches!(token, Token::Whitespace(_))) {
-        match token {
-            Token::Word(word) if word.quote_style.is_some() || word.keyword == Keyword::NoKeyword => {}
-            Token::Word(_) => keywords += 1,
-            Token::Minus if matches!(before, Token::Comma | Token::LParen) => {}
-            Token::Comma | Token::Period | Token::LParen | Token::RParen => {}
-            Token::Number(..) | Token::SingleQuotedString(_) | Token::SemiColon | Token::EOF => {}
-            _ => operators += 1,
-        }
-        before = token;
-    }
-    for (what, count, max) in [("operators", operators, OPERATORS_MAX), ("keywords", keywords, KEYWORDS_MAX)]
-    {
+    let terms = Terms::of(tokens.iter().filter(|token| !matches!(token, Token::Whitespace(_))));
+    for (what, count, max) in [
+        ("operators in an expression", terms.deepest.operators, OPERATORS_MAX),
+        ("keywords in an expression", terms.deepest.keywords, KEYWORDS_MAX),
+        ("queries, each counted by its `select`, `from` and `union`", terms.queries, QUERIES_MAX),
+    ] {
         if count > max {
             let detail = format!(
-                "the query has {count} {what}; at most {max} are planned: a list (`in (1, 2, 3)`) may be longer"
+                "there are {count} {what}; at most {max} are planned: take it apart, or use a list (`in (1, 2, 3)`), which \
+                 may be longer"
             );
             return Err(Error::Query { detail });
         }
     }
     Ok(())
+}
+
+/// Terms that may lie in each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Depth {
+    operators: usize,
+    keywords: usize,
+}
+
+impl Depth {
+    fn max(self, other: Self) -> Self {
+        Self { operators: self.operators.max(other.operators), keywords: self.keywords.max(other.keywords) }
+    }
+}
+
+/// What a text may be planned to, at most: what stands behind a comma doesn't lie in what stands before it, and all that is in
+/// parentheses may lie below whatever follows them.
+#[derive(Debug, Default)]
+struct Terms {
+    deepest: Depth,
+    queries: usize,
+}
+
+impl Terms {
+    fn of<'a>(tokens: impl Iterator<Item = &'a Token>) -> Self {
+        let mut terms = Self::default();
+        // Before each open parenthesis, and the deepest of what is between commas behind it.
+        let mut open: Vec<(Depth, Depth)> = Vec::new();
+        let mut here = Depth::default();
+        let mut before = &Token::Comma;
+        for token in tokens {
+            match token {
+                Token::Comma => match open.last_mut() {
+                    Some((outside, deepest)) => {
+                        *deepest = deepest.max(here);
+                        here = *outside;
+                    }
+                    None => here = Depth::default(),
+                },
+                Token::LParen => open.push((here, here)),
+                Token::LBracket => {
+                    here.operators += 1;
+                    open.push((here, here));
+                }
+                Token::RParen | Token::RBracket => {
+                    here = open.pop().map_or(here, |(_, deepest)| deepest.max(here));
+                }
+                // A literal of a type, as `date '2026-11-01'`, is a value.
+                Token::SingleQuotedString(_) if is_type(before) => {
+                    here.keywords = here.keywords.saturating_sub(1);
+                }
+                // A sign.
+                Token::Minus if matches!(before, Token::Comma | Token::LParen) => {}
+                Token::Word(word) if word.quote_style.is_some() || word.keyword == Keyword::NoKeyword => {}
+                Token::Word(word) => {
+                    here.keywords += 1;
+                    terms.queries += usize::from(is_of_queries(word.keyword));
+                }
+                Token::Period | Token::Number(..) | Token::SingleQuotedString(_) => {}
+                Token::SemiColon | Token::EOF => {}
+                other => {
+                    here.operators += 1;
+                    terms.queries += usize::from(*other == Token::VerticalBarRightAngleBracket);
+                }
+            }
+            terms.deepest = terms.deepest.max(here);
+            before = token;
+        }
+        terms
+    }
+}
+
+const fn is_of_queries(keyword: Keyword) -> bool {
+    use Keyword::{EXCEPT, FROM, INTERSECT, SELECT, UNION, VALUES};
+    matches!(keyword, SELECT | FROM | VALUES | UNION | EXCEPT | INTERSECT)
+}
+
+const fn is_type(token: &Token) -> bool {
+    use Keyword::{DATE, INTERVAL, TIME, TIMESTAMP, TIMESTAMPTZ};
+    matches!(token, Token::Word(word) if matches!(word.keyword, DATE | INTERVAL | TIME | TIMESTAMP | TIMESTAMPTZ))
 }
 
 fn check_tables(statement: &Statement) -> Result<()> {
@@ -121,6 +199,46 @@ fn check_tables(statement: &Statement) -> Result<()> {
         return Err(Error::Query { detail });
     }
     Ok(())
+}
+
+/// Names the queries in `from` that have no name. DataFusion 55 takes their columns for those of the queries in them where the
+/// names are the same: `select x from (select x + 1 as x from (select x + 1 as x from (select 1 as x)))` was 2. And refuses what
+/// it would leave out without a word.
+fn name_tables(statement: &mut Statement) -> Result<()> {
+    let statement = match statement {
+        Statement::Explain(explain) => explain.statement.as_mut(),
+        other => other,
+    };
+    let Statement::Statement(statement) = statement else { return Ok(()) };
+    match VisitMut::visit(statement.as_mut(), &mut Names(0)) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => {
+            let detail = "`tablesample` is not there: take a part by a condition".to_owned();
+            Err(Error::Query { detail })
+        }
+    }
+}
+
+/// How many names were given.
+struct Names(usize);
+
+impl VisitorMut for Names {
+    type Break = ();
+
+    fn pre_visit_table_factor(&mut self, factor: &mut TableFactor) -> ControlFlow<()> {
+        match factor {
+            TableFactor::Table { sample: Some(_), .. } | TableFactor::Derived { sample: Some(_), .. } => {
+                return ControlFlow::Break(());
+            }
+            TableFactor::Derived { alias: alias @ None, .. } => {
+                self.0 += 1;
+                let name = Ident::new(format!("unnamed_{}", self.0));
+                *alias = Some(TableAlias { explicit: true, name, columns: Vec::new(), at: None });
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
 }
 
 /// Counts the tables of a plan.
@@ -200,6 +318,24 @@ mod tests {
     fn lists_may_be_long_and_terms_may_not() {
         check_text(&format!("select 1 where 1 in ({})", vec!["-1.5"; 9_000].join(", "))).unwrap();
         check_text(&format!("select 1 where 'a' in ({})", vec!["'b'"; 15_000].join(", "))).unwrap();
+        check_text(&format!(
+            "select 1 where now() in ({})",
+            vec!["timestamp '2026-11-01'"; 2_000].join(", ")
+        ))
+        .unwrap();
+        check_text(&format!(
+            "select {}",
+            vec!["sum(case when a = 1 and b = 2 then c + 1 else 0 end)"; 500].join(", ")
+        ))
+        .unwrap();
+        // Nothing that lies in the other is taken for a list.
+        let nested = (0..30).fold("1".to_owned(), |inner, _| format!("({inner}){}", "+1".repeat(8)));
+        assert!(check_text(&format!("select {nested}")).is_err(), "30 times 8");
+        let nested = (0..30).fold("1".to_owned(), |inner, _| format!("f(2, {inner}, 3){}", "+1".repeat(8)));
+        assert!(check_text(&format!("select {nested}")).is_err(), "30 times 8");
+        let chain: String = (1..200).map(|at| format!(", t{at} as (select 1, 2 from t{})", at - 1)).collect();
+        assert!(check_text(&format!("with t0 as (select 1){chain} select 1")).is_err());
+        assert!(check_text(&vec!["select 1, 2"; 400].join(" union ")).is_err());
         assert!(check_text(&format!("select {}", vec!["1"; OPERATORS_MAX + 2].join("+"))).is_err());
         assert!(check_text(&format!("select 1 where {}", vec!["true"; KEYWORDS_MAX].join(" or "))).is_err());
         assert!(check_text(&"x".repeat(TEXT_BYTES_MAX + 1)).is_err());
@@ -233,7 +369,20 @@ mod tests {
             format!("select {} true", "not ".repeat(40)),
             format!("select case {} end", "when true then 1 ".repeat(keywords(3))),
             vec!["select 1"; TABLES_MAX - 1].join(" union all "),
-            vec!["select 1"; keywords(2)].join(" union "),
+            vec!["select 1"; QUERIES_MAX / 2].join(" union "),
+            format!(
+                "with t0 as (select 1 as x){} select x from t0",
+                (1..QUERIES_MAX / 2 - 1)
+                    .map(|at| format!(", t{at} as (select x + 1 as x from t{})", at - 1))
+                    .collect::<String>()
+            ),
+            format!(
+                "with t0 as (select 1 as x){0} select x from t{1}",
+                (1..QUERIES_MAX / 2 - 1)
+                    .map(|at| format!(", t{at} as (select x + 1 as x from t{})", at - 1))
+                    .collect::<String>(),
+                QUERIES_MAX / 2 - 2
+            ),
             format!(
                 "select count(*) from (select 1 as x) a {}",
                 (0..KEYWORDS_MAX / 12)
@@ -255,7 +404,33 @@ mod tests {
             };
             answered += usize::from(tokio::spawn(run).await.unwrap().is_ok());
         }
-        assert!(answered >= 15, "{answered}");
+        assert!(answered >= 16, "{answered}");
+    }
+
+    #[tokio::test]
+    async fn queries_without_a_name_have_their_own_columns() {
+        let session = SessionContext::new();
+        restrict(&session);
+        for (text, wanted) in [
+            ("select x from (select x + 1 as x from (select x + 1 as x from (select 1 as x)))", 3),
+            (
+                "select length(f) from (select f||f f from (select f||f f from (select f||f f from (select 'ab' f))))",
+                16,
+            ),
+            ("select (select x from (select x + 1 as x from (select x + 1 as x from (select 1 as x))))", 3),
+            (
+                "with t as (select x from (select x + 1 x from (select x + 1 x from (select 1 x)))) select x from t",
+                3,
+            ),
+            ("select position('c' in substring('abc' from 2)) + 1", 3),
+        ] {
+            let plan = plan(&session, text).await.unwrap();
+            let rows = session.execute_logical_plan(plan).await.unwrap().collect().await.unwrap();
+            let value = datafusion::common::ScalarValue::try_from_array(rows[0].column(0), 0).unwrap();
+            assert_eq!(value.to_string(), wanted.to_string(), "{text}");
+        }
+        let refused = plan(&session, "select * from (select 1) tablesample (10 percent)").await.unwrap_err();
+        assert!(refused.to_string().contains("tablesample"), "{refused}");
     }
 
     #[tokio::test]

@@ -98,6 +98,8 @@ async fn move_days(stage: &Stage, client: &Client, first: i32) -> [u64; 3] {
         })
         .await;
         if extra[0] > 0 && extra[2] > 0 {
+            // What was to be added is added before the stream goes on; a stop before that would end with 1.
+            archived(stage, client, &format!("covered {day}")).await;
             return extra;
         }
     }

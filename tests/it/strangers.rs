@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::support::schema::Shape;
 use crate::support::sidecar::binary;
 use crate::support::stage::Stage;
+use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -112,14 +113,50 @@ async fn sql_that_kills_ends_its_own_process_with_a_reason() {
         "select metric, count(*) as n, avg(value) from custom group by metric order by n desc, metric";
     let said = ask(&stage, sorted, &["--format", "csv"]);
     assert_eq!((said.code, said.out.lines().count()), (Some(0), 52), "{}", said.errors);
+    // Sorted on disk, as far as it does not fit.
+    let large =
+        "select a.metric, a.value, g.value as n from custom a, generate_series(1, 20) g order by 2, 1, 3";
+    let said = ask(&stage, large, &["--format", "csv", "--memory", "16MiB"]);
+    assert_eq!((said.code, said.out.lines().count()), (Some(0), 20 * 20_001 + 1), "{}", said.errors);
+    // However soon its time is over, a query ends with a word of ours.
+    for timeout in ["1ms", "60ms", "150ms"] {
+        let said = ask(&stage, large, &["--timeout", timeout]);
+        assert!(said.code == Some(1) && said.errors.contains("within"), "{}", said.errors);
+        assert!(!said.errors.contains("panicked"), "{}", said.errors);
+    }
+    for (wrong, word) in [
+        ("select 1 / 0", "zero"),
+        ("select cast('x' as int)", "cast"),
+        ("select nothing from custom", "nothing"),
+    ] {
+        let said = ask(&stage, wrong, &[]);
+        assert!(said.code == Some(1) && said.errors.to_lowercase().contains(word), "{}", said.errors);
+        assert!(said.errors.contains("correct the query"), "{}", said.errors);
+    }
     // Rows of a table for people are held, so there are not more than people look at.
     let said = ask(&stage, "select * from generate_series(1, 100000000)", &["--timeout", "60s"]);
     assert_eq!((said.code, said.out.lines().count()), (Some(0), 10_001), "{}", said.errors);
     assert!(said.errors.contains("the first 10000 rows"), "{}", said.errors);
-    let left = fs::read_dir(std::env::temp_dir()).unwrap().flatten();
-    let left: Vec<_> =
-        left.filter(|entry| entry.file_name().to_string_lossy().starts_with("highwater-sql-")).collect();
-    assert!(left.is_empty(), "{left:?}");
+    stopped_it_leaves_nothing(&stage).await;
+}
+
+/// Folders of `highwater sql` processes.
+fn scratch(process: u32) -> Vec<PathBuf> {
+    let begin = format!("highwater-sql-{process}-");
+    let all = fs::read_dir(std::env::temp_dir()).unwrap().flatten();
+    all.filter(|one| one.file_name().to_string_lossy().starts_with(&begin)).map(|one| one.path()).collect()
+}
+
+async fn stopped_it_leaves_nothing(stage: &Stage) {
+    let endless = "select count(*) from generate_series(1, 9000000000) a, generate_series(1, 9000000000) b";
+    for (signal, code) in [("TERM", 143), ("HUP", 129)] {
+        let mut process = stage.launch().start_command(&["sql", endless]);
+        let id = process.pid();
+        until("the query runs", DEADLINE, async || (scratch(id).len() == 1).then_some(())).await;
+        process.signal(signal);
+        assert_eq!(process.wait(DEADLINE).await.code(), Some(code), "{}", process.log());
+        assert_eq!(scratch(id), Vec::<PathBuf>::new());
+    }
 }
 
 /// Clears the screen, sets the title, hides what follows, reorders it, in the ways that there are.
@@ -142,6 +179,16 @@ async fn nothing_that_others_wrote_steers_a_terminal() {
     client.execute(row, &[&"2020-01-01", &STEERING]).await.unwrap();
     stage.assert_archived(DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    // The log has a line for an event.
+    let name = stage.name.as_str();
+    let table = format!("scouter.\"x\nforged{STEERING}\"");
+    let publish = format!("create table {table} (a int); alter publication {name} add table {table}");
+    client.batch_execute(&publish).await.unwrap();
+    let mut sidecar = stage.launch().start();
+    sidecar.says("but is not archived", DEADLINE).await;
+    assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+    let log = sidecar.log();
+    assert!(!steers(&log) && !log.lines().any(|line| line.starts_with("forged")), "{log:?}");
     // Whoever archives writes the state tables.
     let state = "update highwater.watermark set kind = kind, system_identifier = system_identifier || $1;";
     client.execute(&state.replace(';', ""), &[&STEERING]).await.unwrap();

@@ -1,5 +1,6 @@
 //! The sources keep to the layers of ARCHITECTURE.md: a module uses only modules above it in the list.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -96,6 +97,68 @@ fn no_module_uses_one_below_it() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The files and folders beside a source that it names as `super::module`.
+fn beside(source: &str) -> Vec<String> {
+    let code: String = source.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+    // What a test of a file uses is not how the file is built.
+    let code = code.split("#[cfg(test)]mod tests {").next().unwrap_or_default();
+    let mut modules = Vec::new();
+    for (at, _) in code.match_indices("super::") {
+        let (before, rest) = (&code[..at], &code[at + "super::".len()..]);
+        if before.ends_with("super::") || rest.starts_with("super::") {
+            continue;
+        }
+        match rest.strip_prefix('{') {
+            Some(group) => modules.extend(group_heads(group)),
+            None => modules.push(identifier(rest)),
+        }
+    }
+    modules
+}
+
+/// A way along uses from a file back to it.
+fn circle<'a>(uses: &'a BTreeMap<String, Vec<String>>, way: &mut Vec<&'a str>) -> bool {
+    let Some(last) = way.last().and_then(|last| uses.get(*last)) else { return false };
+    for next in last {
+        if way[0] == next {
+            return true;
+        }
+        if !way.contains(&next.as_str()) {
+            way.push(next);
+            if circle(uses, way) {
+                return true;
+            }
+            way.pop();
+        }
+    }
+    false
+}
+
+#[test]
+fn no_files_use_each_other() {
+    let mut files = Vec::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    let mut folders: BTreeMap<PathBuf, BTreeMap<String, Vec<String>>> = BTreeMap::new();
+    for path in &files {
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        let folder = path.parent().expect("a folder").to_owned();
+        if !["mod", "lib", "main", "tests"].contains(&name.as_str()) {
+            let source = fs::read_to_string(path).expect("a source");
+            folders.entry(folder).or_default().insert(name, beside(&source));
+        }
+    }
+    let mut circles = Vec::new();
+    for (folder, uses) in &folders {
+        for name in uses.keys() {
+            let mut way = vec![name.as_str()];
+            if circle(uses, &mut way) {
+                circles.push(format!("{}: {}", folder.display(), way.join(" -> ")));
+            }
+        }
+    }
+    assert!(circles.is_empty(), "{}", circles.join("\n"));
 }
 
 #[test]
