@@ -12,9 +12,8 @@ use arrow::datatypes::{Float64Type, Int32Type};
 use foldhash::fast::RandomState;
 use md5::{Digest as _, Md5};
 
-use super::columns::Strings;
+use super::columns::{Strings, times};
 use super::object_reader::each_batch_within;
-use super::stats::times;
 use super::{Storage, TableFile, encode_error};
 use crate::pgoutput::POSTGRES_EPOCH_MICROS;
 use crate::record::{ColumnType, Kind};

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use arrow::array::{Array, ArrayRef, AsArray, DictionaryArray, RecordBatch, StringArray};
+use arrow::array::{AsArray, RecordBatch};
 use arrow::compute::{max, min};
-use arrow::datatypes::{DataType, Int32Type, UInt32Type};
 use arrow::error::ArrowError;
 use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::statistics::Statistics;
 
-use super::columns::{ENTITY_COLUMNS, EntityColumns, Strings, time_column, times};
+use super::columns::{ENTITY_COLUMNS, EntityColumns, time_column, times};
 use super::object_reader::{column, each_batch, each_batch_of, group_times, open};
 use super::{Storage, unreadable};
 use crate::record::{Entity, Kind};

@@ -11,7 +11,7 @@ use super::log::{self, Entry, Protocol, entry_path, schema_columns};
 use super::name::ObjectName;
 use super::{Storage, unusable};
 use crate::record::Kind;
-use crate::{Error, Result};
+use crate::{Error, Lsn, Result};
 
 /// The library's handle of a table, loaded at the end of its log. It is not used to commit.
 pub(super) async fn open_delta(storage: &Storage, kind: Kind) -> Result<DeltaTable> {

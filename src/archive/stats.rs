@@ -1,13 +1,13 @@
 //! What is known of a file without reading it, and its form in the Delta log.
 
-use arrow::array::{Array, RecordBatch, TimestampMicrosecondArray};
+use arrow::array::RecordBatch;
 use arrow::compute::{max, min};
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 
 use super::columns::{ENTITY_COLUMNS, EntityColumns, time_column, times};
+use crate::Result;
 use crate::record::{Kind, is_in_calendar};
-use crate::{Error, Result};
 
 /// The longest string that goes whole into the Delta log, in characters.
 const STRING_CHARS_MAX: usize = 256;

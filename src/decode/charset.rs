@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
-use super::value::SourceType;
+use super::source_type::SourceType;
 use crate::pgoutput::Value;
 
 /// Bytes of texts, and of what they mean, that are kept before they are forgotten and asked for again.

@@ -13,6 +13,7 @@
 mod charset;
 mod entity;
 mod relation;
+mod source_type;
 mod value;
 
 use std::collections::HashMap;
@@ -29,7 +30,8 @@ pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
 pub use relation::{ENTITY_TABLE, Notice, Shape};
 use relation::{ROLE_COUNT, Role, Table, Target};
-use value::{SourceType, Unfit};
+use source_type::SourceType;
+use value::Unfit;
 
 /// Turns the stream's rows into batches.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use super::value::SourceType;
+use super::source_type::SourceType;
 use crate::pgoutput::Relation;
 use crate::record::Kind;
 

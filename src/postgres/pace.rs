@@ -21,8 +21,6 @@ use tokio::time::{Instant, sleep_until};
 
 use super::socket::Socket;
 
-/// `SO_RCVBUF` for a server on the same machine.
-pub(super) const LOCAL_RECEIVE_BUFFER: usize = 128 << 10;
 /// Longest time for which bytes are gathered before they are handed on.
 pub(super) const GATHER_MAX: Duration = Duration::from_millis(5);
 

@@ -3,7 +3,7 @@
 //! A role, a database or the server may bring any of these settings (`alter role ... set`), and none of them may change
 //! what is archived. They are set by statements and not in the start-up message, because poolers refuse most of that.
 
-use super::replication::quote_literal;
+use super::quote::quote_literal;
 
 /// The encoding in which the server sends text, asked for in the start-up message of every session.
 pub(super) const CLIENT_ENCODING: &str = "UTF8";

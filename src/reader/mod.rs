@@ -273,7 +273,7 @@ impl Archive {
 
     /// A query in SQL over the tables `custom`, `psi`, `spc` and `quarantine`, in DataFusion's dialect. It can't write.
     ///
-    /// A text of more than 100,000 bytes, 200 operators or 500 keywords in an expression, or 100 tables is refused, and so are recursion and the
+    /// A text of more than 100,000 bytes, 200 operators or 500 keywords in an expression, 100 tables or 70 queries in one is refused, and so are recursion and the
     /// functions that make a text or list of any length (`repeat`, `lpad`, `rpad`, `array_repeat`, `array_resize`, `range`).
     /// That keeps mistakes from ending the process, not strangers: for these run `highwater sql`, which has a process, a
     /// deadline and a limit of memory of its own.

@@ -181,7 +181,8 @@ pub async fn owner_script(config: &Config, sidecar_role: Option<&str>) -> Result
     let tables = list_tables(&client, config).await?;
     let ownership = Ownership::read(&client, config, &tables).await?;
     let own = if ownership.is_owner() { SIDECAR_ROLE } else { &ownership.user };
-    owner::script(&client, config, &tables, &ownership, sidecar_role.unwrap_or(own)).await
+    let publication = publication::script(&client, config, &tables).await?;
+    owner::script(&client, config, &tables, &ownership, sidecar_role.unwrap_or(own), &publication).await
 }
 
 /// The session of a setup that is the only one.

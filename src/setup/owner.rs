@@ -435,6 +435,7 @@ pub(super) async fn script(
     tables: &[SourceTable],
     ownership: &Ownership,
     role: &str,
+    publication: &str,
 ) -> Result<String> {
     let mut script = format!(
         "-- For {}, who owns the drift tables, or a superuser; by psql. All of it, or nothing.\n\\set ON_ERROR_STOP on\nbegin;\nset \
@@ -471,7 +472,7 @@ pub(super) async fn script(
     if !missing.is_empty() {
         script.push_str("\nreset role;\n");
     }
-    script.push_str(&super::publication::script(client, config, tables).await?);
+    script.push_str(publication);
     script.push_str(&format!("{};\n", purgeable(tables)));
     if !has_owners_rights(client, role, &ownership.owner).await? {
         for step in grants(client, config, tables, role).await? {
