@@ -183,7 +183,7 @@ async fn check_archive(client: &Client, config: &Config, report: &mut Report) ->
     for row in rows {
         let (table, kind): (String, String) =
             (row.try_get(0).map_err(failed())?, row.try_get(1).map_err(failed())?);
-        let Some(kind) = Kind::ALL.into_iter().find(|one| one.name() == kind) else { continue };
+        let Some(kind) = Kind::of_name(&kind) else { continue };
         let count: i64 = row.try_get(2).map_err(failed())?;
         let view = View::read(&storage, kind).await?;
         // A foreign writer need not have said how many rows its files hold.

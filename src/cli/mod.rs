@@ -249,10 +249,10 @@ fn log_format(name: &str, text: &str) -> Result<LogFormat> {
 fn print_error(error: &Error) {
     let mut text = format!("highwater: {}\n", columns::line(&error.chain()));
     if let Policy::Stop { advice } = error.policy() {
-        text.push_str(&format!("  what to do: {}\n", columns::line(advice)));
+        text.push_str(&format!("  what to do: {advice}\n"));
     }
     // Nothing can be done when stderr is gone.
-    let _ = io::stderr().lock().write_all(telemetry::plain(&text).as_bytes());
+    let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// The JSON form of a report or an answer.

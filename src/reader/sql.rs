@@ -15,7 +15,7 @@ use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast::{
-    Ident, ObjectName, Query, TableAlias, TableFactor, Visit, VisitMut, Visitor, VisitorMut,
+    self, Ident, ObjectName, Query, TableAlias, TableFactor, Visit, VisitMut, Visitor, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
@@ -54,8 +54,11 @@ pub(super) async fn plan(session: &SessionContext, text: &str) -> Result<Logical
     let state = session.state();
     let dialect = state.config_options().sql_parser.dialect;
     let mut statement = state.sql_to_statement(text, &dialect).map_err(refused)?;
-    check_tables(&statement)?;
-    name_tables(&mut statement)?;
+    // Whatever else there is does not only read, and is refused by its plan.
+    if let Some(query) = explained(&mut statement) {
+        check_tables(query)?;
+        name_tables(query)?;
+    }
     let plan = state.statement_to_plan(statement).await.map_err(|error| told(text, error))?;
     let only_read =
         SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
@@ -183,13 +186,18 @@ const fn is_type(token: &Token) -> bool {
     matches!(token, Token::Word(word) if matches!(word.keyword, DATE | INTERVAL | TIME | TIMESTAMP | TIMESTAMPTZ))
 }
 
-fn check_tables(statement: &Statement) -> Result<()> {
-    let statement = match statement {
-        Statement::Explain(explain) => explain.statement.as_ref(),
-        other => other,
-    };
-    // Whatever else there is does not only read, and is refused by its plan.
-    let Statement::Statement(statement) = statement else { return Ok(()) };
+/// The statement itself, however often it is to be explained: it is planned in any case.
+fn explained(mut statement: &mut Statement) -> Option<&mut ast::Statement> {
+    loop {
+        match statement {
+            Statement::Explain(explain) => statement = &mut explain.statement,
+            Statement::Statement(query) => return Some(query),
+            _ => return None,
+        }
+    }
+}
+
+fn check_tables(statement: &ast::Statement) -> Result<()> {
     let mut tables = Tables::default();
     let _ = statement.visit(&mut tables);
     if tables.here > TABLES_MAX {
@@ -204,13 +212,8 @@ fn check_tables(statement: &Statement) -> Result<()> {
 /// Names the queries in `from` that have no name. DataFusion 55 takes their columns for those of the queries in them where the
 /// names are the same: `select x from (select x + 1 as x from (select x + 1 as x from (select 1 as x)))` was 2. And refuses what
 /// it would leave out without a word.
-fn name_tables(statement: &mut Statement) -> Result<()> {
-    let statement = match statement {
-        Statement::Explain(explain) => explain.statement.as_mut(),
-        other => other,
-    };
-    let Statement::Statement(statement) = statement else { return Ok(()) };
-    match VisitMut::visit(statement.as_mut(), &mut Names(0)) {
+fn name_tables(statement: &mut ast::Statement) -> Result<()> {
+    match VisitMut::visit(statement, &mut Names(0)) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => {
             let detail = "`tablesample` is not there: take a part by a condition".to_owned();
@@ -295,7 +298,8 @@ mod tests {
     use super::*;
 
     fn tables(text: &str) -> Result<()> {
-        check_tables(&datafusion::sql::parser::DFParser::parse_sql(text).unwrap()[0])
+        let mut statements = datafusion::sql::parser::DFParser::parse_sql(text).unwrap();
+        check_tables(explained(&mut statements[0]).unwrap())
     }
 
     #[test]
@@ -311,6 +315,7 @@ mod tests {
         tables(&many(TABLES_MAX)).unwrap();
         assert!(tables(&many(TABLES_MAX + 1)).is_err());
         assert!(tables(&format!("explain {}", many(TABLES_MAX + 1))).is_err());
+        assert!(tables(&format!("explain explain {}", many(TABLES_MAX + 1))).is_err());
         assert!(tables(&format!("select (select count(*) from ({}) x)", many(TABLES_MAX + 1))).is_err());
     }
 

@@ -332,12 +332,12 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// Counts the rows that the archive lacks, and uploads them in a repair.
 /// Rows whose long values were left out.
 fn cut(batches: &Batches) -> u64 {
     batches.quarantined().filter(|row| decode::is_about_length(&row.reason)).count() as u64
 }
 
+/// Counts the rows that the archive lacks, and uploads them in a repair.
 async fn take(
     table: &Table<'_>,
     namer: Option<&Arc<Namer>>,
