@@ -4,8 +4,8 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::retention;
 use crate::sidecar::{self, Owned, Phase};
+use crate::verify::retention;
 
 /// The archiver as a background task of the current Tokio runtime (multi-threaded).
 ///

@@ -58,7 +58,7 @@
 //! | --- | --- |
 //! | [`error`] | every failure, and whether it is worth a retry |
 //! | [`lsn`] | positions in the log |
-//! | [`record`] | kinds of records, their columns, entities, windows of time |
+//! | [`tables`] | what is archived: tables, their columns, entities, windows of time |
 //! | [`config`] | what was typed, then [`Config`], checked once |
 //! | [`telemetry`] | logs |
 //! | [`pgoutput`] | messages of the stream; pure |
@@ -67,12 +67,11 @@
 //! | [`postgres`] | the replication connection, SQL sessions |
 //! | [`archive`] | Parquet, the Delta tables, commits, merges, vacuum |
 //! | [`watermark`] | the mirror of the Delta logs in Postgres |
+//! | [`source`] | the tables in Postgres: slot, look-ups, partitions, copies |
 //! | [`purge`] | deletion of what is archived, which SQL decides |
 //! | [`setup`] | the publication, the slot, the migrations |
-//! | `gap`, `backfill` | rows that the stream did not bring |
-//! | `foreign` | what others do to the archive |
-//! | `commit`, `stream`, `sidecar` | the tasks of a session, and sessions one after the other |
-//! | [`verify`], `retention` | the archive compared with Postgres; by itself before rows are purged |
+//! | `sidecar` | sessions one after the other, and their tasks |
+//! | [`verify`] | the archive compared with Postgres; by itself before rows are purged |
 //! | `archiver` | [`Archiver`]: sessions, and verifications beside them |
 //! | [`reader`] | the history: binned queries, SQL |
 //! | [`check`] | the preflight |
@@ -82,34 +81,23 @@
 
 pub mod archive;
 mod archiver;
-mod backfill;
 pub mod batch;
 pub mod check;
 pub mod cli;
-mod commit;
 pub mod config;
-mod coverage;
 pub mod decode;
 pub mod error;
 mod failpoint;
-mod foreign;
-mod gap;
-mod lookup;
 pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;
 pub mod purge;
 pub mod reader;
-pub mod record;
-mod recover;
-mod retention;
 pub mod setup;
 mod sidecar;
-mod slot;
-mod source;
-mod stream;
+pub mod source;
+pub mod tables;
 pub mod telemetry;
-pub mod unarchived;
 pub mod verify;
 pub mod watermark;
 

@@ -13,7 +13,7 @@ use highwater::Lsn;
 use highwater::archive::{CommitNote, Namer, Storage, Table, View, encode, upload};
 use highwater::batch::Batches;
 use highwater::config::ObjectStorageSettings;
-use highwater::record::{Entity, Kind, WindowWidth};
+use highwater::tables::{Entity, Kind, WindowWidth};
 
 use crate::rows::{DAY, DAYS, HOUR, Row, Rows, START};
 

@@ -1,6 +1,6 @@
 //! The rows, the same in every run.
 
-use highwater::record::Entity;
+use highwater::tables::Entity;
 
 pub(crate) const MINUTE: i64 = 60_000_000;
 pub(crate) const HOUR: i64 = 60 * MINUTE;

@@ -3,7 +3,7 @@
 use bytes::{BufMut as _, Bytes, BytesMut};
 use highwater::pgoutput::POSTGRES_EPOCH_MICROS;
 use highwater::postgres::Chunk;
-use highwater::record::Entity;
+use highwater::tables::Entity;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};

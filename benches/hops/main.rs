@@ -23,7 +23,7 @@ use highwater::batch::{Batches, EntityId, SeriesId};
 use highwater::decode::{Decoder, Inserted};
 use highwater::pgoutput::Message;
 use highwater::postgres::{Chunk, Frame};
-use highwater::record::{Kind, WindowWidth};
+use highwater::tables::{Kind, WindowWidth};
 use highwater::{Lsn, record};
 
 use input::{Input, NOW, ROW_COUNT, Table};

@@ -4,7 +4,7 @@ use arrow::array::{NullBufferBuilder, StringArray};
 
 use super::interner::Interner;
 use super::{EntityId, SeriesId};
-use crate::record::Window;
+use crate::tables::Window;
 
 /// What a row measures.
 #[derive(Clone, Copy, Debug)]

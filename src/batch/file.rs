@@ -11,7 +11,7 @@ use super::columns::{EntityBatch, SeriesOrder};
 use super::interner::Interner;
 use super::quarantine::QuarantineBatch;
 use crate::error::{Error, Result};
-use crate::record::{Entity, Kind, Window};
+use crate::tables::{Entity, Kind, Window};
 
 /// Rows that one record batch holds at most: enough to keep the encoder's inner loops long, few enough
 /// that the sorted copy stays small beside the batches themselves.

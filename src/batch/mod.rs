@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
-use crate::record::{Entity, Kind, MICROS_PER_DAY, Window, WindowWidth};
+use crate::tables::{Entity, Kind, MICROS_PER_DAY, Window, WindowWidth};
 use columns::{EntityBatch, Measure, SeriesOrder};
 pub use file::{FileRows, RecordBatches};
 use interner::Interner;
@@ -148,7 +148,7 @@ impl Batches {
     }
 
     /// Appends a value of a custom metric. `created_at` is in microseconds since the epoch and within
-    /// [`YEAR_RANGE`](crate::record::YEAR_RANGE).
+    /// [`YEAR_RANGE`](crate::tables::YEAR_RANGE).
     #[inline]
     pub fn push_custom(&mut self, entity: EntityId, created_at: i64, metric: SeriesId, value: Option<f64>) {
         self.push(Kind::Custom, entity, created_at, metric, Measure::Value(value));

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, StringArray, TimestampMicrosecondArray};
 
 use crate::lsn::Lsn;
-use crate::record::{Window, WindowWidth};
+use crate::tables::{Window, WindowWidth};
 
 /// Bytes that a quarantined row takes beside its texts.
 const QUARANTINED_ROW_BYTES: usize = 128;

@@ -7,8 +7,8 @@ use super::server::Server;
 use super::{Report, identifier};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::record::Kind;
 use crate::setup;
+use crate::tables::Kind;
 
 const STATE_SCHEMA: &str = "
     select n.oid is not null,

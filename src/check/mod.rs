@@ -24,7 +24,7 @@ use crate::archive::{Storage, View};
 use crate::config::{Config, ObjectStorageSettings, SourceConfig, Target};
 use crate::error::{Error, Policy, Result};
 use crate::postgres::{ReplicationConnection, is_standby, quote_literal as literal, sql};
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// The oldest server whose publications can have what ours needs.
 const SERVER_VERSION_MIN: i32 = 150_000;
@@ -83,7 +83,7 @@ async fn check_walsender(client: &Client, config: &Config, report: &mut Report) 
         return Ok(());
     }
     let failed = || Error::sql("comparing the server with the watermarks");
-    let identity = crate::slot::identify(&mut connection).await?;
+    let identity = crate::source::slot::identify(&mut connection).await?;
     let others = "select source_table, system_identifier from highwater.watermark
                   where slot_name = $1 and system_identifier <> $2 order by 1 limit 1";
     let slot = config.slot.as_str();

@@ -6,7 +6,7 @@ use super::tables::{ENTITY_TABLE, Table};
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::record::Kind;
+use crate::tables::Kind;
 
 const PUBLICATION: &str = "
     select oid, puballtables, pubinsert, pubupdate or pubdelete, pubtruncate, pubviaroot,

@@ -5,7 +5,7 @@ use tokio_postgres::{Client, Row};
 use super::{Report, SERVER_VERSION_MIN, identifier};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::slot::MAY_REPLICATE;
+use crate::source::slot::MAY_REPLICATE;
 
 /// What one query tells about the server.
 #[derive(Debug)]

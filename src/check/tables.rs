@@ -7,9 +7,9 @@ use super::server::Server;
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::lookup::BINARY_FORM;
-use crate::record::Kind;
-use crate::unarchived;
+use crate::source::lookup::BINARY_FORM;
+use crate::source::unarchived;
+use crate::tables::Kind;
 
 /// The table that rows with an `entity_id` refer to.
 pub(super) const ENTITY_TABLE: &str = "drift_entities";

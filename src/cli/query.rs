@@ -17,7 +17,7 @@ use super::{OutputFormat, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::reader::{Archive, BinWidth, BinnedQuery};
-use crate::record::{Entity, Kind};
+use crate::tables::{Entity, Kind};
 
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub(super) struct QueryFlags {

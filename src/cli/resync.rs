@@ -6,7 +6,7 @@ use super::print;
 use crate::config::Config;
 use crate::error::Result;
 use crate::postgres::Session;
-use crate::slot;
+use crate::source::slot;
 use crate::watermark;
 
 #[derive(Args, Clone, Debug, PartialEq, Eq)]

@@ -11,8 +11,8 @@ use clap::Args;
 use super::{Format, columns, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::source::unarchived::{Part, UnfitColumn};
 use crate::telemetry::Bar;
-use crate::unarchived::{Part, UnfitColumn};
 use crate::verify::{Difference, Options, Progress, RepairMode, Report, TableReport};
 
 /// How often progress is logged where there is no terminal.

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::purge::{self, Summary};
-use crate::slot::{self, Slot};
+use crate::source::slot::{self, Slot};
 use crate::watermark::{self, EntityWatermark, State, Watermark};
 
 /// Characters of a name, and of anything else: a reason may be a sentence or two.

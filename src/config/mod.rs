@@ -37,7 +37,7 @@ pub use source::{
 pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};
-use crate::record::WindowWidth;
+use crate::tables::WindowWidth;
 use raw::setting_error;
 
 /// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::raw::{Layers, setting_error};
 use super::setting::Setting;
 use crate::error::{Error, Result};
-use crate::record::WindowWidth;
+use crate::tables::WindowWidth;
 
 /// A whole number, or whatever else its type reads from text.
 pub(super) fn parsed<T: FromStr>(layers: &Layers, setting: Setting, accepted: &str) -> Result<T> {

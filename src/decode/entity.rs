@@ -6,7 +6,7 @@ use super::charset::Charset;
 use super::relation::Role;
 use super::{Fields, value};
 use crate::batch::{Batches, EntityId};
-use crate::record::Entity;
+use crate::tables::Entity;
 
 /// Entities kept before the cache starts over. What was forgotten is looked up again.
 const ENTITIES_MAX: usize = 1_000_000;

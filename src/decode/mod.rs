@@ -24,7 +24,7 @@ use serde_json::Value as Json;
 use crate::batch::{Batches, EntityId, QuarantinedRow, SeriesId};
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
-use crate::record::{Entity, Kind};
+use crate::tables::{Entity, Kind};
 use charset::Charset;
 pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use super::source_type::SourceType;
 use crate::pgoutput::Relation;
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// What a column of a source table is to the archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

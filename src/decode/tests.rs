@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::batch::FileRows;
 use crate::pgoutput::Message;
-use crate::record::{MICROS_PER_DAY, WindowWidth};
+use crate::tables::{MICROS_PER_DAY, WindowWidth};
 
 const NOW: i64 = 20_000 * MICROS_PER_DAY;
 

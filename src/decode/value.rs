@@ -3,7 +3,7 @@ use chrono::{DateTime, NaiveDateTime};
 use super::charset::Charset;
 use super::source_type::SourceType;
 use crate::pgoutput::{POSTGRES_EPOCH_MICROS, Value};
-use crate::record::is_in_calendar;
+use crate::tables::is_in_calendar;
 
 /// Why a value does not fit its archive column. Becomes the `reason` of a quarantined row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

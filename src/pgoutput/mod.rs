@@ -16,7 +16,7 @@ pub(crate) use tuple::{LONG_COPIED, LONG_TAG, NULL_COPIED};
 pub use tuple::{Tuple, Value, Values};
 
 use crate::lsn::Lsn;
-use crate::record::clamp_to_calendar;
+use crate::tables::clamp_to_calendar;
 use reader::Reader;
 
 /// Microseconds from the Unix epoch to PostgreSQL's (2000-01-01T00:00:00Z).

@@ -9,7 +9,7 @@ use datafusion::error::{DataFusionError, Result};
 use datafusion::logical_expr::{Expr, TableType};
 use datafusion::physical_plan::ExecutionPlan;
 
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// Answers every query of a table with what is wrong with it.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::columns::{Columns, each_batch};
 use super::query::{BinnedQuery, plain, series};
 use crate::Result;
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// The metrics of an entity, by name.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

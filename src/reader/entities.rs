@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::columns::{Columns, each_batch};
 use crate::Result;
 use crate::config::edit_distance;
-use crate::record::{Entity, Kind};
+use crate::tables::{Entity, Kind};
 
 /// Near names that an unknown entity's error has.
 const NEAR_MAX: usize = 3;

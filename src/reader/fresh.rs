@@ -31,11 +31,11 @@ use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, ENTITY_TABLE, Settled};
 use crate::failpoint;
-use crate::lookup::Lookup;
 use crate::postgres::{READING, Session, quote_identifier, sql};
-use crate::record::{Kind, MICROS_PER_HOUR};
+use crate::source::lookup::Lookup;
+use crate::source::unarchived::{self, Part};
 use crate::source::{self, Copier, Fate, Partition, Slice, Source};
-use crate::unarchived::{self, Part};
+use crate::tables::{Kind, MICROS_PER_HOUR};
 use crate::watermark::{self, State, Watermark};
 use crate::{Error, Result, purge};
 

@@ -4,7 +4,7 @@ use crate::archive::{self, CommitNote, Namer, Snapshot, Storage, Table, View, ea
 use crate::batch::Batches;
 use crate::config::ObjectStorageSettings;
 use crate::lsn::Lsn;
-use crate::record::Kind;
+use crate::tables::Kind;
 use crate::{Error, Result};
 
 /// The position of a load that is done; before it is, its application id has none, or 0.
@@ -49,7 +49,7 @@ pub(super) async fn load(
     table.commit(&uploaded, DONE, &note).await
 }
 
-type Files = Vec<(crate::record::Window, archive::EncodedFile)>;
+type Files = Vec<(crate::tables::Window, archive::EncodedFile)>;
 
 /// The rows as files, and a digest of them that does not depend on their order.
 fn encode(kind: Kind, batches: &Batches) -> Result<(u128, Files)> {

@@ -47,7 +47,7 @@ pub use spc::{SpcFeature, SpcFeatures};
 
 use crate::archive::{self, Scan, Storage, View};
 use crate::config::{Config, ObjectStorageSettings};
-use crate::record::{Entity, Kind};
+use crate::tables::{Entity, Kind};
 use crate::{Error, Result};
 
 /// A snapshot of this age is refreshed by the next query: files that were merged away are deleted a day later.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::columns::{Columns, each_batch};
 use super::query::{BinnedQuery, plain, series};
 use crate::Result;
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// The distribution of a feature over time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use datafusion::functions::core::expr_fn::coalesce;
 use datafusion::logical_expr::{Expr, cast, col, lit};
 
 use super::BinWidth;
-use crate::record::{Entity, Kind};
+use crate::tables::{Entity, Kind};
 use crate::{Error, Result};
 
 /// What a binned query asks for: the rows of one entity with `start <= created_at < end`, in bins of one width.

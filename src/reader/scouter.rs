@@ -19,7 +19,7 @@ use super::load::load;
 use super::{Archive, BinWidth, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
 use crate::batch::Batches;
 use crate::config::{ObjectStorageSettings, StorageType};
-use crate::record::{Entity, Kind, WindowWidth, is_in_calendar};
+use crate::tables::{Entity, Kind, WindowWidth, is_in_calendar};
 use crate::{Error, Result};
 
 /// The kinds of records that have a data frame.

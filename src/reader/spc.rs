@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::columns::{Columns, each_batch};
 use super::query::{BinnedQuery, plain, series};
 use crate::Result;
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// The features of an entity, by name. Rows without a feature are under the empty name.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

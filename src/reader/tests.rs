@@ -9,7 +9,7 @@ use crate::archive::tests::Observed;
 use crate::archive::{CommitNote, Namer, Table, encode, upload};
 use crate::batch::Batches;
 use crate::lsn::Lsn;
-use crate::record::{MICROS_PER_DAY, WindowWidth};
+use crate::tables::{MICROS_PER_DAY, WindowWidth};
 
 const DAYS: i64 = 6;
 const ENTITIES: usize = 10;

@@ -10,7 +10,7 @@ use super::{Report, SourceTable, drift_oids, migrations, objects, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
-use crate::slot::MAY_REPLICATE;
+use crate::source::slot::MAY_REPLICATE;
 
 /// What the role that archives may do with the tables of the schema; with all others it may read.
 const WRITTEN: [(&str, &str); 6] = [

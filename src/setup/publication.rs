@@ -5,11 +5,11 @@ use tokio_postgres::Client;
 use super::owner::Ownership;
 use super::{LOCK_TIMEOUT, Report, SourceTable, find_tables, holds_rows, new_watermark, qualified};
 use crate::config::Config;
-use crate::coverage;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::quote_identifier;
-use crate::slot::Identity;
+use crate::source::coverage;
+use crate::source::slot::Identity;
 use crate::watermark::{self, State};
 
 /// Whether the publication exists.

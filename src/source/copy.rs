@@ -6,10 +6,10 @@ use super::{Copier, Partition, Slice, TimeColumn};
 use crate::batch::Batches;
 use crate::decode::{Decoder, Inserted, Notice};
 use crate::error::{Error, Result};
-use crate::lookup::{BINARY_FORM, Lookup};
 use crate::pgoutput::{Column, Insert, Relation, Tuple};
 use crate::postgres::{CopyOut, Encoding, quote_identifier};
-use crate::record::Kind;
+use crate::source::lookup::{BINARY_FORM, Lookup};
+use crate::tables::Kind;
 use crate::watermark::Watermark;
 
 /// How a binary copy begins (manual, `COPY`, "Binary Format").

@@ -2,10 +2,14 @@
 
 mod copier;
 mod copy;
+pub(crate) mod coverage;
+pub(crate) mod lookup;
 mod partition;
 mod point;
+pub(crate) mod slot;
 mod sums;
 mod time;
+pub mod unarchived;
 
 pub(crate) use copier::Copier;
 pub(crate) use copy::{Rows, Source, has_unreadable, insert};

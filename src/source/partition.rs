@@ -5,8 +5,8 @@ use super::time::{Days, Slice, TimeColumn, cut};
 use crate::archive::MinuteCounts;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
-use crate::record::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
-use crate::unarchived::IS_ARCHIVED;
+use crate::source::unarchived::IS_ARCHIVED;
+use crate::tables::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
 use crate::watermark::Watermark;
 
 /// A table that holds rows itself: a leaf of a partition tree, or a plain table.
@@ -43,7 +43,7 @@ pub(crate) struct Partition {
 
 /// The leaves under the table of oid `$1`, the oldest range first (a default partition before them). `$2` is the drift table's
 /// name. With the oid, `pg_get_expr` would wait for who has locked a partition. With `$3`, also what was covered and is detached now, if it still has the table's columns.
-/// (`{IS_ARCHIVED}` is put in.) What can't be archived is in none of them: [`unarchived`](crate::unarchived) tells of it.
+/// (`{IS_ARCHIVED}` is put in.) What can't be archived is in none of them: [`unarchived`](crate::source::unarchived) tells of it.
 const LEAVES: &str = r#"
     with recursive tree as (
         select $1::oid as oid, null::text collate "C" as low, null::text collate "C" as high

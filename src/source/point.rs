@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{READING, ReplicationConnection, sql};
-use crate::slot::{self, Lifetime, SnapshotUse};
+use crate::source::slot::{self, Lifetime, SnapshotUse};
 
 /// A transaction whose snapshot holds exactly the transactions whose commit records begin before `lsn`.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use crate::archive::{HourSums, RowSum};
 use crate::decode::ENTITY_TABLE;
 use crate::error::{Error, Result};
 use crate::postgres::{Encoding, quote_identifier};
-use crate::record::{ColumnSpec, ColumnType, Kind, MICROS_PER_HOUR};
+use crate::tables::{ColumnSpec, ColumnType, Kind, MICROS_PER_HOUR};
 
 /// What a partition holds.
 #[derive(Clone, Debug, Default)]

@@ -3,7 +3,7 @@ use std::fmt;
 use chrono::{DateTime, Utc};
 
 use crate::archive::MinuteCounts;
-use crate::record::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
+use crate::tables::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
 
 /// Ranges of time in one condition.
 const RANGES_MAX: usize = 500;

@@ -14,6 +14,7 @@
 
 mod damage;
 mod report;
+pub(crate) mod retention;
 mod rows;
 mod tail;
 mod upkeep;
@@ -26,13 +27,13 @@ use tokio::time::{Instant, sleep};
 use crate::archive::{self, HourSums, RowSum, Snapshot, Storage, TableFile};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::foreign;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::purge;
-use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
-use crate::slot;
+use crate::sidecar::foreign;
+use crate::source::slot;
 use crate::source::{Fate, Partition, PartitionSums, Point, Source};
+use crate::tables::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR};
 use crate::telemetry::whole;
 use crate::watermark::{self, State, Verified, Watermark};
 pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::postgres::Session;
-use crate::unarchived::{self, Part, UnfitColumn};
+use crate::source::unarchived::{self, Part, UnfitColumn};
 use crate::watermark::Watermark;
 
 /// What is compared, and what becomes of a difference.

@@ -4,16 +4,16 @@ use super::tail::Tail;
 use super::{RepairMode, Table, changed};
 use crate::archive::{self, CommitNote, DataFile, Doubles, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
-use crate::commit::{self, COPY_PATIENCE, StorageRetry};
 use crate::decode::{self, Decoder, Settled};
 use crate::error::Result;
 use crate::failpoint;
-use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::postgres::Session;
-use crate::record::{Kind, MICROS_PER_HOUR};
-use crate::recover;
+use crate::sidecar::committer::{self, COPY_PATIENCE, StorageRetry};
+use crate::sidecar::recovery;
+use crate::source::lookup::Lookup;
 use crate::source::{self, Copier, Fate, Partition, Slice, Source};
+use crate::tables::{Kind, MICROS_PER_HOUR};
 use crate::watermark::{self, Watermark};
 
 /// Memory that one digest takes in a comparison, with its share of an unfilled table.
@@ -165,7 +165,7 @@ impl<'a> Comparison<'a> {
         };
         let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
         let settled =
-            recover::quarantined(table.storage, &quarantine.files, &source.name, source.is_fit(table.kind))
+            recovery::quarantined(table.storage, &quarantine.files, &source.name, source.is_fit(table.kind))
                 .await?;
         Ok(Self {
             table,
@@ -324,7 +324,7 @@ impl<'a> Comparison<'a> {
             repair.commit(self.table.kind, &own, lsn).await?;
             let paths: Vec<String> = own.iter().map(|file| file.path.clone()).collect();
             let name = &self.table.row.source_table;
-            let spans = recover::spans(self.table.storage, self.table.kind, name, &paths).await?;
+            let spans = recovery::spans(self.table.storage, self.table.kind, name, &paths).await?;
             // Should we fail before this, the next session of the sidecar counts anew.
             sql.run(async |client| watermark::add_entities(client, &spans).await).await?;
         }
@@ -350,7 +350,8 @@ async fn take(
         let lsn = table.point.lsn;
         let present = present.cloned();
         let (storage, batches) = (table.storage, Box::new(batches));
-        let files = commit::write_files(storage, namer, batches, lsn, present, Some(COPY_PATIENCE)).await?;
+        let files =
+            committer::write_files(storage, namer, batches, lsn, present, Some(COPY_PATIENCE)).await?;
         found.missing += files.iter().map(|(_, file)| file.stats.row_count).sum::<u64>();
         found.repairable.extend(files);
         return Ok(());

@@ -7,13 +7,13 @@ use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, Inserted};
 use crate::error::{Error, Result};
-use crate::lookup::Lookup;
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Insert, Message};
 use crate::postgres::{Chunk, Encoding, Frame, Session};
-use crate::record::Kind;
+use crate::sidecar::builder::malformed;
 use crate::source::TemporarySlot;
-use crate::stream::malformed;
+use crate::source::lookup::Lookup;
+use crate::tables::Kind;
 use crate::watermark;
 
 /// Chunks between the receiver and the decoder.

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::sidecar::{self, Owned, Phase};
-use crate::slot;
+use crate::source::slot;
 use crate::watermark::{self, State, Watermark};
 
 /// How long nobody may hold the slot before that is an error: a sidecar that begins anew holds none.

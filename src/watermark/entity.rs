@@ -9,7 +9,7 @@ use tokio_postgres::{Client, Row};
 use super::signed;
 use crate::batch::EntitySpan;
 use crate::error::{Error, Result};
-use crate::record::Entity;
+use crate::tables::Entity;
 
 /// Entity spans, a vector for each column.
 #[derive(Default)]

@@ -8,7 +8,7 @@ use tokio_postgres::Client;
 
 use super::signed;
 use crate::error::{Error, Result};
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// How far the log of one Delta table was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]

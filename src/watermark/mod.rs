@@ -33,7 +33,7 @@ use crate::archive::Totals;
 use crate::batch::EntitySpan;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::record::Kind;
+use crate::tables::Kind;
 
 /// Whether the archive of a table is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

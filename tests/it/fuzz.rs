@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use highwater::postgres::Chunk;
-use highwater::record::Kind;
+use highwater::tables::Kind;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 

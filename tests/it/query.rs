@@ -7,7 +7,7 @@ use chrono::{DateTime, TimeZone as _, Utc};
 use highwater::Archive;
 use highwater::config::ObjectStorageSettings;
 use highwater::reader::{BinWidth, BinnedQuery};
-use highwater::record::{Entity, Kind};
+use highwater::tables::{Entity, Kind};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio_postgres::Client;

@@ -11,7 +11,7 @@ use futures::TryStreamExt as _;
 use highwater::Archive;
 use highwater::config::{Config, ObjectStorageSettings, SourceConfig};
 use highwater::reader::{BinWidth, BinnedQuery};
-use highwater::record::Entity;
+use highwater::tables::Entity;
 use tokio_postgres::Client;
 
 use crate::support::archive::files;

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use highwater::Archive;
 use highwater::archive::Storage;
 use highwater::reader::{BinWidth, BinnedQuery};
-use highwater::record::Entity;
+use highwater::tables::Entity;
 
 use crate::support::schema::Shape;
 use crate::support::sidecar::Launch;

@@ -6,7 +6,7 @@ use std::error::Error as StdError;
 use std::time::Duration;
 
 use bytes::{BufMut as _, BytesMut};
-use highwater::record::{Entity, Kind};
+use highwater::tables::{Entity, Kind};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio_postgres::Client;

@@ -5,7 +5,7 @@ use highwater::batch::Batches;
 use highwater::decode::{Decoder, Inserted};
 use highwater::lsn::Lsn;
 use highwater::pgoutput::Message;
-use highwater::record::{Entity, Kind, WindowWidth};
+use highwater::tables::{Entity, Kind, WindowWidth};
 
 /// A recorded stream: each message behind its length, 32 bits, big-endian.
 pub fn join<'a>(messages: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {

@@ -3,7 +3,7 @@
 use object_store::ObjectStoreExt as _;
 
 use super::*;
-use crate::archive::log::entry_path;
+use crate::archive::log::entry::entry_path;
 use crate::config::ObjectStorageSettings;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,5 @@
 use super::*;
-use crate::record::Entity;
+use crate::tables::Entity;
 
 const HOUR: (i64, i64) = (NOON, NOON + MICROS_PER_HOUR);
 
@@ -84,7 +84,7 @@ async fn surplus_copies_go_and_nothing_else_does() {
         assert_holds(&place, table, &[a, late, b, history, history, twins, twins, (NOON + 7, "c", 1)]).await;
     }
     let entry = std::fs::read_to_string(
-        place.folder.path().join("psi").join(log::entry_path(repair.version()).as_ref()),
+        place.folder.path().join("psi").join(entry::entry_path(repair.version()).as_ref()),
     );
     let entry = entry.unwrap();
     assert!(
@@ -103,9 +103,9 @@ async fn a_foreign_file_is_written_anew_as_it_is() {
     // Neither its order nor its statistics help.
     let (first, last) = ((NOON + 3, "z", 1), (NOON + 2, "a", 9));
     let file = foreign(&place, psi(&[first, b, last, a, b, a])).await;
-    let entry = log::to_bytes(&[file.add(true)]);
+    let entry = entry::to_bytes(&[file.add(true)]);
     let store = place.storage.table_store(Kind::Psi);
-    let version = log::entry_path(table.version() + 1);
+    let version = entry::entry_path(table.version() + 1);
     object_store::ObjectStoreExt::put(&store, &version, entry.into()).await.unwrap();
     table.look().await.unwrap();
     let found = doubles(&place, &table, &psi(&[a, last, b, ours, first])).await;

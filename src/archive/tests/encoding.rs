@@ -7,9 +7,9 @@ use parquet::file::properties::WriterPropertiesBuilder;
 use parquet::schema::types::ColumnPath;
 
 use super::*;
-use crate::archive::encode::{encode_with, writer_properties};
+use crate::archive::files::encode::{encode_with, writer_properties};
 use crate::batch::Batches;
-use crate::record::{ColumnSpec, ColumnType};
+use crate::tables::{ColumnSpec, ColumnType};
 
 fn row_group_sizes(bytes: bytes::Bytes) -> Vec<i64> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(bytes).unwrap();

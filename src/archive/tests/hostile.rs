@@ -7,8 +7,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::*;
-use crate::archive::log::{Entry, entry_path};
-use crate::archive::view::View;
+use crate::archive::log::entry::{Entry, entry_path};
 
 /// Mutants of a file and of a log entry; some seconds in all.
 const ROUNDS: u32 = 1_000;
@@ -252,7 +251,7 @@ fn no_change_of_a_log_entry_makes_its_reader_panic() {
     let seed = rand::random::<u64>();
     let mut random = StdRng::seed_from_u64(seed);
     let entry = [
-        log::to_bytes(&log::creation(Kind::Psi, 1)).to_vec(),
+        entry::to_bytes(&entry::creation(Kind::Psi, 1)).to_vec(),
         add("2026/11/22-x.parquet", 10, 5).into_bytes(),
         br#"{"remove":{"path":"a%20b","dataChange":true,"deletionTimestamp":1}}"#.to_vec(),
         br#"{"txn":{"appId":"highwater/7/slot","version":7,"lastUpdated":1}}"#.to_vec(),

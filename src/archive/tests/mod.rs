@@ -24,10 +24,13 @@ use object_store::{
 };
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
+use super::files::{footer, object_reader};
+use super::log::entry;
+use super::store::synced;
 use super::*;
-use crate::Lsn;
 use crate::config::LocalAccess;
-use crate::record::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR, Window, WindowWidth};
+use crate::tables::{Kind, MICROS_PER_DAY, MICROS_PER_HOUR, Window, WindowWidth};
+use crate::{Error, Lsn};
 
 const APP: &str = "highwater/7/slot";
 const NOON: i64 = 1_700_000_000_000_000 / MICROS_PER_DAY * MICROS_PER_DAY + MICROS_PER_DAY / 2;

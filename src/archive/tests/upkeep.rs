@@ -8,8 +8,8 @@ use parquet::file::properties::WriterPropertiesBuilder;
 use parquet::schema::types::ColumnPath;
 
 use super::*;
-use crate::archive::encode::{encode_with, writer_properties};
-use crate::archive::log::entry_path;
+use crate::archive::files::encode::{encode_with, writer_properties};
+use crate::archive::log::entry::entry_path;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_merge_that_was_given_up_may_still_land() {

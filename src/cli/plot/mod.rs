@@ -187,7 +187,7 @@ mod tests {
 
     use super::*;
     use crate::reader::{BinWidth, BinnedMetric, BinnedMetricStats, SpcFeature};
-    use crate::record::Entity;
+    use crate::tables::Entity;
 
     fn query() -> BinnedQuery {
         let entity = Entity { space: "shop".into(), name: "rank & <co>".into(), version: "1".into() };

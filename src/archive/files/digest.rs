@@ -1,0 +1,259 @@
+//! Rows as digests, so that two places can be compared as multisets without holding their rows.
+//!
+//! A row's digest is the MD5 of its values as PostgreSQL's send functions write them: microseconds since 2000, 32-bit
+//! numbers and the bits of a double big-endian, texts with their length before them, -1 for a null. So SQL can compute the
+//! same one. 128 bits: among 10^12 different rows the odds of two that agree are below 10^-14.
+
+use std::collections::HashMap;
+
+use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
+use arrow::compute::filter_record_batch;
+use arrow::datatypes::{Float64Type, Int32Type};
+use foldhash::fast::RandomState;
+use md5::{Digest as _, Md5};
+
+use super::columns::{Strings, times};
+use super::object_reader::each_batch_within;
+use super::table_file::TableFile;
+use crate::archive::error::encode_error;
+use crate::archive::store::storage::Storage;
+use crate::pgoutput::POSTGRES_EPOCH_MICROS;
+use crate::tables::{ColumnType, Kind};
+use crate::{Error, Result};
+
+/// Digests of rows, and how often each occurs.
+#[derive(Debug, Default)]
+pub struct Multiset {
+    counts: HashMap<u128, Copies, RandomState>,
+}
+
+/// How many rows of one digest there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copies {
+    /// Those that nobody has taken.
+    pub left: u32,
+    /// Those that were.
+    pub taken: u32,
+}
+
+impl Multiset {
+    /// Takes in the rows of files (of one version of a table) whose `created_at` lies in one of the ranges: ascending
+    /// pairs of a first microsecond since the epoch and the one after the last.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Storage`] or [`Error::Encode`] if a file can't be read.
+    pub async fn read(
+        &mut self,
+        storage: &Storage,
+        kind: Kind,
+        files: &[&TableFile],
+        ranges: &[(i64, i64)],
+    ) -> Result<()> {
+        let contains = |time: &i64| {
+            let after = ranges.partition_point(|(start, _)| start <= time);
+            after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)
+        };
+        each_batch_within(storage, kind, files, ranges, None, |batch| {
+            let is_within: Vec<bool> = times(kind, batch)?.values().iter().map(contains).collect();
+            if !is_within.contains(&true) {
+                return Ok(());
+            }
+            digests(kind, batch, |row, digest| {
+                if is_within.get(row).copied().unwrap_or_default() {
+                    self.add(digest);
+                }
+            })
+        })
+        .await
+    }
+
+    /// Takes in a row.
+    pub fn add(&mut self, digest: u128) {
+        self.counts.entry(digest).or_default().left += 1;
+    }
+
+    /// Whether a row of this digest is in it; then it is used up, once.
+    pub fn take(&mut self, digest: u128) -> bool {
+        match self.counts.get_mut(&digest) {
+            Some(copies) if copies.left > 0 => {
+                copies.left -= 1;
+                copies.taken += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// How many rows are left.
+    #[must_use]
+    pub fn row_count(&self) -> u64 {
+        self.counts.values().map(|copies| u64::from(copies.left)).sum()
+    }
+
+    /// The rows that are left although equal ones were taken: where the takers are all that there are, these are copies too many.
+    pub fn doubles(&self) -> impl Iterator<Item = (u128, Copies)> {
+        let doubles = self.counts.iter().filter(|(_, copies)| copies.left > 0 && copies.taken > 0);
+        doubles.map(|(digest, copies)| (*digest, *copies))
+    }
+
+    /// The rows of a batch that are not in it. Those that are have been used up, each once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] if the batch has other columns than its kind.
+    pub fn missing(&mut self, kind: Kind, batch: &RecordBatch) -> Result<RecordBatch> {
+        let mut is_missing = Vec::with_capacity(batch.num_rows());
+        digests(kind, batch, |_, digest| {
+            is_missing.push(!self.take(digest));
+        })?;
+        filter_record_batch(batch, &BooleanArray::from(is_missing))
+            .map_err(encode_error(format!("comparing rows of {}", kind.name())))
+    }
+}
+
+/// Hands out the time and the digest of each row, in order.
+///
+/// # Errors
+///
+/// [`Error::Internal`] if the batch has other columns than its kind.
+pub fn each_digest(kind: Kind, batch: &RecordBatch, mut take: impl FnMut(i64, u128)) -> Result<()> {
+    let times = times(kind, batch)?;
+    digests(kind, batch, |row, digest| take(times.value(row), digest))
+}
+
+/// Hands out the digest of each row, in order.
+pub(in crate::archive) fn digests(
+    kind: Kind,
+    batch: &RecordBatch,
+    mut take: impl FnMut(usize, u128),
+) -> Result<()> {
+    let columns = kind.columns();
+    let mut writers = Vec::with_capacity(columns.len());
+    for spec in columns {
+        let column = batch.column_by_name(spec.name);
+        let writer = column.and_then(|column| match spec.column_type {
+            ColumnType::Timestamp => times(kind, batch).ok().map(Column::Times),
+            ColumnType::String => Strings::of(column).map(Column::Strings),
+            ColumnType::Int => column.as_primitive_opt::<Int32Type>().map(Column::Ints),
+            ColumnType::Double => column.as_primitive_opt::<Float64Type>().map(Column::Doubles),
+        });
+        writers.push(writer.ok_or_else(|| {
+            let found = column.map(|column| column.data_type().to_string());
+            Error::Internal(format!("a batch of {} has {found:?} as its column {}", kind.name(), spec.name))
+        })?);
+    }
+    let mut bytes = Vec::new();
+    for row in 0..batch.num_rows() {
+        bytes.clear();
+        for column in &writers {
+            column.write(row, &mut bytes);
+        }
+        take(row, u128::from_be_bytes(Md5::digest(&bytes).into()));
+    }
+    Ok(())
+}
+
+/// A column that can be written row by row.
+enum Column<'a> {
+    Times(&'a arrow::array::TimestampMicrosecondArray),
+    Strings(Strings<'a>),
+    Ints(&'a arrow::array::Int32Array),
+    Doubles(&'a arrow::array::Float64Array),
+}
+
+impl Column<'_> {
+    fn write(&self, row: usize, bytes: &mut Vec<u8>) {
+        const NULL: [u8; 4] = (-1_i32).to_be_bytes();
+        match self {
+            Self::Times(times) => {
+                bytes.extend((times.value(row).wrapping_sub(POSTGRES_EPOCH_MICROS)).to_be_bytes());
+            }
+            Self::Strings(strings) => match strings.get(row) {
+                Some(text) => {
+                    bytes.extend(u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes());
+                    bytes.extend(text.as_bytes());
+                }
+                None => bytes.extend(NULL),
+            },
+            Self::Ints(numbers) => bytes.extend(numbers.value(row).to_be_bytes()),
+            Self::Doubles(numbers) if numbers.is_null(row) => bytes.extend(NULL),
+            Self::Doubles(numbers) => {
+                bytes.extend(8_i32.to_be_bytes());
+                bytes.extend(numbers.value(row).to_bits().to_be_bytes());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Batches;
+    use crate::tables::WindowWidth;
+
+    fn spc(rows: &[(&str, i64, Option<f64>)]) -> RecordBatch {
+        let mut batches = Batches::new(WindowWidth::DAY, 0);
+        for (feature, time, value) in rows {
+            let entity = batches.entity(b"s", b"n", b"v").unwrap();
+            let feature = batches.series(feature.as_bytes()).unwrap();
+            batches.push_spc(entity, *time, feature, *value);
+        }
+        let files = batches.files();
+        files[0].record_batches().next().unwrap().unwrap()
+    }
+
+    fn all(batch: &RecordBatch) -> Vec<u128> {
+        let mut found = Vec::new();
+        digests(Kind::Spc, batch, |_, digest| found.push(digest)).unwrap();
+        found
+    }
+
+    #[test]
+    fn every_bit_counts() {
+        let nan = f64::from_bits(f64::NAN.to_bits() | 1);
+        let rows = spc(&[
+            ("f", 1, Some(0.0)),
+            ("f", 2, Some(0.0)),
+            ("f", 3, Some(-0.0)),
+            ("f", 4, Some(f64::from_bits(1))),
+            ("f", 5, Some(f64::NAN)),
+            ("f", 6, Some(nan)),
+            ("f", 7, None),
+            ("g", 8, None),
+        ]);
+        let mut found = all(&rows);
+        found.sort_unstable();
+        found.dedup();
+        assert_eq!(found.len(), 8);
+        // Whatever the encoding of the strings.
+        let plain =
+            arrow::compute::cast(rows.column_by_name("space").unwrap(), &arrow::datatypes::DataType::Utf8);
+        assert_eq!(plain.unwrap().len(), 8);
+    }
+
+    #[test]
+    fn what_is_there_is_used_up_once_each() {
+        let mut present = Multiset::default();
+        let twice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 2, None)]);
+        digests(Kind::Spc, &twice, |_, digest| present.add(digest)).unwrap();
+        let thrice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 3, None)]);
+        let missing = present.missing(Kind::Spc, &thrice).unwrap();
+        assert_eq!(missing.num_rows(), 2);
+        assert_eq!(all(&missing), all(&spc(&[("f", 1, Some(1.0)), ("f", 3, None)])));
+        assert_eq!(present.missing(Kind::Spc, &twice).unwrap().num_rows(), 2, "only the third is left");
+        assert_eq!((present.row_count(), present.doubles().count()), (0, 0));
+    }
+
+    #[test]
+    fn a_double_is_a_row_of_which_some_were_taken_and_some_are_left() {
+        let mut present = Multiset::default();
+        let rows = spc(&[("f", 1, None), ("f", 1, None), ("f", 1, None), ("f", 2, None), ("f", 3, None)]);
+        digests(Kind::Spc, &rows, |_, digest| present.add(digest)).unwrap();
+        present.missing(Kind::Spc, &spc(&[("f", 1, None), ("f", 2, None)])).unwrap();
+        let doubled = all(&spc(&[("f", 1, None)]))[0];
+        let doubles: Vec<_> = present.doubles().collect();
+        assert_eq!(doubles, [(doubled, Copies { left: 2, taken: 1 })], "not the one that nobody has taken");
+        assert_eq!(present.row_count(), 3);
+    }
+}

@@ -1,0 +1,9 @@
+//! The Delta logs: entries, claims and commits, and one version of a table as its log has it.
+
+pub(in crate::archive) mod entry;
+pub(in crate::archive) mod foreign;
+mod marks;
+pub(in crate::archive) mod open;
+pub(in crate::archive) mod snapshot;
+pub(in crate::archive) mod table;
+pub(in crate::archive) mod view;

@@ -1,0 +1,314 @@
+//! One hold of the slot: what is made ready before the stream is read, and the tasks that read it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use rand::RngExt;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::backfill::Backfill;
+use super::builder::{Builder, Texts};
+use super::committer::{Committer, Parts, Work};
+use super::foreign;
+use super::gap;
+use super::history::{History, check_gap, check_timeline, ensure_slot, history, logged_switches};
+use super::recovery;
+use super::task::{Owned, stop};
+use crate::archive::{self, Namer, Storage, Table};
+use crate::config::Config;
+use crate::decode::{Decoder, Settled};
+use crate::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::postgres::{Encoding, Receiver, ReplicationConnection, ReplicationStream, Session};
+use crate::setup;
+use crate::source;
+use crate::source::slot::{self, Identity, Slot};
+use crate::tables::Kind;
+use crate::watermark;
+
+/// Chunks (of half a MiB or one frame) between the receiver and the builder.
+const CHUNKS_MAX: usize = 8;
+
+/// Checkpoints between the builder and the committer; with the one that is being written, two are in flight.
+const CHECKPOINTS_WAITING_MAX: usize = 1;
+
+/// How long a stop waits for the last checkpoint: less than the half minute after which Kubernetes kills. What is not
+/// archived by then stays in Postgres.
+const STOP_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// How long whole checkpoints that are queued may still take after the connection is lost.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The tasks of a session.
+struct Tasks {
+    receiver: Receiver,
+    chunks: mpsc::Receiver<crate::postgres::Chunk>,
+    committer: Owned<Result<()>>,
+    builder: Builder,
+}
+
+/// What a session is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// It gets the slot, and adds what the archive lacks.
+    Opening,
+    /// It archives what the stream brings.
+    Streaming,
+    /// The last one has failed; the next one begins soon.
+    Failed,
+}
+
+/// How a session ended that was told to.
+pub(super) enum Ended {
+    /// Everything that it received is archived.
+    Whole,
+    /// It had not begun to stream.
+    Unopened,
+}
+
+/// How messages name the task.
+const COMMITTER: &str = "the committer";
+
+/// One hold of the slot.
+pub(super) async fn session(
+    config: &Config,
+    shutdown: &watch::Receiver<()>,
+    wants_text: &Arc<AtomicBool>,
+    phase: &watch::Sender<Phase>,
+) -> Result<Ended> {
+    let opened = tokio::select! {
+        biased;
+        () = stop(shutdown) => return Ok(Ended::Unopened),
+        opened = open(config, wants_text) => opened?,
+    };
+    let Tasks { mut receiver, chunks, mut committer, builder } = opened;
+    phase.send_replace(Phase::Streaming);
+    let stopped_at = OnceLock::new();
+    let stopping = async {
+        stop(shutdown).await;
+        stopped_at.get_or_init(Instant::now);
+    };
+    let outcome = tokio::select! {
+        biased;
+        // The committer's own error says more than that its queue is closed.
+        result = committer.outcome(COMMITTER) => return Err(committer_ended(result)),
+        result = builder.run(chunks, stopping) => result,
+        result = receiver.ended() => Err(receiver_ended(result)),
+        // The queue to the committer is full, and storage takes nothing.
+        () = async { stop(shutdown).await; sleep(STOP_TIMEOUT).await } => Err(late_stop()),
+    };
+    // The builder is gone, and with it the sender of work: the committer ends after what is queued.
+    let since = stopped_at.get().map(Instant::elapsed).unwrap_or_default();
+    let wait = if outcome.is_ok() { STOP_TIMEOUT.saturating_sub(since) } else { DRAIN_TIMEOUT };
+    match timeout(wait, committer.outcome(COMMITTER)).await {
+        // Its error comes first: it may be the reason for the builder's.
+        Ok(drained) => drained?,
+        Err(_) => {
+            outcome?;
+            return Err(late_stop());
+        }
+    }
+    outcome?;
+    receiver.finish().await.map(|()| Ended::Whole)
+}
+
+fn late_stop() -> Error {
+    let context = format!(
+        "the last checkpoint was not archived within {STOP_TIMEOUT:?}; its rows are still in Postgres"
+    );
+    Error::io(context)(std::io::ErrorKind::TimedOut.into())
+}
+
+fn committer_ended(result: Result<()>) -> Error {
+    result.err().unwrap_or_else(|| Error::Internal(format!("{COMMITTER} ended early")))
+}
+
+/// Gets the slot, claims the tables, brings the watermarks up to them, adds what the archive lacks, and starts the tasks.
+/// The order matters, see ARCHITECTURE.md ("One writer", "Gaps").
+async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
+    let mut sql = Session::new(config.source.clone());
+    let storage = Storage::open(&config.storage)?;
+    // Claims ask for it, too; but by then there may be a slot that keeps the server's log.
+    storage.prove_once().await?;
+    sql.run(setup::check_schema).await?;
+    let mut connection = ReplicationConnection::connect(&config.source).await?;
+    let identity = slot::identify(&mut connection).await?;
+    let found = slot::find(&mut sql, &config.slot).await?;
+    let watermarks = sql.run(watermark::read).await?;
+    let history = history(config, &mut connection, &watermarks, &identity, found.as_ref()).await?;
+    ensure_slot(config, &mut sql, &mut connection, found).await?;
+    let (stream, texts) = start_stream(config, &mut sql, connection, wants_text).await?;
+
+    // Only now nobody else moves the slot or the archive.
+    let (slot, holder) = held_slot(config, &mut sql).await?;
+    let start = slot.confirmed_flush_lsn;
+    let (durable_sender, durable) = watch::channel(start);
+    let (chunk_sender, chunks) = mpsc::channel(CHUNKS_MAX);
+    // What follows may take hours; somebody must answer the server meanwhile.
+    let mut receiver = stream.spawn(chunk_sender, durable);
+    let namer = Arc::new(Namer::new());
+    let prepared = prepare(config, &mut sql, &storage, &namer, &identity, &history, &slot);
+    let tables = tokio::select! {
+        biased;
+        result = receiver.ended() => return Err(receiver_ended(result)),
+        tables = prepared => tables?,
+    };
+
+    let request = sql.run(slot::checkpoint_request).await?;
+    let mut decoder = Decoder::new(&config.schema);
+    if texts.encoding == Encoding::Other {
+        decoder.ask_for_texts();
+    }
+    decoder.settle(settled(&storage, &tables, start).await?);
+    // Of a table that is not to be had the stream brings nothing.
+    let lsn_of = |kind| tables.iter().find(|table| table.kind() == kind).map_or(Lsn(u64::MAX), Table::lsn);
+    let table_lsn = Kind::ALL.map(lsn_of);
+    tracing::info!(
+        slot = config.slot,
+        from = %start,
+        storage = config.storage.storage_uri,
+        "archiving"
+    );
+    let (work_sender, work) = mpsc::channel::<Work>(CHECKPOINTS_WAITING_MAX);
+    let parts = Parts {
+        config: config.clone(),
+        storage,
+        tables,
+        sql: Session::new(config.source.clone()),
+        holder,
+        namer,
+        durable: durable_sender,
+    };
+    Ok(Tasks {
+        receiver,
+        chunks,
+        committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts, request)),
+    })
+}
+
+/// Starts the stream, with texts as the database has them, and with other values as text if that is wanted.
+async fn start_stream(
+    config: &Config,
+    sql: &mut Session,
+    mut connection: ReplicationConnection,
+    wants_text: &Arc<AtomicBool>,
+) -> Result<(ReplicationStream, Texts)> {
+    let encoding = sql.run(Encoding::of_database).await?;
+    let (statement, encoding) = encoding.streamed(&config.publication);
+    if let Some(statement) = statement {
+        connection.query(statement).await?;
+    }
+    let slot = config.slot.as_str();
+    let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
+    let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
+    let stream = connection.start(slot, &config.publication, is_all).await?;
+    let stream = stream.holding(config.row_bytes_max());
+    Ok((stream, Texts { encoding, is_all, wants_all: Arc::clone(wants_text) }))
+}
+
+fn receiver_ended(result: Result<()>) -> Error {
+    result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))
+}
+
+/// Claims the tables and makes them fit for the stream.
+async fn prepare(
+    config: &Config,
+    sql: &mut Session,
+    storage: &Storage,
+    namer: &Arc<Namer>,
+    identity: &Identity,
+    history: &History,
+    slot: &Slot,
+) -> Result<Vec<Table>> {
+    let start = slot.confirmed_flush_lsn;
+    let app_id = archive::app_id(&identity.system_identifier, &config.slot);
+    // Tells our log entries from those of any other session, and is in each of them.
+    let session = format!("{:032x}", rand::rng().random::<u128>());
+    // A session that can't write its watermarks must not put a claim into every log before it finds that out: the next one
+    // would, too, and so on.
+    sql.run(async |client| watermark::can_be_moved(client, &config.slot).await).await?;
+    let mut tables = Vec::new();
+    for kind in Kind::ALL {
+        match Table::claim(storage, kind, &app_id, &session, start).await {
+            Ok(table) => tables.push(table),
+            Err(error) => foreign::leave_out_broken(config, sql, storage, kind, error).await?,
+        }
+    }
+    tracing::info!(session, "claimed the archive's tables");
+    let logged = logged_switches(config, &tables, identity).await?;
+    match history {
+        History::Same { switches } if logged.is_empty() || !config.accept_new_system => {
+            check_timeline(config, sql, &tables, switches, &logged).await?;
+        }
+        History::Same { .. } | History::Accepted => {
+            // The positions so far belong to another log. First in the Delta logs: until the watermarks follow, this
+            // history has to be accepted again, or is a gap.
+            sql.run(async |client| watermark::mark_gap(client, &config.slot).await).await?;
+            for table in tables.iter_mut().filter(|table| table.lsn() > start) {
+                table.rebase(start).await?;
+            }
+            let (system, timeline) = (identity.system_identifier.as_str(), identity.timeline_id);
+            let accepted = sql
+                .run(async |client| watermark::accept(client, &config.slot, system, timeline).await)
+                .await?;
+            for table in accepted {
+                tracing::warn!(
+                    table,
+                    system,
+                    timeline,
+                    "accepted as told; every row of the table will be compared with the archive"
+                );
+            }
+        }
+    }
+    for table in &mut tables {
+        // Before any position of this timeline is written.
+        table.set_timeline(identity.timeline_id).await?;
+    }
+    foreign::look_back(config, sql, &mut tables).await?;
+    let broken = recovery::watermarks(storage, &tables, sql, config).await?;
+    foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
+    check_gap(config, sql, slot).await?;
+    let timeline_id = identity.timeline_id;
+    sql.run(async |client| watermark::set_timeline(client, &config.slot, timeline_id).await).await?;
+    gap::notice(sql, &config.slot, &config.publication).await?;
+    let (name, publication) = (config.slot.as_str(), config.publication.as_str());
+    let mut incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
+    incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
+    foreign::drop_damaged(config, sql, &mut tables, &incomplete.mendable).await?;
+    let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
+    let broken = backfill.run(&incomplete).await?;
+    foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
+    for table in &mut tables {
+        foreign::look(config, sql, table).await?;
+    }
+    Ok(tables)
+}
+
+/// The slot as it stands now that we hold it, and the server process that streams from it.
+async fn held_slot(config: &Config, sql: &mut Session) -> Result<(Slot, i32)> {
+    let slot = slot::find(sql, &config.slot).await?;
+    slot.and_then(|slot| slot.active_pid.map(|holder| (slot, holder))).ok_or_else(|| Error::Slot {
+        slot: config.slot.clone(),
+        detail:
+            "nobody holds it on the server that SQL reaches; do SQL and the stream reach different servers?"
+                .to_owned(),
+        transient: true,
+    })
+}
+
+/// The rows that an earlier session put into the quarantine, in transactions that the slot, which stands at `start`,
+/// will send again.
+async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Settled> {
+    let mut settled = Settled::default();
+    let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
+    let Some(quarantine) = quarantine else { return Ok(settled) };
+    // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
+    let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));
+    let paths: Vec<String> = files.map(|file| file.path.clone()).collect();
+    archive::each_quarantined(storage, &paths, |row| settled.add(row.source_table, row.row, row.lsn)).await?;
+    Ok(settled)
+}
