@@ -14,6 +14,7 @@
 
 mod conninfo;
 mod hours;
+mod parameters;
 mod parse;
 mod passfile;
 mod raw;
@@ -27,13 +28,13 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 pub use hours::HoursOfDay;
+pub use parameters::{
+    Address, AuthMethod, ChannelBinding, Endpoint, Keepalive, Password, SslMode, Target, TlsVersion,
+};
 pub(crate) use raw::edit_distance;
 pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
-pub use source::{
-    Address, AuthMethod, ChannelBinding, DEFAULT_URI, Endpoint, Keepalive, Password, SourceConfig, SslMode,
-    Target, TlsVersion,
-};
+pub use source::{DEFAULT_URI, SourceConfig};
 pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};

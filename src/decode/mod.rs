@@ -13,12 +13,12 @@
 mod charset;
 mod entity;
 mod relation;
+mod settled;
 mod source_type;
 mod value;
 
 use std::collections::HashMap;
 
-use md5::{Digest as _, Md5};
 use serde_json::Value as Json;
 
 use crate::batch::{Batches, EntityId, QuarantinedRow, SeriesId};
@@ -30,6 +30,7 @@ pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
 pub use relation::{ENTITY_TABLE, Notice, Shape};
 use relation::{ROLE_COUNT, Role, Table, Target};
+pub(crate) use settled::Settled;
 use source_type::SourceType;
 use value::Unfit;
 
@@ -254,8 +255,7 @@ impl Decoder {
             self.entities.learn(&fields, &self.charset);
             return Ok(Inserted::Done);
         };
-        if self.transaction.has(Kind::Quarantine) && self.settled.0.contains_key(&self.transaction.final_lsn)
-        {
+        if self.transaction.has(Kind::Quarantine) && self.settled.has_any(self.transaction.final_lsn) {
             if asks_for_any(&mut self.charset, table, insert.tuple)? {
                 return Ok(Inserted::UnknownText);
             }
@@ -354,52 +354,6 @@ fn texts(
         }
     }
     Ok(row)
-}
-
-/// Quarantined rows, by the position of their transaction's commit record, and how many of each there are.
-///
-/// They are told by the columns that are archived: others may be written to later (`archived`, `updated_at`), come and go. Of
-/// each only the digest is kept, so that millions of them take little memory.
-#[derive(Debug, Default)]
-pub(crate) struct Settled(HashMap<Lsn, HashMap<u128, u64>>);
-
-impl Settled {
-    /// Adds a row as the quarantine has it. A row of another origin, which has no position, is passed over: it
-    /// can't come again.
-    pub(crate) fn add(&mut self, source_table: &str, row: &str, lsn: &str) {
-        // Parsed, so that the text does not have to be what this version would write.
-        if let (Ok(lsn), Ok(Json::Object(mut row))) = (lsn.parse(), serde_json::from_str::<Json>(row)) {
-            row.retain(|column, _| relation::is_archived(column));
-            let digest = digest(source_table, row);
-            *self.0.entry(lsn).or_default().entry(digest).or_default() += 1;
-        }
-    }
-
-    /// Whether the row is one of them, which then is used up.
-    fn take(
-        &mut self,
-        lsn: Lsn,
-        table: &Table,
-        tuple: Tuple<'_>,
-        charset: &Charset,
-    ) -> Result<bool, DecodeError> {
-        let Some(rows) = self.0.get_mut(&lsn) else { return Ok(false) };
-        let digest = digest(&table.name, texts(table, tuple, charset, relation::is_archived)?);
-        Ok(match rows.get_mut(&digest) {
-            Some(count) if *count > 0 => {
-                *count -= 1;
-                true
-            }
-            _ => false,
-        })
-    }
-}
-
-/// The MD5 of a table's name and a row's texts, which come in the order of the columns' names.
-fn digest(source_table: &str, row: serde_json::Map<String, Json>) -> u128 {
-    // No name has a zero byte.
-    let text = format!("{source_table}\0{}", Json::Object(row));
-    u128::from_be_bytes(Md5::digest(text).into())
 }
 
 /// Sorts a row's values by role.

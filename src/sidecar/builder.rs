@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::committer::{Range, Work};
+use super::timing::{has_room_at, now, time_to_cut};
 use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, Inserted};
@@ -37,7 +38,7 @@ use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::source::lookup::Lookup;
 use crate::source::slot::{self, REQUEST_PREFIX};
-use crate::tables::{Kind, Window, WindowWidth};
+use crate::tables::{Kind, WindowWidth};
 use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -489,38 +490,7 @@ fn unfinished() -> Error {
     Error::io(context)(std::io::ErrorKind::TimedOut.into())
 }
 
-/// How long a row may wait before its checkpoint is cut: three quarters of the bound, which leaves a quarter
-/// for encoding, upload and commit; or until the current window ends, so that its files can be merged soon.
-fn time_to_cut(max_lag: Duration, window: WindowWidth, now_micros: i64) -> Duration {
-    let rest = Window::of(now_micros, window).end() - now_micros;
-    (max_lag * 3 / 4).min(Duration::from_micros(u64::try_from(rest).unwrap_or_default()))
-}
-
-/// Waits until then, and until the committer can take something, or is gone. The room is not kept.
-async fn has_room_at(work: &mpsc::Sender<Work>, at: Instant) {
-    sleep_until(at).await;
-    drop(work.reserve().await);
-}
-
-fn now() -> i64 {
-    chrono::Utc::now().timestamp_micros()
-}
-
 /// The error of a stream that is not what it should be.
 pub(crate) fn malformed(error: impl std::fmt::Display) -> Error {
     Error::Protocol { context: "decoding the replication stream".to_owned(), detail: error.to_string() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_row_waits_for_three_quarters_of_the_bound_or_the_end_of_the_window() {
-        let hour = WindowWidth::new(Duration::from_secs(3600)).unwrap();
-        let minute = Duration::from_secs(60);
-        assert_eq!(time_to_cut(minute, hour, 0), Duration::from_secs(45));
-        assert_eq!(time_to_cut(minute, hour, 3_590_000_000), Duration::from_secs(10));
-        assert_eq!(time_to_cut(minute * 240, hour, 1), Duration::from_micros(3_599_999_999));
-    }
 }

@@ -71,7 +71,7 @@ pub(crate) async fn note(config: &Config, sql: &mut Session, table: &mut Table) 
     let removals = table.removals().to_vec();
     for removal in &removals {
         let kind = table.kind();
-        let description = removal.describe(table);
+        let description = table.describe(removal);
         let reason = removal.is_loss.then_some(description.as_str());
         if removal.is_loss {
             tracing::error!(table = kind.name(), "{description}; what it concerns is not purged");

@@ -9,6 +9,7 @@ mod history;
 pub(crate) mod recovery;
 mod session;
 mod task;
+mod timing;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -1,6 +1,6 @@
 //! Files of the archive that are gone, or not whole: what an earlier verification said of their rows is taken back.
 
-use super::Table;
+use super::table::Table;
 use crate::archive::{self, TableFile};
 use crate::error::{Error, Result};
 use crate::postgres::Session;

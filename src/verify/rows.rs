@@ -1,7 +1,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::RepairMode;
+use super::table::{Table, changed};
 use super::tail::Tail;
-use super::{RepairMode, Table, changed};
 use crate::archive::{self, CommitNote, DataFile, Doubles, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
 use crate::decode::{self, Decoder, Settled};

@@ -1,5 +1,7 @@
 //! The Delta logs: entries, claims and commits, and one version of a table as its log has it.
 
+mod claim;
+pub(in crate::archive) mod damage;
 pub(in crate::archive) mod entry;
 pub(in crate::archive) mod foreign;
 mod marks;

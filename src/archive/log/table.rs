@@ -7,13 +7,12 @@ use bytes::Bytes;
 use chrono::Utc;
 use futures::TryStreamExt;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use object_store::{ObjectStore, PutMode};
 use serde_json::{Map, Value, json};
 
 use super::entry::{self, CommitId, Entry, entry_path};
 use super::foreign::{self, ForeignRemoval};
-use super::open::{check_entry, create_if_absent, open_checked, to_lsn};
-use super::snapshot::table_files;
+use super::open::{check_entry, to_lsn};
 use crate::archive::error::unusable;
 use crate::archive::files::table_file::TableFile;
 use crate::archive::files::upload::DataFile;
@@ -23,7 +22,7 @@ use crate::{Error, Lsn, Result, failpoint};
 
 /// How often a claim, or a commit, starts again because another writer was faster. Writers other than us
 /// are people; they don't write hundreds of entries a second.
-const ATTEMPTS_MAX: usize = 32;
+pub(super) const ATTEMPTS_MAX: usize = 32;
 
 /// After this long without a look at the log, an entry that landed is checked against the end of the log.
 /// Must be well below the log's retention: what a successor trimmed could be created once more, far behind
@@ -67,20 +66,20 @@ pub struct CommitNote {
 /// exactly the next version, by a request that fails if the version is taken; then the entries since are
 /// read, and one of the same application id means that another session has taken over ([`Error::Fenced`]).
 pub struct Table {
-    storage: Storage,
-    store: Arc<dyn ObjectStore>,
-    kind: Kind,
-    app_id: String,
-    session_id: String,
-    version: u64,
+    pub(super) storage: Storage,
+    pub(super) store: Arc<dyn ObjectStore>,
+    pub(super) kind: Kind,
+    pub(super) app_id: String,
+    pub(super) session_id: String,
+    pub(super) version: u64,
     /// See [`Table::timeline`].
     pub(in crate::archive) timeline: Option<i32>,
-    commit_number: u64,
-    lsn: Lsn,
-    files: BTreeMap<String, TableFile>,
-    totals: Totals,
+    pub(super) commit_number: u64,
+    pub(super) lsn: Lsn,
+    pub(super) files: BTreeMap<String, TableFile>,
+    pub(super) totals: Totals,
     /// The last entry since the claim in which somebody else has added rows that did not come by the stream.
-    foreign_copy: Option<u64>,
+    pub(super) foreign_copy: Option<u64>,
     /// What others took away, and nobody was told of yet.
     pub(in crate::archive) removals: Vec<ForeignRemoval>,
     /// Files that were found to be gone, by path.
@@ -145,104 +144,6 @@ pub struct Merged {
     pub outputs: Vec<DataFile>,
 }
 impl Table {
-    /// Opens the kind's table, creating it if there is none, and claims it for this session: from here on
-    /// no older session of the same application id can commit. `session_id` must never be used twice.
-    ///
-    /// `start` becomes the table's position if it has none for this application id.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Storage`] and [`Error::Delta`]; claiming may be repeated. [`Error::Delta`] also if the table
-    /// has other columns than its kind, or needs a newer protocol.
-    pub async fn claim(
-        storage: &Storage,
-        kind: Kind,
-        app_id: &str,
-        session_id: &str,
-        start: Lsn,
-    ) -> Result<Self> {
-        // Before anything is written: of a store that overwrites, not even a table's first entry is safe.
-        storage.prove_once().await?;
-        create_if_absent(storage, kind).await?;
-        Self::claim_as(storage, kind, app_id, session_id, start).await
-    }
-
-    async fn claim_as(
-        storage: &Storage,
-        kind: Kind,
-        app_id: &str,
-        session_id: &str,
-        start: Lsn,
-    ) -> Result<Self> {
-        for _ in 0..ATTEMPTS_MAX {
-            let mut table = Self::load(storage, kind, app_id, session_id, start).await?;
-            let claim = table.change("HIGHWATER CLAIM", table.lsn);
-            match table.put_entry(table.entry_bytes(&claim)?).await {
-                Ok(()) => {
-                    table.take_over(claim);
-                    return Ok(table);
-                }
-                Err(object_store::Error::AlreadyExists { .. }) => {}
-                Err(error) => {
-                    return Err(Error::storage(format!("claiming {}", storage.table_url(kind)))(error));
-                }
-            }
-        }
-        Err(unusable(kind, "claiming", "other writers were faster every time"))
-    }
-
-    /// Opens and claims the kind's table for a repair: beside the session that has claimed it for `app_id`, which goes on. What
-    /// it adds by [`Table::commit_copy`] is void if another repair, or a copy of that session's, adds rows from now on.
-    ///
-    /// # Errors
-    ///
-    /// As [`Table::claim`]; also if there is no table.
-    pub async fn claim_for_repair(
-        storage: &Storage,
-        kind: Kind,
-        app_id: &str,
-        session_id: &str,
-    ) -> Result<Self> {
-        storage.prove_once().await?;
-        Self::claim_as(storage, kind, &entry::repair_id(app_id), session_id, Lsn::ZERO).await
-    }
-
-    async fn load(storage: &Storage, kind: Kind, app_id: &str, session_id: &str, start: Lsn) -> Result<Self> {
-        let delta = open_checked(storage, kind).await?;
-        let failed = || Error::delta(kind, "reading the log");
-        let state = delta.snapshot().map_err(failed())?;
-        let log_store = delta.log_store();
-        let txn = async |id: &str| state.transaction_version(log_store.as_ref(), id).await.map_err(failed());
-        let timeline_id = entry::timeline_id(app_id);
-        let (position, timeline, doubles) =
-            futures::try_join!(txn(app_id), txn(&timeline_id), txn(entry::DOUBLES_REMOVED))?;
-        let doubles_removed = doubles.and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
-        let mut table = Self {
-            storage: storage.clone(),
-            store: storage.table_store(kind),
-            kind,
-            app_id: app_id.to_owned(),
-            session_id: session_id.to_owned(),
-            version: state.version(),
-            commit_number: 0,
-            lsn: position.map_or(Ok(start), |version| to_lsn(kind, version))?,
-            timeline: timeline.and_then(|timeline| i32::try_from(timeline).ok()),
-            files: BTreeMap::new(),
-            totals: Totals { doubles_removed, ..Totals::default() },
-            foreign_copy: None,
-            removals: Vec::new(),
-            damaged: BTreeSet::new(),
-            history_kept_until: None,
-            checkpoint_version: 0,
-            looked_at: SystemTime::now(),
-        };
-        for file in table_files(kind, state) {
-            table.add(file);
-        }
-        table.checkpoint_version = table.read_checkpoint_version().await?;
-        Ok(table)
-    }
-
     /// Position up to which the table is complete.
     #[must_use]
     pub const fn lsn(&self) -> Lsn {
@@ -460,7 +361,7 @@ impl Table {
         foreign::read_entry(self.store.as_ref(), self.kind, version).await
     }
 
-    fn entry_bytes(&self, change: &Change) -> Result<Bytes> {
+    pub(super) fn entry_bytes(&self, change: &Change) -> Result<Bytes> {
         let now = Utc::now().timestamp_millis();
         let id = CommitId { session: self.session_id.clone(), number: self.commit_number + 1 };
         let mut actions = vec![entry::commit_info(&id, change.operation, now, change.note.clone())];
@@ -475,7 +376,7 @@ impl Table {
     }
 
     /// Puts an entry at the next version, if that is not taken.
-    async fn put_entry(&self, bytes: Bytes) -> object_store::Result<()> {
+    pub(super) async fn put_entry(&self, bytes: Bytes) -> object_store::Result<()> {
         let target = entry_path(self.version + 1);
         self.store.put_opts(&target, bytes.into(), PutMode::Create.into()).await?;
         Ok(())
@@ -503,7 +404,7 @@ impl Table {
         Ok(())
     }
 
-    fn take_over(&mut self, change: Change) {
+    pub(super) fn take_over(&mut self, change: Change) {
         self.version += 1;
         self.commit_number += 1;
         self.lsn = change.lsn;
@@ -523,7 +424,7 @@ impl Table {
         }
     }
 
-    fn add(&mut self, file: TableFile) {
+    pub(super) fn add(&mut self, file: TableFile) {
         self.totals.file_count += 1;
         self.totals.byte_count = self.totals.byte_count.saturating_add(file.size);
         self.totals.row_count = self.totals.row_count.saturating_add(file.row_count.unwrap_or_default());
@@ -538,18 +439,6 @@ impl Table {
         self.totals.file_count = self.totals.file_count.saturating_sub(1);
         self.totals.byte_count = self.totals.byte_count.saturating_sub(file.size);
         self.totals.row_count = self.totals.row_count.saturating_sub(file.row_count.unwrap_or_default());
-    }
-
-    async fn read_checkpoint_version(&self) -> Result<u64> {
-        let path = Path::from("_delta_log/_last_checkpoint");
-        match async { self.store.get(&path).await?.bytes().await }.await {
-            Ok(bytes) => {
-                let hint: Value = serde_json::from_slice(&bytes).unwrap_or_default();
-                Ok(hint.get("version").and_then(Value::as_u64).unwrap_or_default())
-            }
-            Err(object_store::Error::NotFound { .. }) => Ok(0),
-            Err(error) => Err(Error::storage(format!("reading {path} of {}", self.kind.name()))(error)),
-        }
     }
 }
 

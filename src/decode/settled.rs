@@ -1,0 +1,63 @@
+//! [`Settled`]: rows that an earlier session has put into the quarantine.
+
+use std::collections::HashMap;
+
+use md5::{Digest as _, Md5};
+use serde_json::Value as Json;
+
+use super::charset::Charset;
+use super::relation::{self, Table};
+use super::texts;
+use crate::lsn::Lsn;
+use crate::pgoutput::{DecodeError, Tuple};
+
+/// Quarantined rows, by the position of their transaction's commit record, and how many of each there are.
+///
+/// They are told by the columns that are archived: others may be written to later (`archived`, `updated_at`), come and go. Of
+/// each only the digest is kept, so that millions of them take little memory.
+#[derive(Debug, Default)]
+pub(crate) struct Settled(HashMap<Lsn, HashMap<u128, u64>>);
+
+impl Settled {
+    /// Adds a row as the quarantine has it. A row of another origin, which has no position, is passed over: it
+    /// can't come again.
+    pub(crate) fn add(&mut self, source_table: &str, row: &str, lsn: &str) {
+        // Parsed, so that the text does not have to be what this version would write.
+        if let (Ok(lsn), Ok(Json::Object(mut row))) = (lsn.parse(), serde_json::from_str::<Json>(row)) {
+            row.retain(|column, _| relation::is_archived(column));
+            let digest = digest(source_table, row);
+            *self.0.entry(lsn).or_default().entry(digest).or_default() += 1;
+        }
+    }
+
+    /// Whether any of them is of the transaction whose commit record begins there.
+    pub(super) fn has_any(&self, lsn: Lsn) -> bool {
+        self.0.contains_key(&lsn)
+    }
+
+    /// Whether the row is one of them, which then is used up.
+    pub(super) fn take(
+        &mut self,
+        lsn: Lsn,
+        table: &Table,
+        tuple: Tuple<'_>,
+        charset: &Charset,
+    ) -> Result<bool, DecodeError> {
+        let Some(rows) = self.0.get_mut(&lsn) else { return Ok(false) };
+        let digest = digest(&table.name, texts(table, tuple, charset, relation::is_archived)?);
+        Ok(match rows.get_mut(&digest) {
+            Some(count) if *count > 0 => {
+                *count -= 1;
+                true
+            }
+            _ => false,
+        })
+    }
+}
+
+/// The MD5 of a table's name and a row's texts, which come in the order of the columns' names.
+fn digest(source_table: &str, row: serde_json::Map<String, Json>) -> u128 {
+    // No name has a zero byte.
+    let text = format!("{source_table}\0{}", Json::Object(row));
+    u128::from_be_bytes(Md5::digest(text).into())
+}
