@@ -17,6 +17,7 @@ mod hour;
 mod report;
 pub(crate) mod retention;
 mod rows;
+mod sums;
 mod table;
 mod tail;
 mod upkeep;
