@@ -98,7 +98,7 @@ impl Source {
             from.push_str(&format!(" left join {schema}.{ENTITY_TABLE} e on e.id = t.entity_id"));
             fits.push_str(" and e.id is not null");
         }
-        // 64 bits of the digest that `archive::digest` describes. The condition keeps the casts from what they can't take.
+        // 64 bits of the digest that `archive/files/digest` describes. The condition keeps the casts from what they can't take.
         format!(
             "select hour, count(*), count(digest), sum(digest)::text from (
                  select {} as hour,

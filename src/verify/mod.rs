@@ -8,9 +8,9 @@
 //! Postgres = S + tail, by SQL and by the decoder; archive = the files of that version, by DataFusion
 //! ```
 //!
-//! Both are added up by hour of `created_at`: rows, and the sum of their digests (see `archive::digest`). Where they are equal,
+//! Both are added up by hour of `created_at`: rows, and the sum of their digests (see `archive/files/digest`). Where they are equal,
 //! nothing more is read. Where not, and where rows of the hour are in the quarantine, the hour is compared row by row, which
-//! also tells the missing rows that a repair adds, and the surplus copies that it removes (see `archive::doubles`).
+//! also tells the missing rows that a repair adds, and the surplus copies that it removes (see `archive/upkeep/doubles`).
 
 mod damage;
 mod hour;

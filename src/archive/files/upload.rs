@@ -32,7 +32,7 @@ impl DataFile {
     }
 }
 
-/// Uploads a file under a name from a [`Namer`](super::Namer). Durable on return; an orphan until a commit
+/// Uploads a file under a name from a [`Namer`](crate::archive::Namer). Durable on return; an orphan until a commit
 /// names it.
 ///
 /// # Errors
