@@ -11,7 +11,7 @@ use datafusion::parquet::basic::{Compression, ZstdLevel};
 use datafusion::parquet::file::properties::WriterProperties;
 use highwater::Lsn;
 use highwater::archive::{CommitNote, Namer, Storage, Table, View, encode, upload};
-use highwater::batch::Batches;
+use highwater::batch::{Batches, Cell};
 use highwater::config::ObjectStorageSettings;
 use highwater::tables::{Entity, Kind, WindowWidth};
 
@@ -47,7 +47,8 @@ impl Layout {
             std::fs::write(done, "").expect("a mark");
         }
         let settings = ObjectStorageSettings::new(archive.to_str().expect("UTF-8"), "").expect("settings");
-        let view = View::read(&Storage::open(&settings).expect("storage"), Kind::Psi).await.expect("the log");
+        let view =
+            View::read(&Storage::open(&settings).expect("storage"), Kind::psi()).await.expect("the log");
         let files: Vec<_> = view.files().map(|file| archive.join("psi").join(&file.path)).collect();
         assert_eq!(files.len(), usize::try_from(DAYS).expect("days"), "a file a day");
         let sizes = [(files.len(), view.files().map(|file| file.size).sum()), size_of(&scouter)];
@@ -65,26 +66,31 @@ async fn write_archive(rows: &Rows, folder: &Path) {
     let settings = ObjectStorageSettings::new(folder.to_str().expect("UTF-8"), "").expect("settings");
     let storage = Storage::open(&settings).expect("storage");
     let mut table =
-        Table::claim(&storage, Kind::Psi, "highwater/1/bench", "bench", Lsn(1)).await.expect("a claim");
+        Table::claim(&storage, Kind::psi(), "highwater/1/bench", "bench", Lsn(1)).await.expect("a claim");
     let namer = Namer::new();
     let mut files = Vec::new();
     for day in 0..DAYS {
         let mut batches = Batches::new(WindowWidth::DAY, 0);
         let features: Vec<_> =
-            Rows::features().map(|name| batches.series(name.as_bytes()).expect("UTF-8")).collect();
+            Rows::features().map(|name| batches.text(name.as_bytes()).expect("UTF-8")).collect();
         for number in 0..rows.entities {
             let Entity { space, name, version } = rows.entity(number);
             let entity =
-                batches.entity(space.as_bytes(), name.as_bytes(), version.as_bytes()).expect("UTF-8");
+                batches.entity(&[space.as_bytes(), name.as_bytes(), version.as_bytes()]).expect("UTF-8");
             for row in (day * 24..(day + 1) * 24).flat_map(|hour| rows.of_hour(number, hour)) {
-                batches.push_psi(entity, row.created_at, features[row.feature], row.bin_id, row.bin_count);
+                batches.push(
+                    Kind::psi(),
+                    entity,
+                    row.created_at,
+                    &[Cell::Text(features[row.feature]), Cell::Int(row.bin_id), Cell::Int(row.bin_count)],
+                );
             }
         }
         for rows in batches.files() {
             let sorted = rows.record_batches().map(|batch| batch.expect("a batch"));
-            let file = encode(Kind::Psi, sorted).expect("a file").expect("rows");
+            let file = encode(Kind::psi(), sorted).expect("a file").expect("rows");
             let name = namer.name(rows.window(), Lsn(2));
-            files.push(upload(&storage, Kind::Psi, name, file).await.expect("an upload"));
+            files.push(upload(&storage, Kind::psi(), name, file).await.expect("an upload"));
         }
         eprintln!("archive: day {} of {DAYS}", day + 1);
     }

@@ -18,13 +18,13 @@ use std::time::Duration;
 
 use arrow::record_batch::RecordBatch;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement};
+use highwater::Lsn;
 use highwater::archive;
-use highwater::batch::{Batches, EntityId, SeriesId};
+use highwater::batch::{Batches, Cell, EntityId, TextId};
 use highwater::decode::{Decoder, Inserted};
 use highwater::pgoutput::Message;
 use highwater::postgres::{Chunk, Frame};
-use highwater::tables::{Kind, WindowWidth};
-use highwater::{Lsn, record};
+use highwater::tables::{self, Kind, PerKind, WindowWidth};
 
 use input::{Input, NOW, ROW_COUNT, Table};
 
@@ -48,7 +48,8 @@ fn empty() -> Batches {
 
 /// What the builder does with a chunk, without its waiting.
 fn decode(chunk: &Chunk, input: &Input) -> Batches {
-    let mut decoder = Decoder::new("scouter");
+    let mut decoder = Decoder::new("scouter", &Kind::drift());
+    let positions = PerKind::new(Kind::drift(), |_| Lsn::ZERO);
     let mut batches = empty();
     for frame in chunk.frames() {
         let Frame::XLogData { message, .. } = frame.unwrap() else { continue };
@@ -59,7 +60,7 @@ fn decode(chunk: &Chunk, input: &Input) -> Batches {
                     decoder.resolve(id, Some(entity.clone()));
                 }
             }
-            Message::Begin(begin) => decoder.begin(begin, [Lsn::ZERO; Kind::ALL.len()]),
+            Message::Begin(begin) => decoder.begin(begin, &positions),
             Message::Relation(relation) => drop(decoder.relation(&relation)),
             Message::Commit(_) | Message::Logical(_) | Message::Other(_) => {}
         }
@@ -80,12 +81,12 @@ fn bench_decode(criterion: &mut Criterion) {
 }
 
 /// The input's entities and series as numbers of some batches.
-fn intern(batches: &mut Batches, input: &Input) -> (Vec<EntityId>, Vec<SeriesId>) {
-    let entities = input.entities.iter().map(|record::Entity { space, name, version }| {
-        batches.entity(space.as_bytes(), name.as_bytes(), version.as_bytes()).unwrap()
+fn intern(batches: &mut Batches, input: &Input) -> (Vec<EntityId>, Vec<TextId>) {
+    let entities = input.entities.iter().map(|tables::Entity { space, name, version }| {
+        batches.entity(&[space.as_bytes(), name.as_bytes(), version.as_bytes()]).unwrap()
     });
     let entities = entities.collect();
-    (entities, input.series.iter().map(|text| batches.series(text.as_bytes()).unwrap()).collect())
+    (entities, input.series.iter().map(|text| batches.text(text.as_bytes()).unwrap()).collect())
 }
 
 fn push(input: &Input, kind: Kind) -> Batches {
@@ -93,10 +94,10 @@ fn push(input: &Input, kind: Kind) -> Batches {
     let (entities, series) = intern(&mut batches, input);
     for row in &input.rows {
         let (entity, series) = (entities[row.entity], series[row.series]);
-        match kind {
-            Kind::Psi => batches.push_psi(entity, row.created_at, series, row.bin_id, row.bin_count),
-            _ => batches.push_custom(entity, row.created_at, series, Some(row.value)),
-        }
+        let bin = [Cell::Text(series), Cell::Int(row.bin_id), Cell::Int(row.bin_count)];
+        let value = [Cell::Text(series), Cell::Double(row.value)];
+        let cells = if kind == Kind::psi() { &bin[..] } else { &value[..] };
+        batches.push(kind, entity, row.created_at, cells);
     }
     batches
 }
@@ -105,9 +106,9 @@ fn bench_batch(criterion: &mut Criterion) {
     for (order, input) in [("in order", Input::new()), ("shuffled", Input::new().shuffled())] {
         let mut group = group(criterion, "batch", ROW_COUNT as u64 * COLUMN_BYTES);
         group.bench_function(format!("push {order}"), |bencher| {
-            bencher.iter(|| push(black_box(&input), Kind::Psi));
+            bencher.iter(|| push(black_box(&input), Kind::psi()));
         });
-        let batches = push(&input, Kind::Psi);
+        let batches = push(&input, Kind::psi());
         group.bench_function(format!("sort {order}"), |bencher| {
             bencher.iter(|| sorted(black_box(&batches)));
         });
@@ -127,7 +128,7 @@ fn encode(kind: Kind, files: &[Vec<RecordBatch>]) -> usize {
 
 fn bench_encode(criterion: &mut Criterion) {
     let input = Input::new();
-    for kind in [Kind::Psi, Kind::Custom] {
+    for kind in [Kind::psi(), Kind::custom()] {
         let files = sorted(&push(&input, kind));
         let mut group = group(criterion, "encode", ROW_COUNT as u64 * COLUMN_BYTES);
         group.bench_function(kind.name(), |bencher| bencher.iter(|| encode(kind, black_box(&files))));

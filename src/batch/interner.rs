@@ -20,6 +20,11 @@ impl Interner {
     /// string.
     #[inline]
     pub(super) fn intern(&mut self, text: &[u8]) -> Option<u32> {
+        self.number(text, |text| std::str::from_utf8(text).is_ok())
+    }
+
+    #[inline]
+    fn number(&mut self, text: &[u8], is_fit: impl FnOnce(&[u8]) -> bool) -> Option<u32> {
         let Self { bytes, ends, ids, hasher, last } = self;
         // A number that is not there yet has the empty string.
         if !text.is_empty() && slice(bytes, ends, *last) == text {
@@ -30,7 +35,9 @@ impl Interner {
             *last = *id;
             return Some(*id);
         }
-        std::str::from_utf8(text).ok()?;
+        if !is_fit(text) {
+            return None;
+        }
         // Memory ends long before 2^32 strings do.
         let id = u32::try_from(ends.len()).unwrap_or(u32::MAX);
         bytes.extend_from_slice(text);
@@ -43,6 +50,17 @@ impl Interner {
     /// The string of a number that [`Interner::intern`] gave; empty for any other.
     pub(super) fn get(&self, id: u32) -> &str {
         std::str::from_utf8(slice(&self.bytes, &self.ends, id)).unwrap_or_default()
+    }
+
+    /// The number of bytes that need not be UTF-8, as [`Interner::intern`].
+    #[inline]
+    pub(super) fn intern_bytes(&mut self, bytes: &[u8]) -> u32 {
+        self.number(bytes, |_| true).unwrap_or_default()
+    }
+
+    /// The bytes of a number that [`Interner::intern_bytes`] gave.
+    pub(super) fn bytes(&self, id: u32) -> &[u8] {
+        slice(&self.bytes, &self.ends, id)
     }
 
     pub(super) const fn len(&self) -> usize {

@@ -1,8 +1,8 @@
 //! Rows become columns: what one checkpoint holds in memory, per kind, window and entity.
 //!
-//! A row is appended to the columns of its `EntityBatch`; strings are interned, so that a row costs
+//! A row is appended to the columns of its `EntityBatch`; texts and bytes are interned, so that a row costs
 //! a few numbers and no allocation. When the checkpoint is cut, each (kind, window) becomes one sorted
-//! run of Arrow record batches ([`Batches::files`]): entities in order, each sorted by time and series.
+//! run of Arrow record batches ([`Batches::files`]): entities in order, each sorted by time and the kind's own order.
 //!
 //! **Invariant.** Pure. This module knows nothing of Postgres or of storage.
 
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use foldhash::fast::RandomState;
 
 use crate::tables::{Entity, Kind, MICROS_PER_DAY, Window, WindowWidth};
-use columns::{EntityBatch, Measure, SeriesOrder};
+use columns::{EntityBatch, TextOrder};
 pub use file::{FileRows, RecordBatches};
 use interner::Interner;
 use quarantine::QuarantineBatch;
@@ -31,13 +31,46 @@ const ENTITY_BATCH_BYTES: usize = 512;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EntityId(u32);
 
-/// A metric or feature within one [`Batches`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SeriesId(u32);
+impl EntityId {
+    /// That of rows that belong to no entity.
+    pub const NONE: Self = Self(u32::MAX);
+}
 
-impl SeriesId {
-    /// The series of a row that names none.
-    pub const NULL: Self = Self(u32::MAX);
+/// A text, or bytes, within one [`Batches`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TextId(u32);
+
+/// A value of a row, of its column's type.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Cell {
+    /// No value.
+    Null,
+    /// [`ColumnType::Boolean`](crate::tables::ColumnType::Boolean).
+    Boolean(bool),
+    /// [`ColumnType::Int`](crate::tables::ColumnType::Int), or days since the epoch.
+    Int(i32),
+    /// [`ColumnType::Long`](crate::tables::ColumnType::Long), or microseconds since the epoch.
+    Long(i64),
+    /// [`ColumnType::Double`](crate::tables::ColumnType::Double).
+    Double(f64),
+    /// [`ColumnType::Decimal`](crate::tables::ColumnType::Decimal): an `i128` in the machine's order of bytes, without the point.
+    Decimal([u8; 16]),
+    /// [`ColumnType::String`](crate::tables::ColumnType::String), by [`Batches::text`].
+    Text(TextId),
+    /// [`ColumnType::Binary`](crate::tables::ColumnType::Binary), by [`Batches::binary`].
+    Binary(TextId),
+}
+
+impl From<Option<f64>> for Cell {
+    fn from(value: Option<f64>) -> Self {
+        value.map_or(Self::Null, Self::Double)
+    }
+}
+
+impl From<Option<TextId>> for Cell {
+    fn from(text: Option<TextId>) -> Self {
+        text.map_or(Self::Null, Self::Text)
+    }
 }
 
 /// The columns of one checkpoint.
@@ -50,16 +83,21 @@ pub struct Batches {
     /// The entity of the last row, and its texts as they are interned.
     last_entity: Option<EntityId>,
     entity_key: Vec<u8>,
-    series: Interner,
-    kinds: [KindBatches; 3],
+    texts: Interner,
+    binaries: Interner,
+    kinds: Vec<KindBatches>,
+    /// The place in `kinds` of the last row's.
+    last_kind: usize,
     quarantine: QuarantineBatch,
     row_count: u64,
     byte_count: usize,
 }
 
 /// The batches of one kind, and the one that the last row went to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct KindBatches {
+    kind: Kind,
+    row_bytes: usize,
     batches: Vec<EntityBatch>,
     places: HashMap<(EntityId, Window), usize, RandomState>,
     last: usize,
@@ -94,15 +132,17 @@ impl Batches {
             entities: Interner::default(),
             last_entity: None,
             entity_key: Vec::new(),
-            series: Interner::default(),
-            kinds: Default::default(),
+            texts: Interner::default(),
+            binaries: Interner::default(),
+            kinds: Vec::new(),
+            last_kind: 0,
             quarantine: QuarantineBatch::default(),
             row_count: 0,
             byte_count: 0,
         }
     }
 
-    /// A number that no other batches of this process have: an [`EntityId`] or [`SeriesId`] belongs to one
+    /// A number that no other batches of this process have: an [`EntityId`] or [`TextId`] belongs to one
     /// generation.
     #[must_use]
     pub const fn generation(&self) -> u64 {
@@ -124,74 +164,69 @@ impl Batches {
     /// Bytes of memory that the rows take, roughly and rather too many.
     #[must_use]
     pub const fn byte_count(&self) -> usize {
-        self.byte_count + self.entities.byte_count() + self.series.byte_count()
+        self.byte_count
+            + self.entities.byte_count()
+            // Twice: the texts, and their copy in order.
+            + 2 * self.texts.byte_count()
+            + self.binaries.byte_count()
     }
 
-    /// The number of an entity in these batches, or `None` if a text is not UTF-8. The texts must not contain
+    /// The number of an entity in these batches, or `None` if a name is not UTF-8. The names must not contain
     /// a zero byte, which no text of PostgreSQL does.
     #[inline]
-    pub fn entity(&mut self, space: &[u8], name: &[u8], version: &[u8]) -> Option<EntityId> {
-        if self.last_entity.is_none() || !is_joined(&self.entity_key, [space, name, version]) {
+    pub fn entity(&mut self, names: &[&[u8]]) -> Option<EntityId> {
+        if self.last_entity.is_none() || !is_joined(&self.entity_key, names) {
             self.entity_key.clear();
-            for part in [space, b"\0", name, b"\0", version] {
-                self.entity_key.extend_from_slice(part);
+            for (place, name) in names.iter().enumerate() {
+                if place > 0 {
+                    self.entity_key.push(0);
+                }
+                self.entity_key.extend_from_slice(name);
             }
             self.last_entity = self.entities.intern(&self.entity_key).map(EntityId);
         }
         self.last_entity
     }
 
-    /// The number of a metric or feature in these batches, or `None` if it is not UTF-8.
+    /// The number of a text in these batches, or `None` if it is not UTF-8.
     #[inline]
-    pub fn series(&mut self, text: &[u8]) -> Option<SeriesId> {
-        self.series.intern(text).map(SeriesId)
+    pub fn text(&mut self, text: &[u8]) -> Option<TextId> {
+        self.texts.intern(text).map(TextId)
     }
 
-    /// Appends a value of a custom metric. `created_at` is in microseconds since the epoch and within
-    /// [`YEAR_RANGE`](crate::tables::YEAR_RANGE).
+    /// The number of some bytes in these batches.
     #[inline]
-    pub fn push_custom(&mut self, entity: EntityId, created_at: i64, metric: SeriesId, value: Option<f64>) {
-        self.push(Kind::Custom, entity, created_at, metric, Measure::Value(value));
+    pub fn binary(&mut self, bytes: &[u8]) -> TextId {
+        TextId(self.binaries.intern_bytes(bytes))
     }
 
-    /// Appends a value for statistical process control; as [`Batches::push_custom`].
+    /// Appends a row of a kind: its time (microseconds since the epoch, within [`YEAR_RANGE`](crate::tables::YEAR_RANGE)), and
+    /// one cell for each of [`Kind::data_columns`], of the column's type.
     #[inline]
-    pub fn push_spc(&mut self, entity: EntityId, created_at: i64, feature: SeriesId, value: Option<f64>) {
-        self.push(Kind::Spc, entity, created_at, feature, Measure::Value(value));
+    pub fn push(&mut self, kind: Kind, entity: EntityId, time: i64, cells: &[Cell]) {
+        let is_recent = time >= self.recent_since && time < self.recent_since + 3 * MICROS_PER_DAY;
+        let width = if is_recent { self.width } else { WindowWidth::DAY };
+        if self.kinds.get(self.last_kind).is_none_or(|batches| batches.kind != kind) {
+            self.last_kind = self.place_of(kind);
+        }
+        let Some(batches) = self.kinds.get_mut(self.last_kind) else { return };
+        self.row_count += 1;
+        self.byte_count += batches.row_bytes;
+        batches.place(entity, time, width, &mut self.byte_count).push(time, cells);
     }
 
-    /// Appends the count of one bin; as [`Batches::push_custom`].
-    #[inline]
-    pub fn push_psi(
-        &mut self,
-        entity: EntityId,
-        created_at: i64,
-        feature: SeriesId,
-        bin_id: i32,
-        bin_count: i32,
-    ) {
-        self.push(Kind::Psi, entity, created_at, feature, Measure::Bin { bin_id, bin_count });
+    #[cold]
+    fn place_of(&mut self, kind: Kind) -> usize {
+        self.kinds.iter().position(|batches| batches.kind == kind).unwrap_or_else(|| {
+            self.kinds.push(KindBatches::new(kind));
+            self.kinds.len() - 1
+        })
     }
 
     /// Appends a row that its own table can't hold.
     pub fn push_quarantine(&mut self, row: QuarantinedRow) {
         self.row_count += 1;
         self.byte_count += self.quarantine.push(row);
-    }
-
-    #[inline]
-    fn push(&mut self, kind: Kind, entity: EntityId, created_at: i64, series: SeriesId, measure: Measure) {
-        let width = if created_at >= self.recent_since && created_at < self.recent_since + 3 * MICROS_PER_DAY
-        {
-            self.width
-        } else {
-            WindowWidth::DAY
-        };
-        self.row_count += 1;
-        // `Kind::DRIFT` are the first three kinds.
-        let Some(batches) = self.kinds.get_mut(kind.index()) else { return };
-        let batch = batches.place(entity, created_at, width, &mut self.byte_count);
-        self.byte_count += batch.push(created_at, series, measure);
     }
 
     /// The quarantined rows.
@@ -206,31 +241,38 @@ impl Batches {
         let windows = self.quarantine.windows(self.width).into_iter();
         let mut files: Vec<_> =
             windows.map(|window| FileRows::quarantine(window, &self.quarantine)).collect();
-        let series = Arc::new(SeriesOrder::new(&self.series));
-        for (kind, batches) in Kind::DRIFT.into_iter().zip(&self.kinds) {
+        let texts = Arc::new(TextOrder::new(&self.texts));
+        for KindBatches { kind, batches, .. } in self.by_kind() {
             let mut windows: BTreeMap<Window, Vec<&EntityBatch>> = BTreeMap::new();
-            for batch in &batches.batches {
+            for batch in batches {
                 windows.entry(batch.window()).or_default().push(batch);
             }
             for (window, mut batches) in windows {
                 batches.sort_unstable_by_key(|batch| self.entities.get(batch.entity().0));
-                files.push(FileRows::drift(kind, window, &self.entities, Arc::clone(&series), batches));
+                files.push(FileRows::of_table(*kind, window, self, Arc::clone(&texts), batches));
             }
         }
         files
     }
 
-    /// How far the rows of each kind and entity reach, without the quarantine's.
+    /// The batches in the order of their kinds.
+    fn by_kind(&self) -> Vec<&KindBatches> {
+        let mut kinds: Vec<&KindBatches> = self.kinds.iter().collect();
+        kinds.sort_unstable_by_key(|batches| batches.kind);
+        kinds
+    }
+
+    /// How far the rows of each kind and entity reach, without the quarantine's and those that belong to no entity.
     #[must_use]
     pub fn entity_spans(&self) -> Vec<EntitySpan> {
         let mut spans = Vec::new();
-        for (kind, batches) in Kind::DRIFT.into_iter().zip(&self.kinds) {
+        for KindBatches { kind, batches, .. } in self.by_kind() {
             let mut by_entity: BTreeMap<u32, EntitySpan> = BTreeMap::new();
-            for batch in &batches.batches {
-                let Some((min, max)) = batch.created_at_range() else { continue };
+            for batch in batches.iter().filter(|batch| batch.entity() != EntityId::NONE) {
+                let Some((min, max)) = batch.time_range() else { continue };
                 let span = by_entity.entry(batch.entity().0).or_insert_with(|| EntitySpan {
-                    kind,
-                    entity: file::entity(self.entities.get(batch.entity().0)),
+                    kind: *kind,
+                    entity: Entity::of_names(self.entities.get(batch.entity().0).split('\0')),
                     min_created_at: min,
                     max_created_at: max,
                     row_count: 0,
@@ -245,32 +287,39 @@ impl Batches {
     }
 }
 
-/// Whether the key is these texts with a zero byte between them.
+/// Whether the key is these names with a zero byte between them.
 #[inline]
-fn is_joined(key: &[u8], [space, name, version]: [&[u8]; 3]) -> bool {
-    fn after<'a>(key: &'a [u8], text: &[u8]) -> Option<&'a [u8]> {
-        key.strip_prefix(text)?.strip_prefix(b"\0")
+fn is_joined(key: &[u8], names: &[&[u8]]) -> bool {
+    let mut rest = Some(key);
+    for (place, name) in names.iter().enumerate() {
+        rest = rest.and_then(|rest| if place > 0 { rest.strip_prefix(b"\0") } else { Some(rest) });
+        rest = rest.and_then(|rest| rest.strip_prefix(*name));
     }
-    after(key, space).and_then(|rest| after(rest, name)) == Some(version)
+    rest.is_some_and(<[u8]>::is_empty)
 }
 
 impl KindBatches {
+    fn new(kind: Kind) -> Self {
+        let row_bytes = columns::row_bytes(kind);
+        Self { kind, row_bytes, batches: Vec::new(), places: HashMap::default(), last: 0 }
+    }
+
     /// The batch for a row: mostly that of the row before.
     #[inline]
     fn place(
         &mut self,
         entity: EntityId,
-        created_at: i64,
+        time: i64,
         width: WindowWidth,
         byte_count: &mut usize,
     ) -> &mut EntityBatch {
-        let is_last = self.batches.get(self.last).is_some_and(|batch| batch.holds(entity, created_at));
+        let is_last = self.batches.get(self.last).is_some_and(|batch| batch.holds(entity, time));
         if !is_last {
-            let window = Window::of(created_at, width);
+            let window = Window::of(time, width);
             let next = self.batches.len();
             self.last = *self.places.entry((entity, window)).or_insert(next);
             if self.last == next {
-                self.batches.push(EntityBatch::new(entity, window));
+                self.batches.push(EntityBatch::new(self.kind, entity, window));
                 *byte_count += ENTITY_BATCH_BYTES;
             }
         }

@@ -34,12 +34,17 @@ fn plain(file: &FileRows<'_>) -> RecordBatch {
 #[test]
 fn a_file_is_sorted_by_entity_time_series_and_bin() {
     let mut batches = batches();
-    let late = batches.entity(b"b", b"m", b"1").unwrap();
-    let early = batches.entity(b"a", b"m", b"2").unwrap();
-    let (zeta, alpha) = (batches.series(b"zeta").unwrap(), batches.series(b"alpha").unwrap());
+    let late = batches.entity(&[b"b", b"m", b"1"]).unwrap();
+    let early = batches.entity(&[b"a", b"m", b"2"]).unwrap();
+    let (zeta, alpha) = (batches.text(b"zeta").unwrap(), batches.text(b"alpha").unwrap());
     for entity in [late, early] {
         for (offset, series, bin) in [(5, alpha, 0), (1, zeta, 1), (1, zeta, 0), (1, alpha, 9)] {
-            batches.push_psi(entity, NOW + offset, series, bin, 7);
+            batches.push(
+                Kind::psi(),
+                entity,
+                NOW + offset,
+                &[Cell::Text(series), Cell::Int(bin), Cell::Int(7)],
+            );
         }
     }
     let files = batches.files();
@@ -57,12 +62,12 @@ fn a_file_is_sorted_by_entity_time_series_and_bin() {
 #[test]
 fn nulls_and_odd_doubles_survive() {
     let mut batches = batches();
-    let entity = batches.entity(b"", b"", b"").unwrap();
-    let feature = batches.series(b"f").unwrap();
+    let entity = batches.entity(&[b"", b"", b""]).unwrap();
+    let feature = batches.text(b"f").unwrap();
     let values = [None, Some(f64::NAN), Some(-0.0), Some(f64::INFINITY), Some(5e-324)];
     for (offset, value) in (0..).zip(values) {
-        let feature = if offset == 2 { SeriesId::NULL } else { feature };
-        batches.push_spc(entity, NOW + offset, feature, value);
+        let feature = (offset != 2).then_some(feature);
+        batches.push(Kind::spc(), entity, NOW + offset, &[feature.into(), value.into()]);
     }
     let rows = plain(&batches.files()[0]);
     assert!(rows.column(4).is_null(2) && rows.column(4).null_count() == 1);
@@ -74,10 +79,15 @@ fn nulls_and_odd_doubles_survive() {
 #[test]
 fn recent_rows_go_to_windows_and_others_to_days() {
     let mut batches = batches();
-    let entity = batches.entity(b"s", b"n", b"v").unwrap();
-    let metric = batches.series(b"m").unwrap();
+    let entity = batches.entity(&[b"s", b"n", b"v"]).unwrap();
+    let metric = batches.text(b"m").unwrap();
     for hours in [0, 1, -24 * 60, -24 * 60 - 1, 24 * 400] {
-        batches.push_custom(entity, NOW + hours * HOUR, metric, Some(1.0));
+        batches.push(
+            Kind::custom(),
+            entity,
+            NOW + hours * HOUR,
+            &[Cell::Text(metric), Cell::from(Some(1.0))],
+        );
     }
     let names: Vec<String> = batches.files().iter().map(|file| file.window().to_string()).collect();
     assert_eq!(names, ["2026/09/23", "2026/11/22/13", "2026/11/22/14", "2027/12/27"]);
@@ -89,11 +99,16 @@ fn recent_rows_go_to_windows_and_others_to_days() {
 #[test]
 fn a_large_entity_is_split_into_record_batches_that_keep_the_order() {
     let mut batches = batches();
-    let metric = batches.series(b"m").unwrap();
+    let metric = batches.text(b"m").unwrap();
     for name in [b"a", b"b"] {
-        let entity = batches.entity(b"s", name, b"v").unwrap();
+        let entity = batches.entity(&[b"s", name, b"v"]).unwrap();
         for offset in (0..50_000).rev() {
-            batches.push_custom(entity, NOW + offset, metric, Some(offset as f64));
+            batches.push(
+                Kind::custom(),
+                entity,
+                NOW + offset,
+                &[Cell::Text(metric), Cell::from(Some(offset as f64))],
+            );
         }
     }
     let files = batches.files();
@@ -108,17 +123,17 @@ fn a_large_entity_is_split_into_record_batches_that_keep_the_order() {
 #[test]
 fn what_is_not_utf8_has_no_number() {
     let mut batches = batches();
-    assert_eq!(batches.entity(b"s", b"\xff", b"v"), None);
-    assert_eq!(batches.series(b"\xc3"), None);
+    assert_eq!(batches.entity(&[b"s", b"\xff", b"v"]), None);
+    assert_eq!(batches.text(b"\xc3"), None);
     assert!(batches.is_empty());
 }
 
 #[test]
 fn the_quarantine_keeps_texts_and_comes_first() {
     let mut batches = batches();
-    let entity = batches.entity(b"s", b"n", b"v").unwrap();
-    let metric = batches.series(b"m").unwrap();
-    batches.push_custom(entity, NOW, metric, None);
+    let entity = batches.entity(&[b"s", b"n", b"v"]).unwrap();
+    let metric = batches.text(b"m").unwrap();
+    batches.push(Kind::custom(), entity, NOW, &[Cell::Text(metric), Cell::Null]);
     batches.push_quarantine(QuarantinedRow {
         quarantined_at: NOW,
         source_table: "scouter.psi_drift".into(),
@@ -127,7 +142,7 @@ fn the_quarantine_keeps_texts_and_comes_first() {
         lsn: Lsn(0x1_0000_0002),
     });
     let files = batches.files();
-    assert_eq!(files.iter().map(FileRows::kind).collect::<Vec<_>>(), [Kind::Quarantine, Kind::Custom]);
+    assert_eq!(files.iter().map(FileRows::kind).collect::<Vec<_>>(), [Kind::quarantine(), Kind::custom()]);
     let rows = plain(&files[0]);
     assert_eq!(rows.column(4).as_string::<i32>().value(0), "1/2");
     assert_eq!(batches.row_count(), 2);

@@ -8,7 +8,7 @@ use super::{Report, identifier};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::setup;
-use crate::tables::Kind;
+use crate::tables::DRIFT_TABLES;
 
 const STATE_SCHEMA: &str = "
     select n.oid is not null,
@@ -67,7 +67,7 @@ pub(super) async fn check(
 }
 
 fn drift_tables() -> Vec<&'static str> {
-    Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect()
+    DRIFT_TABLES.to_vec()
 }
 
 /// The purge runs what is in the schema with the rights of the drift tables' owner.

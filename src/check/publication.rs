@@ -6,7 +6,7 @@ use super::tables::{ENTITY_TABLE, Table};
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::tables::Kind;
+use crate::tables::DRIFT_TABLES;
 
 const PUBLICATION: &str = "
     select oid, puballtables, pubinsert, pubupdate or pubdelete, pubtruncate, pubviaroot,
@@ -145,8 +145,7 @@ async fn report_others(
     if tables.is_empty() || publication.has_all_tables || !publication.via_root {
         return Ok(true);
     }
-    let ours: Vec<&str> =
-        Kind::DRIFT.into_iter().filter_map(Kind::source_table).chain([ENTITY_TABLE]).collect();
+    let ours: Vec<&str> = DRIFT_TABLES.into_iter().chain([ENTITY_TABLE]).collect();
     let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
         [&publication.oid, &config.schema, &ours];
     let rows = client.query(OTHERS, &parameters).await.map_err(Error::sql(CONTEXT))?;

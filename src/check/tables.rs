@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::source::lookup::BINARY_FORM;
 use crate::source::unarchived;
-use crate::tables::Kind;
+use crate::tables::{ColumnSpec, DRIFT_TABLES, Kind};
 
 /// The table that rows with an `entity_id` refer to.
 pub(super) const ENTITY_TABLE: &str = "drift_entities";
@@ -99,7 +99,7 @@ pub(super) async fn check(
     server: &Server,
     report: &mut Report,
 ) -> Result<Vec<Table>> {
-    let mut names: Vec<_> = Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect();
+    let mut names: Vec<_> = DRIFT_TABLES.to_vec();
     names.push(ENTITY_TABLE);
     let mut tables = read(client, &config.schema, &names).await.map_err(Error::sql(CONTEXT))?;
     let entities = tables.iter().position(|table| table.name == ENTITY_TABLE).map(|at| tables.remove(at));
@@ -167,7 +167,7 @@ async fn report_none(client: &Client, config: &Config, report: &mut Report) -> R
         select array(select distinct n.nspname::text
                        from pg_class c join pg_namespace n on n.oid = c.relnamespace
                       where c.relname = any ($1::text[]) and c.relkind in ('r', 'p'))";
-    let names: Vec<_> = Kind::DRIFT.into_iter().filter_map(Kind::source_table).collect();
+    let names: Vec<_> = DRIFT_TABLES.to_vec();
     let row = client.query_one(query, &[&names]).await.map_err(Error::sql(CONTEXT))?;
     let elsewhere: Vec<String> = row.try_get(0).map_err(Error::sql(CONTEXT))?;
     let remedy = match elsewhere.as_slice() {
@@ -184,9 +184,11 @@ fn report_shape(table: &mut Table, schema: &str, has_entities: bool, report: &mu
     let has = |name: &str| table.columns.iter().any(|column| column.name == name);
     let is_flat = ENTITY_COLUMNS.into_iter().all(has);
     let refers = !is_flat && has("entity_id");
-    let own = Kind::of_source_table(&table.name).map_or(&[][..], Kind::columns);
-    let own = own.iter().map(|column| column.name).filter(|name| !ENTITY_COLUMNS.contains(name));
     let object = qualified(schema, &table.name);
+    let full = format!("{schema}.{}", table.name);
+    let kind = Kind::drift().into_iter().find(|kind| kind.source_table(schema).as_ref() == Some(&full));
+    let own: &'static [ColumnSpec] = kind.map_or(&[], Kind::columns);
+    let own = own.iter().map(|column| column.name.as_str()).filter(|name| !ENTITY_COLUMNS.contains(name));
     if is_flat {
         table.needed = own.chain(ENTITY_COLUMNS).collect();
     } else {

@@ -78,11 +78,11 @@ pub(super) enum QueryKind {
 }
 
 impl QueryKind {
-    const fn kind(self) -> Kind {
+    fn kind(self) -> Kind {
         match self {
-            Self::Custom => Kind::Custom,
-            Self::Psi => Kind::Psi,
-            Self::Spc => Kind::Spc,
+            Self::Custom => Kind::custom(),
+            Self::Psi => Kind::psi(),
+            Self::Spc => Kind::spc(),
         }
     }
 }
@@ -173,7 +173,7 @@ pub(super) async fn entities(config: &Config, style: Style) -> Result<()> {
         )
     };
     let query =
-        format!("{} order by kind, space, name, version", Kind::DRIFT.map(of_kind).join(" union all "));
+        format!("{} order by kind, space, name, version", Kind::drift().map(of_kind).join(" union all "));
     let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
     print_frame(archive.sql(&query).await?, style).await
 }

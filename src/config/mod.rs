@@ -38,7 +38,7 @@ pub use source::{DEFAULT_URI, SourceConfig};
 pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
 
 use crate::error::{Error, Result};
-use crate::tables::WindowWidth;
+use crate::tables::{Kind, WindowWidth};
 use raw::setting_error;
 
 /// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a
@@ -167,6 +167,24 @@ impl Config {
         };
         config.check_as(&|setting| layers.name(setting))?;
         Ok(config)
+    }
+
+    /// The tables that are archived, without the quarantine.
+    pub(crate) fn kinds(&self) -> Vec<Kind> {
+        Kind::drift().to_vec()
+    }
+
+    /// The archived table of that name.
+    pub(crate) fn kind(&self, name: &str) -> Option<Kind> {
+        self.kinds().into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Every table of the archive, in the order in which they are committed.
+    pub(crate) fn all_kinds(&self) -> Vec<Kind> {
+        let mut kinds = self.kinds();
+        kinds.push(Kind::quarantine());
+        kinds.sort_unstable();
+        kinds
     }
 
     /// How many bytes of rows make a checkpoint, or a part of one: one is gathered, one waits, one is written.

@@ -68,13 +68,22 @@ impl Charset {
         shown
     }
 
+    /// Whether the server may have to be asked.
+    #[inline]
+    pub(super) const fn is_foreign(&self) -> bool {
+        matches!(self, Self::Foreign(_))
+    }
+
     /// Whether one of these values is a text that the server must be asked for: then it is [`Charset::asked`].
     #[inline]
     pub(super) fn asks<'a>(&mut self, values: impl Iterator<Item = (Value<'a>, SourceType)>) -> bool {
         let Self::Foreign(texts) = self else { return false };
         for (value, source_type) in values {
             let bytes = match (value, source_type) {
-                (Value::Text(bytes), _) | (Value::Binary(bytes), SourceType::Text) => bytes,
+                (Value::Text(bytes), _) | (Value::Binary(bytes), SourceType::Text | SourceType::Json) => {
+                    bytes
+                }
+                (Value::Binary(bytes), SourceType::Jsonb) => bytes.get(1..).unwrap_or_default(),
                 _ => continue,
             };
             if !bytes.is_ascii() && !texts.known.contains_key(bytes) {

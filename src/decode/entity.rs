@@ -2,11 +2,8 @@ use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
-use super::charset::Charset;
-use super::relation::Role;
-use super::{Fields, value};
 use crate::batch::{Batches, EntityId};
-use crate::tables::Entity;
+use crate::tables::ENTITY_COLUMNS_MAX;
 
 /// Entities kept before the cache starts over. What was forgotten is looked up again.
 const ENTITIES_MAX: usize = 1_000_000;
@@ -14,7 +11,7 @@ const ENTITIES_MAX: usize = 1_000_000;
 /// Longest name of an entity that is archived, bytes: it is kept in memory, and is in each of its rows' files.
 pub(crate) const ENTITY_TEXT_BYTES_MAX: usize = 1 << 20;
 
-/// Which entity an `entity_id` means.
+/// Which entity an id means, by its names.
 #[derive(Debug, Default)]
 pub(super) struct EntityCache {
     entities: HashMap<i64, Cached, RandomState>,
@@ -24,7 +21,7 @@ pub(super) struct EntityCache {
 #[derive(Debug)]
 struct Cached {
     /// Or why rows can't be archived that name it.
-    entity: Result<Entity, String>,
+    entity: Result<Vec<String>, String>,
     /// The number in the batches of a generation.
     number: Option<(u64, EntityId)>,
 }
@@ -52,16 +49,22 @@ impl EntityCache {
         let Ok(entity) = &cached.entity else { return Lookup::None };
         let number = match cached.number {
             Some((number_generation, number)) if number_generation == generation => Some(number),
-            _ => batches.entity(entity.space.as_bytes(), entity.name.as_bytes(), entity.version.as_bytes()),
+            _ => {
+                let mut names = [&[][..]; ENTITY_COLUMNS_MAX];
+                for (place, name) in names.iter_mut().zip(entity) {
+                    *place = name.as_bytes();
+                }
+                batches.entity(names.get(..entity.len()).unwrap_or(&names))
+            }
         };
-        // An `Entity` is UTF-8, so it always has a number.
+        // The names are UTF-8, so they always have a number.
         let Some(number) = number else { return Lookup::None };
         cached.number = Some((generation, number));
         self.last = Some((generation, id, number));
         Lookup::Known(number)
     }
 
-    pub(super) fn insert(&mut self, id: i64, entity: Result<Entity, String>) {
+    pub(super) fn insert(&mut self, id: i64, entity: Result<Vec<String>, String>) {
         if self.entities.len() >= ENTITIES_MAX {
             self.entities.clear();
         }
@@ -72,23 +75,6 @@ impl EntityCache {
     /// Why rows can't be archived that name this entity.
     pub(super) fn why(&self, id: i64) -> Option<&str> {
         self.entities.get(&id).and_then(|cached| cached.entity.as_ref().err()).map(String::as_str)
-    }
-
-    /// Learns from a row of the entity table. A row without an id or a usable text is of no use: the look-up
-    /// will say so for the rows that name it.
-    pub(super) fn learn(&mut self, fields: &Fields<'_>, charset: &Charset) {
-        let text = |role: Role| {
-            let (value, source_type) = fields.get(role as usize).copied().flatten()?;
-            let bytes = value::text(value, source_type).ok()?;
-            charset.text(bytes).filter(|text| text.len() <= ENTITY_TEXT_BYTES_MAX).map(str::to_owned)
-        };
-        let id = fields.get(Role::EntityId as usize).copied().flatten();
-        let id = id.and_then(|(value, source_type)| value::integer(value, source_type).ok());
-        if let (Some(id), Some(space), Some(name), Some(version)) =
-            (id, text(Role::Space), text(Role::Name), text(Role::Version))
-        {
-            self.insert(id, Ok(Entity { space, name, version }));
-        }
     }
 
     pub(super) fn forget_unresolved(&mut self) {

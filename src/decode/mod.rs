@@ -12,6 +12,7 @@
 
 mod charset;
 mod entity;
+mod numeric;
 mod relation;
 mod settled;
 mod source_type;
@@ -21,15 +22,15 @@ use std::collections::HashMap;
 
 use serde_json::Value as Json;
 
-use crate::batch::{Batches, EntityId, QuarantinedRow, SeriesId};
+use crate::batch::{Batches, Cell, EntityId, QuarantinedRow};
 use crate::lsn::Lsn;
-use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
-use crate::tables::{Entity, Kind};
+use crate::pgoutput::{self, Begin, DecodeError, Insert, Relation, Tuple, Value};
+use crate::tables::{ENTITY_COLUMNS_MAX, Entity, EntityKey, Kind, PerKind};
 use charset::Charset;
 pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
-pub use relation::{ENTITY_TABLE, Notice, Shape};
-use relation::{ROLE_COUNT, Role, Table, Target};
+pub use relation::Notice;
+use relation::{Known, Role, Shape, Table, Target};
 pub(crate) use settled::Settled;
 use source_type::SourceType;
 use value::Unfit;
@@ -37,27 +38,32 @@ use value::Unfit;
 /// Turns the stream's rows into batches.
 #[derive(Debug)]
 pub struct Decoder {
-    schema: String,
+    known: Known,
     charset: Charset,
     /// Types that are known by their form only, as [`Decoder::learn_type`] was told.
     types: HashMap<u32, SourceType>,
     tables: HashMap<u32, Table>,
-    entities: EntityCache,
+    /// By the number of the entity table.
+    entities: Vec<EntityCache>,
+    /// The entity table that [`Inserted::UnknownEntity`] speaks of.
+    asked_entities: usize,
     transaction: Transaction,
     settled: Settled,
     adopted: HashMap<u32, (Kind, String)>,
+    /// The data of the row that is being decoded.
+    cells: Vec<Cell>,
 }
 
 /// The last microsecond of the archive's calendar.
 const COMMIT_MICROS_MAX: i64 = 253_402_300_799_999_999;
 
 /// The transaction whose rows are being decoded.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Transaction {
     final_lsn: Lsn,
     commit_micros: i64,
     /// Whether the table of each kind already has it.
-    archived: [bool; Kind::ALL.len()],
+    archived: PerKind<bool>,
 }
 
 /// What became of a row.
@@ -69,7 +75,7 @@ pub enum Inserted {
     Quarantined,
     /// Its table is not archived.
     NotArchived,
-    /// Nothing happened: call [`Decoder::resolve`] for this `entity_id`, then hand the row in again.
+    /// Nothing happened: call [`Decoder::resolve`] for this id of [`Decoder::unknown_entity_key`], then hand the row in again.
     UnknownEntity(i64),
     /// Nothing happened: call [`Decoder::learn_text`] for [`Decoder::unknown_text`], then hand the row in again.
     UnknownText,
@@ -94,35 +100,46 @@ pub enum InsertError {
     },
 }
 
-/// A row's values, by role; what the table lacks is `None`.
-type Fields<'a> = [Option<(Value<'a>, SourceType)>; ROLE_COUNT];
-
 /// The column that keeps a row out of its table, and why.
 #[derive(Clone, Copy, Debug)]
-struct Rejection {
-    column: &'static str,
+struct Rejection<'a> {
+    /// The smallest of several is the reason.
+    rank: usize,
+    column: &'a str,
     why: Unfit,
 }
 
-enum Outcome {
+enum Outcome<'a> {
     Pushed,
-    Rejected(Rejection),
-    UnknownEntity(i64),
+    Rejected(Rejection<'a>),
+    /// The number of the entity table, and the id.
+    UnknownEntity(usize, i64),
+}
+
+/// What was read of a row, beside its cells.
+struct Fields<'a> {
+    time: i64,
+    names: [&'a [u8]; ENTITY_COLUMNS_MAX],
+    id: Option<i64>,
 }
 
 impl Decoder {
-    /// A decoder for the drift tables of a schema.
+    /// A decoder for the tables of these kinds; `schema` is that of the settings.
     #[must_use]
-    pub fn new(schema: impl Into<String>) -> Self {
+    pub fn new(schema: impl Into<String>, kinds: &[Kind]) -> Self {
+        let known = Known::new(schema.into(), kinds);
+        let archived = PerKind::new(kinds.iter().copied().chain([Kind::quarantine()]), |_| false);
         Self {
-            schema: schema.into(),
             charset: Charset::default(),
             types: HashMap::new(),
             tables: HashMap::new(),
-            entities: EntityCache::default(),
-            transaction: Transaction::default(),
+            entities: known.keys.iter().map(|_| EntityCache::default()).collect(),
+            asked_entities: 0,
+            transaction: Transaction { final_lsn: Lsn::ZERO, commit_micros: 0, archived },
             settled: Settled::default(),
             adopted: HashMap::new(),
+            cells: Vec::new(),
+            known,
         }
     }
 
@@ -166,33 +183,34 @@ impl Decoder {
 
     /// Learns how a table's rows look. Returns what its operator should know, if this is new.
     pub fn relation(&mut self, relation: &Relation<'_>) -> Vec<Notice> {
-        let mut table = Table::new(&self.schema, relation, &self.types);
+        let mut table = Table::new(&self.known, relation, &self.types);
         if let Some((kind, name)) = self.adopted.get(&relation.oid) {
-            table.adopt(*kind, name);
+            table.adopt(&self.known, *kind, name);
         }
         let notices = table.notices();
         let before = self.tables.insert(relation.oid, table).map(|table| table.notices()).unwrap_or_default();
         notices.into_iter().filter(|notice| !before.contains(notice)).collect()
     }
 
-    /// Begins a transaction. `table_lsn` is each table's LSN, by [`Kind::index`].
-    pub fn begin(&mut self, begin: Begin, table_lsn: [Lsn; Kind::ALL.len()]) {
-        self.transaction = Transaction {
-            final_lsn: begin.final_lsn,
-            // The quarantine's files are named by it.
-            commit_micros: begin.commit_micros.clamp(0, COMMIT_MICROS_MAX),
-            archived: table_lsn.map(|lsn| begin.final_lsn < lsn),
-        };
+    /// Begins a transaction. `table_lsn` has the position of each kind's table.
+    pub fn begin(&mut self, begin: Begin, table_lsn: &PerKind<Lsn>) {
+        self.begin_with(begin, |kind| table_lsn.get(kind).copied().unwrap_or_default());
+    }
+
+    fn begin_with(&mut self, begin: Begin, lsn: impl Fn(Kind) -> Lsn) {
+        self.transaction.final_lsn = begin.final_lsn;
+        // The quarantine's files are named by it.
+        self.transaction.commit_micros = begin.commit_micros.clamp(0, COMMIT_MICROS_MAX);
+        for (kind, is_archived) in self.transaction.archived.iter_mut() {
+            *is_archived = begin.final_lsn < lsn(kind);
+        }
     }
 
     /// Begins the copy of a table: none of its rows is skipped, but for those of them that are in the quarantine, which
     /// must have the position [`Lsn::ZERO`]. `micros` is the time that newly quarantined ones get.
     pub(crate) fn begin_copy(&mut self, micros: i64, quarantined: Settled) {
-        let mut table_lsn = [Lsn::ZERO; Kind::ALL.len()];
-        if let Some(lsn) = table_lsn.get_mut(Kind::Quarantine.index()) {
-            *lsn = Lsn(1);
-        }
-        self.begin(Begin { final_lsn: Lsn::ZERO, commit_micros: micros, xid: 0 }, table_lsn);
+        let begin = Begin { final_lsn: Lsn::ZERO, commit_micros: micros, xid: 0 };
+        self.begin_with(begin, |kind| if kind.is_quarantine() { Lsn(1) } else { Lsn::ZERO });
         self.settled = quarantined;
     }
 
@@ -208,7 +226,7 @@ impl Decoder {
     pub(crate) fn adopt(&mut self, relation: u32, kind: Kind, name: &str) {
         self.adopted.insert(relation, (kind, name.to_owned()));
         if let Some(table) = self.tables.get_mut(&relation) {
-            table.adopt(kind, name);
+            table.adopt(&self.known, kind, name);
         }
     }
 
@@ -218,19 +236,39 @@ impl Decoder {
         self.tables.get(&relation).map(|table| table.name.as_str())
     }
 
-    /// Answers [`Inserted::UnknownEntity`]: `None` if there is no such entity.
-    pub fn resolve(&mut self, id: i64, entity: Option<Entity>) {
-        self.entities.insert(id, entity.ok_or_else(|| Unfit::UnknownEntity.to_string()));
+    /// Where the id of [`Inserted::UnknownEntity`] is to be looked up.
+    #[must_use]
+    pub fn unknown_entity_key(&self) -> Option<&'static EntityKey> {
+        self.known.keys.get(self.asked_entities).copied()
     }
 
-    /// Answers [`Inserted::UnknownEntity`] for an entity that can't be archived: `why` becomes the reason after `entity_id`.
+    /// Answers [`Inserted::UnknownEntity`]: `None` if there is no such entity.
+    pub fn resolve(&mut self, id: i64, entity: Option<Entity>) {
+        self.resolve_names(id, entity.map(|Entity { space, name, version }| vec![space, name, version]));
+    }
+
+    /// Answers [`Inserted::UnknownEntity`] by the names in the order of the key's columns: `None` if there is no such entity.
+    pub(crate) fn resolve_names(&mut self, id: i64, names: Option<Vec<String>>) {
+        let lookup = self.unknown_entity_key().and_then(|key| key.lookup.as_ref());
+        let table = lookup.map_or("", |lookup| &lookup.table);
+        let entity = names.ok_or_else(|| format!("{} in {table}", Unfit::UnknownEntity));
+        self.learn_entity(self.asked_entities, id, entity);
+    }
+
+    /// Answers [`Inserted::UnknownEntity`] for an entity that can't be archived: `why` becomes the reason after the id's column.
     pub fn resolve_unfit(&mut self, id: i64, why: String) {
-        self.entities.insert(id, Err(why));
+        self.learn_entity(self.asked_entities, id, Err(why));
+    }
+
+    fn learn_entity(&mut self, table: usize, id: i64, entity: Result<Vec<String>, String>) {
+        if let Some(cache) = self.entities.get_mut(table) {
+            cache.insert(id, entity);
+        }
     }
 
     /// Forgets which ids no entity had, so that they are looked up again.
     pub fn forget_unresolved(&mut self) {
-        self.entities.forget_unresolved();
+        self.entities.iter_mut().for_each(EntityCache::forget_unresolved);
     }
 
     /// Appends a row to the batches.
@@ -243,37 +281,45 @@ impl Decoder {
         let table = self.tables.get(&insert.relation).ok_or(InsertError::UnknownRelation(insert.relation))?;
         let kind = match table.target {
             Target::Nothing => return Ok(Inserted::NotArchived),
-            Target::Drift(kind, _) if self.transaction.has(kind) => return Ok(Inserted::Done),
-            Target::Drift(kind, _) => Some(kind),
-            Target::Entities => None,
+            Target::Entities(number) => return self.learn(number, insert),
+            Target::Kind(kind, _) => kind,
         };
-        let fields = fields(insert.tuple, table)?;
-        if self.charset.asks(fields.iter().copied().flatten()) {
+        if self.transaction.has(kind) {
+            return Ok(Inserted::Done);
+        }
+        if self.charset.is_foreign()
+            && asks(&mut self.charset, table, insert.tuple, |column| column.role.is_some())?
+        {
             return Ok(Inserted::UnknownText);
         }
-        let Some(kind) = kind else {
-            self.entities.learn(&fields, &self.charset);
-            return Ok(Inserted::Done);
-        };
-        if self.transaction.has(Kind::Quarantine) && self.settled.has_any(self.transaction.final_lsn) {
-            if asks_for_any(&mut self.charset, table, insert.tuple)? {
+        if self.settled.has_any(self.transaction.final_lsn) && self.transaction.has(Kind::quarantine()) {
+            if asks(&mut self.charset, table, insert.tuple, |_| true)? {
                 return Ok(Inserted::UnknownText);
             }
             if self.settled.take(self.transaction.final_lsn, table, insert.tuple, &self.charset)? {
                 return Ok(Inserted::Done);
             }
         }
-        match push(kind, &fields, &self.charset, &mut self.entities, batches) {
+        let row = Row { kind, table, charset: &self.charset };
+        match row.push(insert.tuple, &mut self.cells, &mut self.entities, batches)? {
             Outcome::Pushed => {
                 self.charset.trim();
                 Ok(Inserted::Done)
             }
-            Outcome::UnknownEntity(id) => Ok(Inserted::UnknownEntity(id)),
-            Outcome::Rejected(rejection) => {
-                if asks_for_any(&mut self.charset, table, insert.tuple)? {
+            Outcome::UnknownEntity(number, id) => {
+                self.asked_entities = number;
+                Ok(Inserted::UnknownEntity(id))
+            }
+            Outcome::Rejected(Rejection { column, why, .. }) => {
+                let reason = match why {
+                    Unfit::UnknownEntity => {
+                        format!("{column} {}", row.why_unknown(insert.tuple, &self.entities))
+                    }
+                    why => format!("{column} {why}"),
+                };
+                if asks(&mut self.charset, table, insert.tuple, |_| true)? {
                     return Ok(Inserted::UnknownText);
                 }
-                let reason = reason(rejection, &fields, &self.entities);
                 let quarantined = self.transaction.quarantined(table, insert.tuple, reason, &self.charset)?;
                 batches.push_quarantine(quarantined);
                 self.charset.trim();
@@ -281,11 +327,42 @@ impl Decoder {
             }
         }
     }
+
+    /// Learns from a row of an entity table. A row without an id or a usable name is of no use: the look-up
+    /// will say so for the rows that name it.
+    #[cold]
+    fn learn(&mut self, number: usize, insert: &Insert<'_>) -> Result<Inserted, InsertError> {
+        let Some(table) = self.tables.get(&insert.relation) else { return Ok(Inserted::Done) };
+        if asks(&mut self.charset, table, insert.tuple, |column| column.role.is_some())? {
+            return Ok(Inserted::UnknownText);
+        }
+        let count = self.known.keys.get(number).map_or(0, |key| key.columns.len());
+        let (mut id, mut names) = (None, vec![None; count]);
+        for (value, column) in checked(insert.tuple, table)?.zip(&table.columns) {
+            let value = value?;
+            match column.role {
+                Some(Role::EntityId) => id = value::integer(value, column.source_type).ok(),
+                Some(Role::Entity(place)) => {
+                    let text = value::text(value, column.source_type).ok();
+                    let text = text.and_then(|text| self.charset.text(text));
+                    let text = text.filter(|text| text.len() <= ENTITY_TEXT_BYTES_MAX).map(str::to_owned);
+                    if let Some(name) = names.get_mut(place) {
+                        *name = text;
+                    }
+                }
+                _ => {}
+            }
+        }
+        if let (Some(id), Some(names)) = (id, names.into_iter().collect()) {
+            self.learn_entity(number, id, Ok(names));
+        }
+        Ok(Inserted::Done)
+    }
 }
 
 impl Transaction {
     fn has(&self, kind: Kind) -> bool {
-        self.archived.get(kind.index()).copied().unwrap_or(false)
+        self.archived.get(kind).copied().unwrap_or(false)
     }
 
     #[cold]
@@ -307,24 +384,20 @@ impl Transaction {
     }
 }
 
-/// Whether the server must be asked for a text of a row, of whatever column.
-#[cold]
-fn asks_for_any(charset: &mut Charset, table: &Table, tuple: Tuple<'_>) -> Result<bool, DecodeError> {
-    let values = tuple.values().zip(&table.columns).map(|(value, column)| Ok((value?, column.source_type)));
+/// Whether the server must be asked for a text of a row, of one of these columns.
+fn asks(
+    charset: &mut Charset,
+    table: &Table,
+    tuple: Tuple<'_>,
+    of: impl Fn(&relation::SourceColumn) -> bool,
+) -> Result<bool, DecodeError> {
+    if !charset.is_foreign() {
+        return Ok(false);
+    }
+    let values = tuple.values().zip(&table.columns).filter(|(_, column)| of(column));
+    let values = values.map(|(value, column)| Ok((value?, column.source_type)));
     let values: Vec<(Value<'_>, SourceType)> = values.collect::<Result<_, DecodeError>>()?;
     Ok(charset.asks(values.into_iter()))
-}
-
-/// Why a row is not archived.
-#[cold]
-fn reason(rejection: Rejection, fields: &Fields<'_>, entities: &EntityCache) -> String {
-    if rejection.why == Unfit::UnknownEntity {
-        let id = field(fields, Role::EntityId, rejection.column, value::integer);
-        if let Some(why) = id.ok().and_then(|id| entities.why(id)) {
-            return format!("{} {why}", rejection.column);
-        }
-    }
-    format!("{} {}", rejection.column, rejection.why)
 }
 
 /// Whether a quarantined row is there because of what its column was (its type, or that there was none), and not because of
@@ -356,126 +429,169 @@ fn texts(
     Ok(row)
 }
 
-/// Sorts a row's values by role.
+/// The values of a row of as many as the table has columns. Left-over bytes show up as one more, failed value, which must be
+/// asked for.
 #[inline]
-fn fields<'a>(tuple: Tuple<'a>, table: &Table) -> Result<Fields<'a>, InsertError> {
-    if usize::from(tuple.column_count()) != table.columns.len() {
-        return Err(InsertError::ColumnCount { values: tuple.column_count(), columns: table.columns.len() });
+fn checked<'a>(tuple: Tuple<'a>, table: &Table) -> Result<pgoutput::Values<'a>, InsertError> {
+    if usize::from(tuple.column_count()) == table.columns.len() {
+        return Ok(tuple.values());
     }
-    let mut fields: Fields<'a> = [None; ROLE_COUNT];
-    let mut values = tuple.values();
-    for column in &table.columns {
-        let Some(value) = values.next() else { break };
-        let value = value?;
-        if let Some(place) = column.role.and_then(|role| fields.get_mut(role as usize)) {
-            *place = Some((value, column.source_type));
-        }
-    }
-    // Left-over bytes show up as one more, failed value.
-    match values.next() {
-        Some(Err(error)) => Err(error.into()),
-        _ => Ok(fields),
-    }
+    Err(InsertError::ColumnCount { values: tuple.column_count(), columns: table.columns.len() })
 }
 
-#[inline]
-fn field<'a, T>(
-    fields: &Fields<'a>,
-    role: Role,
-    column: &'static str,
-    read: impl FnOnce(Value<'a>, SourceType) -> Result<T, Unfit>,
-) -> Result<T, Rejection> {
-    let (value, source_type) =
-        fields.get(role as usize).copied().flatten().ok_or(Rejection { column, why: Unfit::Missing })?;
-    read(value, source_type).map_err(|why| Rejection { column, why })
-}
-
-#[inline]
-fn push(
+/// A row that is to be archived.
+#[derive(Clone, Copy)]
+struct Row<'a> {
     kind: Kind,
-    fields: &Fields<'_>,
-    charset: &Charset,
-    entities: &mut EntityCache,
-    batches: &mut Batches,
-) -> Outcome {
-    match try_push(kind, fields, charset, entities, batches) {
-        Ok(None) => Outcome::Pushed,
-        Ok(Some(id)) => Outcome::UnknownEntity(id),
-        Err(rejection) => Outcome::Rejected(rejection),
-    }
+    table: &'a Table,
+    charset: &'a Charset,
 }
 
-/// Reads every value before anything is appended, so that a rejected row leaves no trace but perhaps an
-/// interned text. The entity is read last: a row that is unfit whatever its entity is needs no look-up.
-#[inline]
-fn try_push(
-    kind: Kind,
-    fields: &Fields<'_>,
-    charset: &Charset,
-    entities: &mut EntityCache,
-    batches: &mut Batches,
-) -> Result<Option<i64>, Rejection> {
-    let created_at = field(fields, Role::CreatedAt, "created_at", value::timestamp)?;
-    let series_column = kind.series_column().unwrap_or_default();
-    let series_text = if kind == Kind::Spc {
-        field(fields, Role::Series, series_column, value::optional_text)?
-    } else {
-        Some(field(fields, Role::Series, series_column, value::text)?)
-    };
-    let not_utf8 = |column| Rejection { column, why: Unfit::NotUtf8 };
-    let series = match series_text {
-        Some(text) => {
-            let series = charset.utf8(text).and_then(|text| batches.series(text));
-            series.ok_or_else(|| not_utf8(series_column))?
-        }
-        None => SeriesId::NULL,
-    };
-    match kind {
-        Kind::Psi => {
-            let bin_id = field(fields, Role::BinId, "bin_id", value::int)?;
-            let bin_count = field(fields, Role::BinCount, "bin_count", value::int)?;
-            match entity(fields, charset, entities, batches)? {
-                Ok(entity) => batches.push_psi(entity, created_at, series, bin_id, bin_count),
-                Err(id) => return Ok(Some(id)),
-            }
-        }
-        Kind::Custom | Kind::Spc | Kind::Quarantine => {
-            let number = field(fields, Role::Value, "value", value::optional_double)?;
-            match entity(fields, charset, entities, batches)? {
-                Ok(entity) if kind == Kind::Custom => batches.push_custom(entity, created_at, series, number),
-                Ok(entity) => batches.push_spc(entity, created_at, series, number),
-                Err(id) => return Ok(Some(id)),
-            }
-        }
-    }
-    Ok(None)
-}
-
-/// The row's entity, or the id to look up.
-#[inline]
-fn entity(
-    fields: &Fields<'_>,
-    charset: &Charset,
-    entities: &mut EntityCache,
-    batches: &mut Batches,
-) -> Result<Result<EntityId, i64>, Rejection> {
-    if fields.get(Role::EntityId as usize).is_some_and(Option::is_some) {
-        let id = field(fields, Role::EntityId, "entity_id", value::integer)?;
-        return match entities.get(id, batches) {
-            entity::Lookup::Known(entity) => Ok(Ok(entity)),
-            entity::Lookup::None => Err(Rejection { column: "entity_id", why: Unfit::UnknownEntity }),
-            entity::Lookup::Unknown => Ok(Err(id)),
+impl<'a> Row<'a> {
+    /// Reads every value before anything is appended, so that a rejected row leaves no trace but perhaps an interned text. The
+    /// entity is resolved last: a row that is unfit whatever its entity is needs no look-up.
+    #[inline]
+    fn push(
+        self,
+        tuple: Tuple<'_>,
+        cells: &mut Vec<Cell>,
+        entities: &mut [EntityCache],
+        batches: &mut Batches,
+    ) -> Result<Outcome<'a>, InsertError> {
+        let fields = match self.read(tuple, cells, batches)? {
+            Ok(fields) => fields,
+            Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
+        let entity = match self.entity(&fields, entities, batches) {
+            Ok(Ok(entity)) => entity,
+            Ok(Err((number, id))) => return Ok(Outcome::UnknownEntity(number, id)),
+            Err(rejection) => return Ok(Outcome::Rejected(rejection)),
+        };
+        batches.push(self.kind, entity, fields.time, cells);
+        Ok(Outcome::Pushed)
     }
-    let text = |role, column| {
-        let bytes = field(fields, role, column, value::text)?;
-        charset.utf8(bytes).ok_or(Rejection { column, why: Unfit::NotUtf8 })
-    };
-    let (space, name) = (text(Role::Space, "space")?, text(Role::Name, "name")?);
-    let version = text(Role::Version, "version")?;
-    let rejection = || Rejection { column: "space, name or version", why: Unfit::NotUtf8 };
-    batches.entity(space, name, version).map(Ok).ok_or_else(rejection)
+
+    #[inline]
+    fn read<'v>(
+        self,
+        tuple: Tuple<'v>,
+        cells: &mut Vec<Cell>,
+        batches: &mut Batches,
+    ) -> Result<Result<Fields<'v>, Rejection<'a>>, InsertError>
+    where
+        'a: 'v,
+    {
+        let data = self.kind.data_columns();
+        cells.clear();
+        cells.resize(data.len(), Cell::Null);
+        let missing = self.table.missing.as_ref();
+        let mut rejection = missing.map(|missing| Rejection {
+            rank: missing.rank,
+            column: missing.column,
+            why: Unfit::Missing,
+        });
+        let mut reject = |rank: usize, column: &'a str, why: Unfit| {
+            if rejection.is_none_or(|before| rank < before.rank) {
+                rejection = Some(Rejection { rank, column, why });
+            }
+        };
+        let mut fields = Fields { time: 0, names: [&[]; ENTITY_COLUMNS_MAX], id: None };
+        let mut values = checked(tuple, self.table)?;
+        for column in &self.table.columns {
+            let Some(value) = values.next() else { break };
+            let value = value?;
+            let Some(role) = column.role else { continue };
+            match role {
+                Role::Time => match value::timestamp(value, column.source_type) {
+                    Ok(time) => fields.time = time,
+                    Err(why) => reject(0, &column.name, why),
+                },
+                Role::Data(place) => {
+                    let Some((spec, cell)) = data.get(place).zip(cells.get_mut(place)) else { continue };
+                    match value::cell(value, column.source_type, spec, self.charset, batches) {
+                        Ok(value) => *cell = value,
+                        Err(why) => reject(1 + place, &column.name, why),
+                    }
+                }
+                Role::EntityId => match value::integer(value, column.source_type) {
+                    Ok(id) => fields.id = Some(id),
+                    Err(why) => reject(ENTITY_RANK, &column.name, why),
+                },
+                Role::Entity(place) => {
+                    let text = value::text(value, column.source_type);
+                    match text.and_then(|text| self.charset.utf8(text).ok_or(Unfit::NotUtf8)) {
+                        Ok(name) => {
+                            if let Some(place) = fields.names.get_mut(place) {
+                                *place = name;
+                            }
+                        }
+                        Err(why) => reject(ENTITY_RANK + place, &column.name, why),
+                    }
+                }
+            }
+        }
+        match values.next() {
+            Some(Err(error)) => Err(error.into()),
+            _ => Ok(rejection.map_or(Ok(fields), Err)),
+        }
+    }
+
+    /// The row's entity, or the entity table and the id to look up in it.
+    #[inline]
+    fn entity(
+        self,
+        fields: &Fields<'_>,
+        entities: &mut [EntityCache],
+        batches: &mut Batches,
+    ) -> Result<Result<EntityId, (usize, i64)>, Rejection<'a>> {
+        let reject = |column, why| Rejection { rank: ENTITY_RANK, column, why };
+        if let Target::Kind(_, Shape::ById(number)) = self.table.target {
+            let column = self.id_column();
+            let (Some(cache), Some(id)) = (entities.get_mut(number), fields.id) else {
+                return Err(reject(column, Unfit::Missing));
+            };
+            return match cache.get(id, batches) {
+                entity::Lookup::Known(entity) => Ok(Ok(entity)),
+                entity::Lookup::None => Err(reject(column, Unfit::UnknownEntity)),
+                entity::Lookup::Unknown => Ok(Err((number, id))),
+            };
+        }
+        let count = self.kind.entity_columns().len();
+        if count == 0 {
+            return Ok(Ok(EntityId::NONE));
+        }
+        let names = fields.names.get(..count).unwrap_or(&fields.names);
+        batches.entity(names).map(Ok).ok_or_else(|| reject(self.name_columns(), Unfit::NotUtf8))
+    }
+
+    fn id_column(self) -> &'static str {
+        self.kind.entity().and_then(|key| key.lookup.as_ref()).map_or("", |lookup| &lookup.id)
+    }
+
+    /// The entity's columns as a reason has them, since which of their texts is none is not known.
+    #[cold]
+    fn name_columns(self) -> &'static str {
+        match self.kind.entity_columns() {
+            [one] => one,
+            columns if columns == ["space", "name", "version"] => "space, name or version",
+            _ => "a column of the entity",
+        }
+    }
+
+    /// Why rows can't be archived that name the entity of this one.
+    #[cold]
+    fn why_unknown(self, tuple: Tuple<'_>, entities: &[EntityCache]) -> String {
+        let Target::Kind(_, Shape::ById(number)) = self.table.target else { return String::new() };
+        let mut columns = tuple.values().zip(&self.table.columns);
+        let id = columns.find(|(_, column)| column.role == Some(Role::EntityId));
+        let id = id.and_then(|(value, column)| value::integer(value.ok()?, column.source_type).ok());
+        let why = id.and_then(|id| entities.get(number)?.why(id));
+        why.map_or_else(|| Unfit::UnknownEntity.to_string(), str::to_owned)
+    }
 }
+
+/// The rank of a reason that is about the entity: behind those of all other columns.
+const ENTITY_RANK: usize = usize::MAX / 2;
 
 #[cfg(test)]
 mod tests;

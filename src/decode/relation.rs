@@ -2,26 +2,20 @@ use std::collections::HashMap;
 
 use super::source_type::SourceType;
 use crate::pgoutput::Relation;
-use crate::tables::Kind;
+use crate::tables::{ColumnSpec, EntityKey, Kind};
 
 /// What a column of a source table is to the archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
-    CreatedAt,
-    Space,
-    Name,
-    Version,
-    /// `entity_id` of a drift table, `id` of the entity table.
+    /// The time of the row.
+    Time,
+    /// The entity's column of that number.
+    Entity(usize),
+    /// The entity's id; in an entity table the key.
     EntityId,
-    /// `metric` or `feature`.
-    Series,
-    Value,
-    BinId,
-    BinCount,
+    /// The data column of that number.
+    Data(usize),
 }
-
-/// How many roles there are.
-pub(super) const ROLE_COUNT: usize = 9;
 
 /// A source table, as the stream describes it.
 #[derive(Debug)]
@@ -30,26 +24,35 @@ pub(super) struct Table {
     pub(super) name: String,
     pub(super) target: Target,
     pub(super) columns: Vec<SourceColumn>,
+    /// The first column of the archive that the table lacks.
+    pub(super) missing: Option<Missing>,
+}
+
+/// A column of the archive that a source table lacks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Missing {
+    pub(super) rank: usize,
+    pub(super) column: &'static str,
 }
 
 /// Where a table's rows go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
-    /// Rows of a kind; whether they name their entity by `entity_id`.
-    Drift(Kind, Shape),
-    /// The entity table: rows teach the entity cache.
-    Entities,
+    /// Rows of a kind.
+    Kind(Kind, Shape),
+    /// An entity table, by its number: rows teach the entity cache.
+    Entities(usize),
     /// Not ours.
     Nothing,
 }
 
-/// How a drift table names the entity of a row.
+/// How a table names the entity of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
-    /// By `space`, `name` and `version`.
+pub(super) enum Shape {
+    /// By the entity's own columns; or rows belong to none.
     Named,
-    /// By `entity_id`, a key of `drift_entities`.
-    ById,
+    /// By an id, which the entity table of that number knows.
+    ById(usize),
 }
 
 #[derive(Debug)]
@@ -59,17 +62,8 @@ pub(super) struct SourceColumn {
     pub(super) source_type: SourceType,
 }
 
-/// The name of the table that maps `entity_id` to an entity.
-pub const ENTITY_TABLE: &str = "drift_entities";
-
 /// Columns that every drift table has for its own bookkeeping; not archived, and not worth a notice.
 const BOOKKEEPING_COLUMNS: [&str; 3] = ["id", "updated_at", "archived"];
-
-/// Whether a column of a drift table has a part in its archived rows.
-pub(super) fn is_archived(column: &str) -> bool {
-    let mut archived = Kind::DRIFT.iter().flat_map(|kind| kind.columns());
-    column == "entity_id" || archived.any(|archived| archived.name == column)
-}
 
 /// Something about a table that its operator should know.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -92,48 +86,140 @@ pub enum Notice {
     },
 }
 
+/// What a decoder knows of the tables that it decodes.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) schema: String,
+    pub(super) kinds: Vec<Kind>,
+    /// How rows name entities by an id; each entity table once.
+    pub(super) keys: Vec<&'static EntityKey>,
+}
+
+impl Known {
+    pub(super) fn new(schema: String, kinds: &[Kind]) -> Self {
+        let mut keys: Vec<&'static EntityKey> = Vec::new();
+        for key in kinds.iter().filter_map(|kind| kind.entity()).filter(|key| key.lookup.is_some()) {
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        Self { schema, kinds: kinds.to_vec(), keys }
+    }
+
+    /// By the columns alone, so that a table may change from one shape to the other.
+    fn target(&self, kind: Kind, has: impl Fn(&str) -> bool) -> Target {
+        let named = kind.entity_columns().iter().all(|column| has(column));
+        let key = kind.entity().filter(|key| key.lookup.as_ref().is_some_and(|lookup| has(&lookup.id)));
+        let key = key.and_then(|key| self.keys.iter().position(|known| *known == key));
+        Target::Kind(kind, key.filter(|_| !named).map_or(Shape::Named, Shape::ById))
+    }
+
+    fn role(&self, target: Target, column: &str) -> Option<Role> {
+        let entity = |columns: &[String]| columns.iter().position(|name| name == column).map(Role::Entity);
+        match target {
+            Target::Nothing => None,
+            Target::Entities(number) => {
+                let key = self.keys.get(number)?;
+                let is_key = key.lookup.as_ref().is_some_and(|lookup| lookup.key == column);
+                if is_key { Some(Role::EntityId) } else { entity(&key.columns) }
+            }
+            Target::Kind(kind, shape) => {
+                if kind.time_column() == column {
+                    return Some(Role::Time);
+                }
+                let is_id = |key: &EntityKey| key.lookup.as_ref().is_some_and(|lookup| lookup.id == column);
+                match shape {
+                    Shape::ById(_) if kind.entity().is_some_and(is_id) => return Some(Role::EntityId),
+                    Shape::ById(_) if entity(kind.entity_columns()).is_some() => return None,
+                    Shape::Named => {
+                        if let Some(role) = entity(kind.entity_columns()) {
+                            return Some(role);
+                        }
+                    }
+                    Shape::ById(_) => {}
+                }
+                kind.data_columns().iter().position(|data| data.name == column).map(Role::Data)
+            }
+        }
+    }
+}
+
 impl Table {
-    pub(super) fn new(schema: &str, relation: &Relation<'_>, types: &HashMap<u32, SourceType>) -> Self {
+    pub(super) fn new(known: &Known, relation: &Relation<'_>, types: &HashMap<u32, SourceType>) -> Self {
         let has = |name: &str| relation.columns.iter().any(|column| column.name == name.as_bytes());
         let namespace = String::from_utf8_lossy(relation.namespace);
-        let name = String::from_utf8_lossy(relation.name);
-        let target = match Kind::of_source_table(&name) {
-            _ if namespace != schema => Target::Nothing,
-            Some(kind) => Target::Drift(kind, shape(has)),
-            None if name == ENTITY_TABLE => Target::Entities,
-            None => Target::Nothing,
+        let name = format!("{namespace}.{}", String::from_utf8_lossy(relation.name));
+        let is_source = |kind: &&Kind| kind.source_table(&known.schema).as_ref() == Some(&name);
+        let is_entities = |key: &&EntityKey| {
+            key.lookup.as_ref().is_some_and(|lookup| lookup.qualified(&known.schema) == name)
+        };
+        let target = match known.kinds.iter().find(is_source) {
+            Some(kind) => known.target(*kind, has),
+            None => {
+                known.keys.iter().position(|key| is_entities(&key)).map_or(Target::Nothing, Target::Entities)
+            }
         };
         let columns = relation.columns.iter().map(|column| {
             let name = String::from_utf8_lossy(column.name).into_owned();
             let source_type = SourceType::of(column.type_oid);
             SourceColumn {
-                role: role(target, &name),
+                role: known.role(target, &name),
                 name,
                 source_type: types.get(&column.type_oid).copied().unwrap_or(source_type),
             }
         });
-        Self { name: format!("{namespace}.{name}"), target, columns: columns.collect() }
+        let mut table = Self { name, target, columns: columns.collect(), missing: None };
+        table.missing = table.first_missing();
+        table
     }
 
-    /// Whether it is a drift table with a column whose binary form nobody can read.
+    /// Whether its rows are archived, and it has a column whose binary form nobody can read.
     pub(super) fn has_unreadable(&self) -> bool {
         let is_unreadable = |column: &SourceColumn| matches!(column.source_type, SourceType::Other(_));
-        matches!(self.target, Target::Drift(..)) && self.columns.iter().any(is_unreadable)
+        matches!(self.target, Target::Kind(..)) && self.columns.iter().any(is_unreadable)
     }
 
-    /// Takes the table for a drift table of that kind and name, whatever it is called.
-    pub(super) fn adopt(&mut self, kind: Kind, name: &str) {
+    /// Takes the table for that of a kind, of that name, whatever it is called.
+    pub(super) fn adopt(&mut self, known: &Known, kind: Kind, name: &str) {
         let has = |name: &str| self.columns.iter().any(|column| column.name == name);
-        self.target = Target::Drift(kind, shape(has));
+        self.target = known.target(kind, has);
         name.clone_into(&mut self.name);
         for column in &mut self.columns {
-            column.role = role(self.target, &column.name);
+            column.role = known.role(self.target, &column.name);
         }
+        self.missing = self.first_missing();
+    }
+
+    /// The columns of the archive that must be in the table, with their ranks: where several are unfit, the first is the reason.
+    fn needed(&self) -> impl Iterator<Item = (usize, &'static ColumnSpec)> {
+        let (kind, by_id) = match self.target {
+            Target::Kind(kind, shape) => (Some(kind), shape != Shape::Named),
+            Target::Entities(_) | Target::Nothing => (None, false),
+        };
+        let columns = kind.map_or(&[][..], Kind::columns).iter().enumerate();
+        let count = kind.map_or(0, |kind| kind.entity_columns().len());
+        let entity = 1..=count;
+        columns.filter_map(move |(place, column)| match entity.contains(&place) {
+            true if by_id => None,
+            // The entity is read last: a row that is unfit whatever its entity is needs no look-up.
+            true => Some((usize::MAX, column)),
+            false => Some((place.saturating_sub(count), column)),
+        })
+    }
+
+    fn first_missing(&self) -> Option<Missing> {
+        let has = |name: &str| self.columns.iter().any(|column| column.name == name);
+        let missing = self.needed().filter(|(_, column)| !has(&column.name));
+        missing
+            .map(|(rank, column)| Missing { rank, column: &column.name })
+            .min_by_key(|missing| missing.rank)
     }
 
     pub(super) fn notices(&self) -> Vec<Notice> {
         // The stream also describes each partition beside its root, so an unknown table is no surprise yet.
-        let Target::Drift(kind, shape) = self.target else { return Vec::new() };
+        if !matches!(self.target, Target::Kind(..)) {
+            return Vec::new();
+        }
         let extra = self
             .columns
             .iter()
@@ -142,36 +228,12 @@ impl Table {
             table: self.name.clone(),
             column: column.name.clone(),
         });
-        let needed = kind
-            .columns()
-            .iter()
-            .map(|column| column.name)
-            .filter(|name| shape == Shape::Named || !["space", "name", "version"].contains(name));
-        let missing = needed.filter(|name| !self.columns.iter().any(|column| column.name == *name));
         let missing =
-            missing.map(|name| Notice::ColumnMissing { table: self.name.clone(), column: name.to_owned() });
+            self.needed().filter(|(_, needed)| !self.columns.iter().any(|column| column.name == needed.name));
+        let missing = missing.map(|(_, column)| Notice::ColumnMissing {
+            table: self.name.clone(),
+            column: column.name.clone(),
+        });
         extra.chain(missing).collect()
-    }
-}
-
-/// By the columns alone, so that a table may change from one shape to the other.
-fn shape(has: impl Fn(&str) -> bool) -> Shape {
-    let named = has("space") && has("name") && has("version");
-    if !named && has("entity_id") { Shape::ById } else { Shape::Named }
-}
-
-fn role(target: Target, column: &str) -> Option<Role> {
-    match (target, column) {
-        (Target::Entities, "id") => Some(Role::EntityId),
-        (Target::Entities | Target::Drift(_, Shape::Named), "space") => Some(Role::Space),
-        (Target::Entities | Target::Drift(_, Shape::Named), "name") => Some(Role::Name),
-        (Target::Entities | Target::Drift(_, Shape::Named), "version") => Some(Role::Version),
-        (Target::Drift(_, Shape::ById), "entity_id") => Some(Role::EntityId),
-        (Target::Drift(..), "created_at") => Some(Role::CreatedAt),
-        (Target::Drift(kind, _), name) if kind.series_column() == Some(name) => Some(Role::Series),
-        (Target::Drift(Kind::Custom | Kind::Spc, _), "value") => Some(Role::Value),
-        (Target::Drift(Kind::Psi, _), "bin_id") => Some(Role::BinId),
-        (Target::Drift(Kind::Psi, _), "bin_count") => Some(Role::BinCount),
-        _ => None,
     }
 }

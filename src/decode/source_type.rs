@@ -1,7 +1,7 @@
 //! [`SourceType`]: the type of a column, as Postgres numbers it.
 
-/// The types (`pg_type.oid`, fixed in `pg_type.dat`) that a column of a drift table may have, and those whose form is the same:
-/// a domain has that of its base, an enum that of a text.
+/// The types (`pg_type.oid`, fixed in `pg_type.dat`) whose binary form is known, and those whose form is the same: a domain has
+/// that of its base, an enum that of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SourceType {
     Text,
@@ -13,6 +13,12 @@ pub(super) enum SourceType {
     Float4,
     Float8,
     Bool,
+    Date,
+    Bytea,
+    Numeric,
+    Uuid,
+    Json,
+    Jsonb,
     Other(u32),
 }
 
@@ -29,7 +35,35 @@ impl SourceType {
             700 => Self::Float4,
             701 => Self::Float8,
             16 => Self::Bool,
+            1082 => Self::Date,
+            17 => Self::Bytea,
+            1700 => Self::Numeric,
+            2950 => Self::Uuid,
+            114 => Self::Json,
+            3802 => Self::Jsonb,
             other => Self::Other(other),
+        }
+    }
+
+    /// One oid of the type, to be named in an error.
+    pub(super) const fn oid(self) -> u32 {
+        match self {
+            Self::Text => 25,
+            Self::TimestampTz => 1184,
+            Self::Timestamp => 1114,
+            Self::Int2 => 21,
+            Self::Int4 => 23,
+            Self::Int8 => 20,
+            Self::Float4 => 700,
+            Self::Float8 => 701,
+            Self::Bool => 16,
+            Self::Date => 1082,
+            Self::Bytea => 17,
+            Self::Numeric => 1700,
+            Self::Uuid => 2950,
+            Self::Json => 114,
+            Self::Jsonb => 3802,
+            Self::Other(oid) => oid,
         }
     }
 

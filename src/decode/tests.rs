@@ -57,7 +57,15 @@ const PSI: &[(&str, u32)] = &[
 
 fn begin(decoder: &mut Decoder, final_lsn: u64, table_lsn: [u64; 4]) {
     let begin = Begin { final_lsn: Lsn(final_lsn), commit_micros: NOW, xid: 7 };
-    decoder.begin(begin, table_lsn.map(Lsn));
+    let [custom, psi, spc, quarantine] = table_lsn.map(Lsn);
+    let lsn = |kind| match kind {
+        kind if kind == Kind::custom() => custom,
+        kind if kind == Kind::psi() => psi,
+        kind if kind == Kind::spc() => spc,
+        _ => quarantine,
+    };
+    let kinds = Kind::drift().into_iter().chain([Kind::quarantine()]);
+    decoder.begin(begin, &PerKind::new(kinds, lsn));
 }
 
 fn learn(decoder: &mut Decoder, message: &[u8]) -> Vec<Notice> {
@@ -86,7 +94,7 @@ fn psi_row<'a>(created_at: Option<&'a str>, name: Option<&'a str>, bin_id: Optio
 
 #[test]
 fn a_row_that_fits_is_archived_and_one_that_does_not_is_quarantined_with_its_text() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     assert_eq!(learn(&mut decoder, &relation(1, "psi_drift", PSI)), []);
     begin(&mut decoder, 100, [0; 4]);
     let good = psi_row(TIME, Some("m"), Some("3"));
@@ -111,7 +119,7 @@ fn a_row_that_fits_is_archived_and_one_that_does_not_is_quarantined_with_its_tex
 
 #[test]
 fn a_table_skips_what_it_already_has() {
-    let mut decoder = Decoder::new("scouter");
+    let mut decoder = Decoder::new("scouter", &Kind::drift());
     learn(&mut decoder, &relation(1, "psi_drift", PSI));
     let (good, bad) = (psi_row(TIME, Some("m"), Some("3")), psi_row(Some("infinity"), Some("m"), Some("3")));
     // custom, psi, spc, quarantine; the transaction's commit record begins at 100.
@@ -135,15 +143,15 @@ fn a_table_skips_what_it_already_has() {
 
 #[test]
 fn types_are_known_by_their_form_and_others_are_readable_as_text() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     let columns =
         [("created_at", 1184), ("name", 25), ("space", 70_001), ("version", 25), ("feature", 70_002)];
-    let message = relation(1, "spc_drift", &[&columns[..], &[("value", 1700)]].concat());
+    let message = relation(1, "spc_drift", &[&columns[..], &[("value", 600)]].concat());
     let Message::Relation(described) = Message::parse(&message).unwrap() else { panic!("a relation") };
-    assert_eq!(decoder.unknown_types(&described), [70_001, 70_002, 1700]);
+    assert_eq!(decoder.unknown_types(&described), [70_001, 70_002, 600]);
     decoder.learn_type(70_001, Some(25));
     decoder.learn_type(70_002, None);
-    decoder.learn_type(1700, None);
+    decoder.learn_type(600, None);
     assert!(decoder.unknown_types(&described).is_empty());
     decoder.relation(&described);
     assert!(decoder.has_unreadable(1) && !decoder.has_unreadable(2));
@@ -151,18 +159,18 @@ fn types_are_known_by_their_form_and_others_are_readable_as_text() {
     let row = insert(1, &[TIME, Some("n"), Some("s"), Some("1"), None, Some("1.50")]);
     assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Quarantined));
     let shown = format!("{batches:?}");
-    assert!(shown.contains("value has a type (oid 1700) that is not supported"), "{shown}");
+    assert!(shown.contains("value has a type (oid 600) that is not supported"), "{shown}");
     assert!(shown.contains(r#"\"value\":\"1.50\""#), "{shown}");
-    assert!(is_about_column("value has a type (oid 1700) that is not supported"));
+    assert!(is_about_column("value has a type (oid 600) that is not supported"));
     assert!(is_about_column("feature is missing from the table") && !is_about_column("feature is null"));
-    decoder.learn_type(1700, Some(701));
+    decoder.learn_type(600, Some(701));
     decoder.relation(&described);
     assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Done), "a null has no type");
 }
 
 #[test]
 fn texts_of_another_encoding_are_asked_for_once() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     decoder.ask_for_texts();
     learn(&mut decoder, &relation(1, "psi_drift", &[PSI, &[("note", 25)]].concat()));
     begin(&mut decoder, 100, [0; 4]);
@@ -194,7 +202,7 @@ fn texts_of_another_encoding_are_asked_for_once() {
 
 #[test]
 fn an_entity_that_cannot_be_archived_keeps_its_own_rows_with_the_reason() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];
     learn(&mut decoder, &relation(1, "custom_drift", &columns));
     begin(&mut decoder, 100, [0; 4]);
@@ -213,7 +221,7 @@ fn an_entity_that_cannot_be_archived_keeps_its_own_rows_with_the_reason() {
 
 #[test]
 fn entities_come_from_the_stream_or_a_look_up() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     let columns = [("created_at", 1184), ("entity_id", 23), ("metric", 25), ("value", 701)];
     assert_eq!(learn(&mut decoder, &relation(1, "custom_drift", &columns)), []);
     let entity_columns =
@@ -243,8 +251,8 @@ fn entities_come_from_the_stream_or_a_look_up() {
 
 /// The rows of a quarantine file, as a session that starts again reads them.
 fn settled(batches: &Batches) -> Settled {
-    let mut settled = Settled::default();
-    for file in batches.files().iter().filter(|file| file.kind() == Kind::Quarantine) {
+    let mut settled = Settled::new(&Kind::drift());
+    for file in batches.files().iter().filter(|file| file.kind().is_quarantine()) {
         for batch in file.record_batches() {
             let batch = batch.unwrap();
             let text = |column: usize| arrow::array::AsArray::as_string::<i32>(batch.column(column)).clone();
@@ -264,7 +272,7 @@ fn after_a_crash_behind_the_quarantine_its_rows_stay_and_all_others_are_decided_
     let time = "2024-10-04 12:00:00+00";
     // 8 is unknown at first and known for its second row; 7 is known; one row has no time that can be kept.
     let rows = [row("8", time), row("7", time), row("7", "infinity"), row("8", time)];
-    let (mut decoder, mut first) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut first) = (Decoder::new("scouter", &Kind::drift()), batches());
     learn(&mut decoder, &relation(1, "custom_drift", &columns));
     begin(&mut decoder, 100, [0; 4]);
     decoder.resolve(7, known("seven"));
@@ -278,7 +286,7 @@ fn after_a_crash_behind_the_quarantine_its_rows_stay_and_all_others_are_decided_
     assert_eq!(first.files().iter().map(FileRows::row_count).collect::<Vec<_>>(), [2, 2]);
 
     // The quarantine was committed, custom was not. By now 7 is gone and 8 is known.
-    let (mut decoder, mut second) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut second) = (Decoder::new("scouter", &Kind::drift()), batches());
     decoder.settle(settled(&first));
     learn(&mut decoder, &relation(1, "custom_drift", &columns));
     begin(&mut decoder, 100, [0, 0, 0, 101]);
@@ -289,27 +297,27 @@ fn after_a_crash_behind_the_quarantine_its_rows_stay_and_all_others_are_decided_
     }
     // One row of 8 is new for custom, one of 7 for the quarantine; with the two that are there that makes four.
     let kinds: Vec<_> = second.files().iter().map(|file| (file.kind(), file.row_count())).collect();
-    assert_eq!(kinds, [(Kind::Quarantine, 1), (Kind::Custom, 1)]);
+    assert_eq!(kinds, [(Kind::quarantine(), 1), (Kind::custom(), 1)]);
 }
 
 #[test]
 fn a_partition_that_is_published_as_itself_is_adopted() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     learn(&mut decoder, &relation(7, "psi_drift_p2024_10_04", PSI));
     begin(&mut decoder, 100, [0; 4]);
     let row = insert(7, &[TIME, Some("m"), Some("s"), Some("1"), Some("f"), Some("3"), Some("5"), Some("f")]);
     assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::NotArchived));
-    decoder.adopt(7, Kind::Psi, "scouter.psi_drift");
+    decoder.adopt(7, Kind::psi(), "scouter.psi_drift");
     assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Done));
     // ... and stays it when it is described again.
     learn(&mut decoder, &relation(7, "psi_drift_p2024_10_04", PSI));
     assert_eq!(put(&mut decoder, &mut batches, &row), Ok(Inserted::Done));
-    assert_eq!(batches.files()[0].kind(), Kind::Psi);
+    assert_eq!(batches.files()[0].kind(), Kind::psi());
 }
 
 #[test]
 fn a_surprise_is_told_once_by_name() {
-    let mut decoder = Decoder::new("scouter");
+    let mut decoder = Decoder::new("scouter", &Kind::drift());
     let mut columns = PSI.to_vec();
     columns.push(("shade", 25));
     let told = learn(&mut decoder, &relation(1, "psi_drift", &columns));
@@ -327,7 +335,7 @@ fn a_surprise_is_told_once_by_name() {
 
 #[test]
 fn a_row_of_the_wrong_width_ends_the_stream() {
-    let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+    let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
     assert_eq!(put(&mut decoder, &mut batches, &insert(9, &[])), Err(InsertError::UnknownRelation(9)));
     learn(&mut decoder, &relation(1, "psi_drift", PSI));
     let short = put(&mut decoder, &mut batches, &insert(1, &[TIME]));
@@ -351,7 +359,7 @@ proptest! {
     /// appended.
     #[test]
     fn no_mutation_panics(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
-        let (mut decoder, mut batches) = (Decoder::new("scouter"), batches());
+        let (mut decoder, mut batches) = (Decoder::new("scouter", &Kind::drift()), batches());
         learn(&mut decoder, &relation(1, "psi_drift", PSI));
         let mut row = psi_row(TIME, Some("m"), Some("3"));
         for (place, byte) in changes {

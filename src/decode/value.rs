@@ -1,9 +1,11 @@
 use chrono::{DateTime, NaiveDateTime};
 
 use super::charset::Charset;
+use super::numeric;
 use super::source_type::SourceType;
+use crate::batch::{Batches, Cell};
 use crate::pgoutput::{POSTGRES_EPOCH_MICROS, Value};
-use crate::tables::is_in_calendar;
+use crate::tables::{CALENDAR, ColumnSpec, ColumnType, MICROS_PER_DAY, is_in_calendar};
 
 /// Why a value does not fit its archive column. Becomes the `reason` of a quarantined row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,13 +22,17 @@ pub(super) enum Unfit {
     OutsideCalendar,
     #[error("does not fit 32 bits")]
     TooWide,
+    #[error("is NaN")]
+    NotANumber,
+    #[error("has more digits than its column in the archive")]
+    TooManyDigits,
     #[error("has bytes that are not UTF-8, and can't be converted to it")]
     NotUtf8,
     #[error("has a type (oid {0}) that is not supported")]
     Type(u32),
     #[error("has bytes that are not of its type")]
     Malformed,
-    #[error("names no entity in drift_entities")]
+    #[error("names no entity")]
     UnknownEntity,
     #[error("has {0} bytes, which makes the row longer than the memory setting allows")]
     Long(u32),
@@ -40,22 +46,6 @@ pub(super) fn is_about_column(reason: &str) -> bool {
 /// Whether a quarantined row is there without its long values.
 pub(super) fn is_about_length(reason: &str) -> bool {
     reason.ends_with(" bytes, which makes the row longer than the memory setting allows")
-}
-
-/// The oid to name in [`Unfit::Type`].
-const fn type_oid(source_type: SourceType) -> u32 {
-    match source_type {
-        SourceType::Text => 25,
-        SourceType::TimestampTz => 1184,
-        SourceType::Timestamp => 1114,
-        SourceType::Int2 => 21,
-        SourceType::Int4 => 23,
-        SourceType::Int8 => 20,
-        SourceType::Float4 => 700,
-        SourceType::Float8 => 701,
-        SourceType::Bool => 16,
-        SourceType::Other(oid) => oid,
-    }
 }
 
 fn array<const N: usize>(bytes: &[u8]) -> Result<[u8; N], Unfit> {
@@ -76,15 +66,143 @@ pub(super) fn optional_text(value: Value<'_>, source_type: SourceType) -> Result
         (Value::Unchanged, _) => Err(Unfit::Missing),
         (Value::Long(length), _) => Err(Unfit::Long(length)),
         (Value::Text(bytes) | Value::Binary(bytes), SourceType::Text) => Ok(Some(bytes)),
-        _ => Err(Unfit::Type(type_oid(source_type))),
+        _ => Err(Unfit::Type(source_type.oid())),
     }
+}
+
+/// A value as a column of the archive has it. What a described column takes is what its source type may become without a loss:
+/// integers and floats of any width; and any other type as the text that Postgres prints.
+#[inline]
+pub(super) fn cell(
+    value: Value<'_>,
+    source_type: SourceType,
+    column: &ColumnSpec,
+    charset: &Charset,
+    batches: &mut Batches,
+) -> Result<Cell, Unfit> {
+    if column.nullable && value == Value::Null {
+        return Ok(Cell::Null);
+    }
+    match column.column_type {
+        ColumnType::String => match (value, source_type) {
+            (Value::Binary(_), SourceType::Uuid | SourceType::Numeric) if column.source_type.is_some() => {
+                let text = display_binary(value, source_type).ok_or(Unfit::Malformed)?;
+                batches.text(text.as_bytes()).map(Cell::Text).ok_or(Unfit::NotUtf8)
+            }
+            _ => {
+                let bytes = printed(value, source_type, column.source_type.is_some())?;
+                let id = charset.utf8(bytes).and_then(|text| batches.text(text));
+                id.map(Cell::Text).ok_or(Unfit::NotUtf8)
+            }
+        },
+        ColumnType::Double => {
+            optional_double(value, source_type)?.map_or(Err(Unfit::Null), |number| Ok(Cell::Double(number)))
+        }
+        ColumnType::Int => int(value, source_type).map(Cell::Int),
+        ColumnType::Long => integer(value, source_type).map(Cell::Long),
+        ColumnType::Timestamp => timestamp(value, source_type).map(Cell::Long),
+        ColumnType::Boolean => boolean(value, source_type).map(Cell::Boolean),
+        ColumnType::Date => date(value, source_type).map(Cell::Int),
+        ColumnType::Decimal { precision, scale } => {
+            let number = match present(value, source_type, SourceType::Numeric)? {
+                (bytes, true) => numeric::unscaled(bytes, precision, scale),
+                (bytes, false) => numeric::unscaled_text(utf8(bytes)?, precision, scale),
+            };
+            number.map(|number| Cell::Decimal(number.to_ne_bytes()))
+        }
+        ColumnType::Binary => match present(value, source_type, SourceType::Bytea)? {
+            (bytes, true) => Ok(Cell::Binary(batches.binary(bytes))),
+            (bytes, false) => unhex(bytes).map(|bytes| Cell::Binary(batches.binary(&bytes))),
+        },
+    }
+}
+
+/// The bytes of a value that is there and of this type; whether they are its binary form, and not its text.
+#[inline]
+fn present(value: Value<'_>, source_type: SourceType, wanted: SourceType) -> Result<(&[u8], bool), Unfit> {
+    match value {
+        Value::Null => Err(Unfit::Null),
+        Value::Unchanged => Err(Unfit::Missing),
+        Value::Long(length) => Err(Unfit::Long(length)),
+        Value::Binary(_) | Value::Text(_) if source_type != wanted => Err(Unfit::Type(source_type.oid())),
+        Value::Binary(bytes) => Ok((bytes, true)),
+        Value::Text(bytes) => Ok((bytes, false)),
+    }
+}
+
+/// The bytes of a text, or, if that will do, of what Postgres prints for a value of a type that has no column of its own.
+#[inline]
+fn printed(value: Value<'_>, source_type: SourceType, takes_all: bool) -> Result<&[u8], Unfit> {
+    match (value, source_type) {
+        (Value::Binary(bytes), SourceType::Json) if takes_all => Ok(bytes),
+        // A version, then the text (`jsonb_send`).
+        (Value::Binary(bytes), SourceType::Jsonb) if takes_all => {
+            bytes.strip_prefix(&[1]).ok_or(Unfit::Malformed)
+        }
+        (
+            Value::Text(bytes),
+            SourceType::Json
+            | SourceType::Jsonb
+            | SourceType::Uuid
+            | SourceType::Numeric
+            | SourceType::Other(_),
+        ) if takes_all => Ok(bytes),
+        _ => text(value, source_type),
+    }
+}
+
+fn utf8(bytes: &[u8]) -> Result<&str, Unfit> {
+    std::str::from_utf8(bytes).map_err(|_| Unfit::Malformed)
+}
+
+fn boolean(value: Value<'_>, source_type: SourceType) -> Result<bool, Unfit> {
+    match present(value, source_type, SourceType::Bool)? {
+        ([0], true) | (b"f", false) => Ok(false),
+        ([1], true) | (b"t", false) => Ok(true),
+        _ => Err(Unfit::Malformed),
+    }
+}
+
+/// Days since the epoch.
+fn date(value: Value<'_>, source_type: SourceType) -> Result<i32, Unfit> {
+    let days = match present(value, source_type, SourceType::Date)? {
+        (bytes, true) => match i32::from_be_bytes(array(bytes)?) {
+            i32::MAX => return Err(Unfit::Infinity),
+            i32::MIN => return Err(Unfit::NegativeInfinity),
+            days => i64::from(days) + POSTGRES_EPOCH_MICROS / MICROS_PER_DAY,
+        },
+        (b"infinity", false) => return Err(Unfit::Infinity),
+        (b"-infinity", false) => return Err(Unfit::NegativeInfinity),
+        (bytes, false) => match utf8(bytes)? {
+            text if text.ends_with(" BC") || text.find('-').is_some_and(|year| year > 4) => {
+                return Err(Unfit::OutsideCalendar);
+            }
+            text => {
+                let date = text.parse::<chrono::NaiveDate>().map_err(|_| Unfit::Malformed)?;
+                date.signed_duration_since(chrono::NaiveDate::default()).num_days()
+            }
+        },
+    };
+    let is_fit = CALENDAR.contains(&days.saturating_mul(MICROS_PER_DAY));
+    i32::try_from(days).ok().filter(|_| is_fit).ok_or(Unfit::OutsideCalendar)
+}
+
+/// The bytes that `bytea_output = hex` writes as `\x00ff`.
+fn unhex(text: &[u8]) -> Result<Vec<u8>, Unfit> {
+    let digits = text.strip_prefix(b"\\x").filter(|digits| digits.len() % 2 == 0).ok_or(Unfit::Malformed)?;
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let bytes = digits.chunks_exact(2).map(|pair| match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    });
+    bytes.collect::<Option<_>>().ok_or(Unfit::Malformed)
 }
 
 /// Microseconds since the epoch. A `timestamp` is taken to be UTC, as the drift tables write it.
 #[inline]
 pub(super) fn timestamp(value: Value<'_>, source_type: SourceType) -> Result<i64, Unfit> {
     if !matches!(source_type, SourceType::TimestampTz | SourceType::Timestamp) {
-        return Err(Unfit::Type(type_oid(source_type)));
+        return Err(Unfit::Type(source_type.oid()));
     }
     let micros = match value {
         // The extremes of the 64 bits stand for the infinities (manual section 8.5.1.4).
@@ -125,7 +243,7 @@ fn timestamp_text(text: &str) -> Result<i64, Unfit> {
 #[inline]
 pub(super) fn integer(value: Value<'_>, source_type: SourceType) -> Result<i64, Unfit> {
     if !matches!(source_type, SourceType::Int2 | SourceType::Int4 | SourceType::Int8) {
-        return Err(Unfit::Type(type_oid(source_type)));
+        return Err(Unfit::Type(source_type.oid()));
     }
     match value {
         Value::Binary(bytes) => match source_type {
@@ -160,7 +278,7 @@ pub(super) fn optional_double(value: Value<'_>, source_type: SourceType) -> Resu
         (Value::Text(bytes), SourceType::Float8) => parse(bytes).map(Some),
         // Through 32 bits, so that text and binary give the same double.
         (Value::Text(bytes), SourceType::Float4) => parse::<f32>(bytes).map(f64::from).map(Some),
-        _ => Err(Unfit::Type(type_oid(source_type))),
+        _ => Err(Unfit::Type(source_type.oid())),
     }
 }
 
@@ -179,7 +297,7 @@ pub(super) fn display(value: Value<'_>, source_type: SourceType, charset: &Chars
     let is_text = matches!(value, Value::Text(_)) || source_type == SourceType::Text;
     let shown = match charset.text(bytes) {
         text if is_text => text.map(str::to_owned),
-        _ => display_binary(bytes, value, source_type),
+        _ => display_binary(value, source_type),
     };
     // As many bytes of what can't be shown as it is as there will be digits at most.
     let part = bytes.get(..SHOWN_BYTES_MAX / 4).unwrap_or(bytes);
@@ -201,7 +319,9 @@ fn prefix(text: &str, bytes_max: usize) -> &str {
     text.get(..end.unwrap_or(0)).unwrap_or_default()
 }
 
-fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Option<String> {
+/// A value in its binary form as `psql` shows it.
+fn display_binary(value: Value<'_>, source_type: SourceType) -> Option<String> {
+    let Value::Binary(bytes) = value else { return None };
     match source_type {
         SourceType::Int2 | SourceType::Int4 | SourceType::Int8 => {
             integer(value, source_type).ok().map(|number| number.to_string())
@@ -221,7 +341,17 @@ fn display_binary(bytes: &[u8], value: Value<'_>, source_type: SourceType) -> Op
             let zone = if source_type == SourceType::TimestampTz { "+00" } else { "" };
             Some(display_timestamp(i64::from_be_bytes(array(bytes).ok()?), zone))
         }
-        SourceType::Text | SourceType::Other(_) => None,
+        SourceType::Date => Some(display_date(i32::from_be_bytes(array(bytes).ok()?))),
+        SourceType::Numeric => numeric::text(bytes).ok(),
+        SourceType::Json => std::str::from_utf8(bytes).ok().map(str::to_owned),
+        SourceType::Jsonb => std::str::from_utf8(bytes.strip_prefix(&[1])?).ok().map(str::to_owned),
+        SourceType::Uuid => {
+            let digits = hex(&array::<16>(bytes).ok()?);
+            let groups = [2..10, 10..14, 14..18, 18..22, 22..34].map(|group| digits.get(group));
+            groups.into_iter().collect::<Option<Vec<_>>>().map(|groups| groups.join("-"))
+        }
+        // Shown as bytes are.
+        SourceType::Bytea | SourceType::Text | SourceType::Other(_) => None,
     }
 }
 
@@ -263,6 +393,19 @@ fn display_timestamp(postgres_micros: i64, zone: &str) -> String {
     };
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
     format!("{shown_year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}{fraction}{zone}{era}")
+}
+
+/// As [`display_timestamp`], of a day.
+fn display_date(postgres_days: i32) -> String {
+    match postgres_days {
+        i32::MAX => return "infinity".to_owned(),
+        i32::MIN => return "-infinity".to_owned(),
+        _ => {}
+    }
+    let (year, month, day) =
+        civil(i128::from(postgres_days) + i128::from(POSTGRES_EPOCH_MICROS / MICROS_PER_DAY));
+    let (shown_year, era) = if year > 0 { (year, "") } else { (1 - year, " BC") };
+    format!("{shown_year:04}-{month:02}-{day:02}{era}")
 }
 
 /// Year, month and day of a day since the epoch, in the proleptic Gregorian calendar with a year 0. Counts from a first

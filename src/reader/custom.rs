@@ -46,7 +46,7 @@ pub struct BinnedMetricStats {
 
 /// The rows of [`frame`], in any order.
 pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
-    let keys = vec![query.bin().alias("bin"), series(Kind::Custom).alias("metric")];
+    let keys = vec![query.bin().alias("bin"), series(Kind::custom()).alias("metric")];
     let spread = coalesce(vec![col("spread"), lit(0.0)]);
     rows.filter(col("value").is_not_null())?
         .aggregate(keys, vec![avg(col("value")).alias("avg"), stddev(col("value")).alias("spread")])?

@@ -29,13 +29,13 @@ use super::query::BinnedQuery;
 use crate::archive::{self, Multiset, Snapshot, Storage, each_digest};
 use crate::batch::Batches;
 use crate::config::Config;
-use crate::decode::{Decoder, ENTITY_TABLE, Settled};
+use crate::decode::{Decoder, Settled};
 use crate::failpoint;
 use crate::postgres::{READING, Session, quote_identifier, sql};
 use crate::source::lookup::Lookup;
 use crate::source::unarchived::{self, Part};
 use crate::source::{self, Copier, Fate, Partition, Slice, Source};
-use crate::tables::{Kind, MICROS_PER_HOUR};
+use crate::tables::{ENTITY_TABLE, Kind, MICROS_PER_HOUR};
 use crate::watermark::{self, State, Watermark};
 use crate::{Error, Result, purge};
 

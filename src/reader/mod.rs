@@ -155,7 +155,10 @@ impl Archive {
     }
 
     async fn new(storage: Storage, memory_bytes: usize) -> Result<Self> {
-        let views = all_of(Kind::ALL.map(|kind| find(&storage, kind))).await?;
+        let views = all_of(
+            [Kind::custom(), Kind::psi(), Kind::spc(), Kind::quarantine()].map(|kind| find(&storage, kind)),
+        )
+        .await?;
         if views.iter().all(|view| view.as_ref().is_ok_and(|view| view.version().is_none())) {
             return Err(archive::nothing_in(storage.url()));
         }
@@ -213,8 +216,8 @@ impl Archive {
     ///
     /// [`Error::Storage`], [`Error::Delta`] or [`Error::Encode`] if the archive can't be read.
     pub async fn binned_custom(&self, query: &BinnedQuery) -> Result<BinnedMetrics> {
-        let rows = self.rows(Kind::Custom, query).await?;
-        custom::collect(custom::bins(rows, query).map_err(planning(Kind::Custom))?).await
+        let rows = self.rows(Kind::custom(), query).await?;
+        custom::collect(custom::bins(rows, query).map_err(planning(Kind::custom()))?).await
     }
 
     /// The distribution of each feature over its bins, in each bin of time and over the whole range. A bin whose counts add
@@ -224,8 +227,8 @@ impl Archive {
     ///
     /// As [`Archive::binned_custom`].
     pub async fn binned_psi(&self, query: &BinnedQuery) -> Result<Vec<FeatureBinProportions>> {
-        let rows = self.rows(Kind::Psi, query).await?;
-        psi::collect(psi::counts(rows, query).map_err(planning(Kind::Psi))?).await
+        let rows = self.rows(Kind::psi(), query).await?;
+        psi::collect(psi::counts(rows, query).map_err(planning(Kind::psi()))?).await
     }
 
     /// The mean of each feature's values in each bin. A bin without values is left out.
@@ -234,8 +237,8 @@ impl Archive {
     ///
     /// As [`Archive::binned_custom`].
     pub async fn binned_spc(&self, query: &BinnedQuery) -> Result<SpcFeatures> {
-        let rows = self.rows(Kind::Spc, query).await?;
-        spc::collect(spc::bins(rows, query).map_err(planning(Kind::Spc))?).await
+        let rows = self.rows(Kind::spc(), query).await?;
+        spc::collect(spc::bins(rows, query).map_err(planning(Kind::spc()))?).await
     }
 
     /// What [`Archive::binned_custom`] collects, to go on with: columns `created_at`, `metric`, `avg`, `lower_bound`,
@@ -245,8 +248,8 @@ impl Archive {
     ///
     /// As [`Archive::binned_custom`].
     pub async fn custom_frame(&self, query: &BinnedQuery) -> Result<DataFrame> {
-        let rows = self.rows(Kind::Custom, query).await?;
-        custom::frame(rows, query).map_err(planning(Kind::Custom))
+        let rows = self.rows(Kind::custom(), query).await?;
+        custom::frame(rows, query).map_err(planning(Kind::custom()))
     }
 
     /// What [`Archive::binned_psi`] collects, to go on with: columns `created_at`, `feature`, `bin_id`, `bin_count`,
@@ -256,8 +259,8 @@ impl Archive {
     ///
     /// As [`Archive::binned_custom`].
     pub async fn psi_frame(&self, query: &BinnedQuery) -> Result<DataFrame> {
-        let rows = self.rows(Kind::Psi, query).await?;
-        psi::frame(rows, query).map_err(planning(Kind::Psi))
+        let rows = self.rows(Kind::psi(), query).await?;
+        psi::frame(rows, query).map_err(planning(Kind::psi()))
     }
 
     /// What [`Archive::binned_spc`] collects, to go on with: columns `created_at`, `feature`, `value`, sorted by feature and
@@ -267,8 +270,8 @@ impl Archive {
     ///
     /// As [`Archive::binned_custom`].
     pub async fn spc_frame(&self, query: &BinnedQuery) -> Result<DataFrame> {
-        let rows = self.rows(Kind::Spc, query).await?;
-        spc::frame(rows, query).map_err(planning(Kind::Spc))
+        let rows = self.rows(Kind::spc(), query).await?;
+        spc::frame(rows, query).map_err(planning(Kind::spc()))
     }
 
     /// A query in SQL over the tables `custom`, `psi`, `spc` and `quarantine`, in DataFusion's dialect. It can't write.

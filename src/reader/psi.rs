@@ -32,7 +32,7 @@ pub struct FeatureBinProportions {
 
 /// Columns `created_at`, `feature`, `bin_id`, `bin_count`: each row is counted here, and nowhere else.
 pub(super) fn counts(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
-    let keys = vec![query.bin().alias("bin"), series(Kind::Psi).alias("feature"), col("bin_id")];
+    let keys = vec![query.bin().alias("bin"), series(Kind::psi()).alias("feature"), col("bin_id")];
     rows.aggregate(keys, vec![sum(col("bin_count")).alias("count")])?.select(vec![
         col("bin").alias("created_at"),
         plain("feature").alias("feature"),

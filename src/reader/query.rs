@@ -87,11 +87,11 @@ impl BinnedQuery {
 
 /// The name of a row's metric or feature; that of a row without one is empty.
 pub(super) fn series(kind: Kind) -> Expr {
-    let column = col(kind.series_column().unwrap_or_default());
-    match kind {
-        Kind::Spc => coalesce(vec![column, lit("")]),
-        _ => column,
+    if kind == Kind::custom() {
+        return col("metric");
     }
+    // Of SPC rows it may be null.
+    coalesce(vec![col("feature"), lit("")])
 }
 
 /// A column of names as plain texts, which every client reads; in the scan they are views.

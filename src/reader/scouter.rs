@@ -17,7 +17,7 @@ use tokio::sync::OnceCell;
 
 use super::load::load;
 use super::{Archive, BinWidth, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
-use crate::batch::Batches;
+use crate::batch::{Batches, Cell};
 use crate::config::{ObjectStorageSettings, StorageType};
 use crate::tables::{Entity, Kind, WindowWidth, is_in_calendar};
 use crate::{Error, Result};
@@ -34,11 +34,11 @@ pub enum RecordType {
 }
 
 impl RecordType {
-    const fn kind(self) -> Kind {
+    fn kind(self) -> Kind {
         match self {
-            Self::Custom => Kind::Custom,
-            Self::Psi => Kind::Psi,
-            Self::Spc => Kind::Spc,
+            Self::Custom => Kind::custom(),
+            Self::Psi => Kind::psi(),
+            Self::Spc => Kind::spc(),
         }
     }
 }
@@ -260,9 +260,9 @@ impl ParquetDataFrame {
 /// Appends a record, if it is of the kind, and one that the archive can hold.
 fn push(batches: &mut Batches, kind: Kind, record: &ServerRecord) -> Result<()> {
     let (found, created_at, entity, series) = match record {
-        ServerRecord::Custom(r) => (Kind::Custom, r.created_at, [&r.space, &r.name, &r.version], &r.metric),
-        ServerRecord::Psi(r) => (Kind::Psi, r.created_at, [&r.space, &r.name, &r.version], &r.feature),
-        ServerRecord::Spc(r) => (Kind::Spc, r.created_at, [&r.space, &r.name, &r.version], &r.feature),
+        ServerRecord::Custom(r) => (Kind::custom(), r.created_at, [&r.space, &r.name, &r.version], &r.metric),
+        ServerRecord::Psi(r) => (Kind::psi(), r.created_at, [&r.space, &r.name, &r.version], &r.feature),
+        ServerRecord::Spc(r) => (Kind::spc(), r.created_at, [&r.space, &r.name, &r.version], &r.feature),
     };
     let refused = |detail: String| Err(Error::Query { detail });
     if found != kind {
@@ -280,11 +280,14 @@ fn push(batches: &mut Batches, kind: Kind, record: &ServerRecord) -> Result<()> 
         return refused("a record's text holds a zero byte, which no text of PostgreSQL does".to_owned());
     }
     let [space, name, version] = entity.map(String::as_bytes);
-    let ids = batches.entity(space, name, version).zip(batches.series(series.as_bytes()));
+    let ids = batches.entity(&[space, name, version]).zip(batches.text(series.as_bytes()));
     let Some((entity, series)) = ids else { return refused("a record's text is not UTF-8".to_owned()) };
+    let series = Cell::Text(series);
     match record {
-        ServerRecord::Custom(record) => batches.push_custom(entity, micros, series, Some(record.value)),
-        ServerRecord::Spc(record) => batches.push_spc(entity, micros, series, Some(record.value)),
+        ServerRecord::Custom(CustomMetricServerRecord { value, .. })
+        | ServerRecord::Spc(SpcServerRecord { value, .. }) => {
+            batches.push(kind, entity, micros, &[series, Cell::Double(*value)]);
+        }
         ServerRecord::Psi(record) => {
             let (Ok(id), Ok(count)) = (i32::try_from(record.bin_id), i32::try_from(record.bin_count)) else {
                 return refused(format!(
@@ -292,7 +295,7 @@ fn push(batches: &mut Batches, kind: Kind, record: &ServerRecord) -> Result<()> 
                     record.bin_id, record.bin_count
                 ));
             };
-            batches.push_psi(entity, micros, series, id, count);
+            batches.push(kind, entity, micros, &[series, Cell::Int(id), Cell::Int(count)]);
         }
     }
     Ok(())

@@ -34,7 +34,7 @@ pub struct SpcFeature {
 pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
     rows.filter(col("value").is_not_null())?
         .aggregate(
-            vec![query.bin().alias("bin"), series(Kind::Spc).alias("name_of_feature")],
+            vec![query.bin().alias("bin"), series(Kind::spc()).alias("name_of_feature")],
             vec![avg(col("value")).alias("mean")],
         )?
         .select(vec![

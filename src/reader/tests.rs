@@ -7,9 +7,9 @@ use chrono::{DateTime, Utc};
 use super::*;
 use crate::archive::tests::Observed;
 use crate::archive::{CommitNote, Namer, Table, encode, upload};
-use crate::batch::Batches;
+use crate::batch::{Batches, Cell};
 use crate::lsn::Lsn;
-use crate::tables::{MICROS_PER_DAY, WindowWidth};
+use crate::tables::{Kind, MICROS_PER_DAY, WindowWidth};
 
 const DAYS: i64 = 6;
 const ENTITIES: usize = 10;
@@ -25,24 +25,24 @@ fn name(entity: usize) -> String {
 
 /// A file a day, of all entities.
 async fn fill(storage: &Storage) {
-    let mut table = Table::claim(storage, Kind::Spc, "highwater/1/test", "session", Lsn(1)).await.unwrap();
+    let mut table = Table::claim(storage, Kind::spc(), "highwater/1/test", "session", Lsn(1)).await.unwrap();
     let namer = Namer::new();
     let mut files = Vec::new();
     for day in 0..DAYS {
         let mut batches = Batches::new(WindowWidth::DAY, 0);
-        let feature = batches.series(b"age").unwrap();
+        let feature = batches.text(b"age").unwrap();
         for entity in 0..ENTITIES {
-            let id = batches.entity(b"space", name(entity).as_bytes(), b"1").unwrap();
+            let id = batches.entity(&[b"space", name(entity).as_bytes(), b"1"]).unwrap();
             for row in 0..ROWS_PER_DAY {
                 let time = START + day * MICROS_PER_DAY + row * (MICROS_PER_DAY / ROWS_PER_DAY);
                 // No two alike, so that the column can't be made small.
                 let value = (time.wrapping_mul(6_364_136_223_846_793_005) >> 11) as f64 * (entity + 1) as f64;
-                batches.push_spc(id, time, feature, Some(value));
+                batches.push(Kind::spc(), id, time, &[Cell::Text(feature), Cell::from(Some(value))]);
             }
         }
         for rows in batches.files() {
-            let file = encode(Kind::Spc, rows.record_batches().map(Result::unwrap)).unwrap().unwrap();
-            files.push(upload(storage, Kind::Spc, namer.name(rows.window(), Lsn(2)), file).await.unwrap());
+            let file = encode(Kind::spc(), rows.record_batches().map(Result::unwrap)).unwrap().unwrap();
+            files.push(upload(storage, Kind::spc(), namer.name(rows.window(), Lsn(2)), file).await.unwrap());
         }
     }
     table.commit(&files, Lsn(2), &CommitNote::default()).await.unwrap();

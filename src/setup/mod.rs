@@ -20,7 +20,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::archive::Storage;
 use crate::config::Config;
-use crate::decode::ENTITY_TABLE;
+
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
@@ -28,7 +28,7 @@ use crate::source::coverage;
 use crate::source::slot::{self, Identity, Slot};
 use crate::source::unarchived::{self, Part, Told};
 use crate::source::{self, Partition};
-use crate::tables::Kind;
+use crate::tables::{ENTITY_TABLE, Kind};
 use crate::watermark::{self, NewWatermark, State};
 pub(crate) use objects::{HOLDINGS, differences};
 use owner::Ownership;
@@ -362,7 +362,9 @@ async fn list_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
         let oid = row.try_get(1).map_err(Error::sql(unreadable))?;
         let by_id: bool = row.try_get(2).map_err(Error::sql(unreadable))?;
         let published = row.try_get(3).map_err(Error::sql(unreadable))?;
-        let kind = Kind::of_source_table(&name);
+        let full = format!("{}.{name}", config.schema);
+        let is_source = |kind: &Kind| kind.source_table(&config.schema).as_ref() == Some(&full);
+        let kind = config.kinds().into_iter().find(is_source);
         needs_entities |= kind.is_some() && by_id;
         if kind.is_some() || name == ENTITY_TABLE {
             tables.push(SourceTable { name, oid, kind, published, leaves: Vec::new(), parts: Vec::new() });

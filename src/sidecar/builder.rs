@@ -38,7 +38,7 @@ use crate::pgoutput::{Begin, Commit, Insert, Message};
 use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::source::lookup::Lookup;
 use crate::source::slot::{self, REQUEST_PREFIX};
-use crate::tables::{Kind, WindowWidth};
+use crate::tables::{Kind, PerKind, WindowWidth};
 use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -66,7 +66,7 @@ pub(crate) struct Builder {
     window: WindowWidth,
     max_lag: Duration,
     batch_bytes_max: usize,
-    table_lsn: [Lsn; Kind::ALL.len()],
+    table_lsn: PerKind<Lsn>,
     work: mpsc::Sender<Work>,
     /// The transaction that is being received.
     open: Option<Begin>,
@@ -93,6 +93,7 @@ pub(crate) struct Builder {
     quarantined: u64,
     slot: String,
     publication: String,
+    kinds: Vec<Kind>,
     /// Tables that are none of ours.
     foreign: HashSet<u32>,
     texts: Texts,
@@ -110,12 +111,12 @@ pub(crate) struct Texts {
 }
 
 impl Builder {
-    /// A builder for a session whose tables have these LSNs, by [`Kind::index`], and whose slot stands at
+    /// A builder for a session whose tables have these LSNs, and whose slot stands at
     /// `start`. Rows are read with the decoder; `request` is what a message says that asks for a checkpoint.
     pub(crate) fn new(
         config: &Config,
         sql: Session,
-        table_lsn: [Lsn; Kind::ALL.len()],
+        table_lsn: PerKind<Lsn>,
         start: Lsn,
         work: mpsc::Sender<Work>,
         (decoder, texts, request): (Decoder, Texts, Vec<u8>),
@@ -142,6 +143,7 @@ impl Builder {
             quarantined: 0,
             slot: config.slot.clone(),
             publication: config.publication.clone(),
+            kinds: config.kinds(),
             foreign: HashSet::new(),
             texts,
             request,
@@ -271,7 +273,7 @@ impl Builder {
         match Message::parse(bytes).map_err(malformed)? {
             Message::Insert(insert) => self.insert(&insert).await,
             Message::Begin(begin) => {
-                self.decoder.begin(begin, self.table_lsn);
+                self.decoder.begin(begin, &self.table_lsn);
                 self.open = Some(begin);
                 self.idle = None;
                 Ok(())
@@ -433,7 +435,8 @@ impl Builder {
             self.lookup.sql().run(async |client| watermark::archived_root(client, relation).await).await?;
         let publication = &self.publication;
         let table = self.decoder.table_name(relation).unwrap_or_default();
-        let kind = root.as_ref().and_then(|(_, kind)| Kind::of_name(kind));
+        let kind =
+            root.as_ref().and_then(|(_, kind)| self.kinds.iter().find(|known| known.name() == kind).copied());
         let (Some((root, _)), Some(kind)) = (&root, kind) else {
             tracing::warn!(
                 "table {table} is in publication {publication}, but is not archived: it only costs WAL there"

@@ -115,7 +115,7 @@ pub(crate) async fn wait_until_noted(config: &Config, sql: &mut Session) -> Resu
     let Some(row) = rows.iter().find(|row| row.slot_name == config.slot) else { return Ok(()) };
     let app_id = archive::app_id(&row.system_identifier, &config.slot);
     let begun = Instant::now();
-    for kind in Kind::ALL {
+    for kind in config.all_kinds() {
         while begun.elapsed() < config.max_lag * 2 + NOTE_WAIT {
             let logs = sql.run(watermark::read_archive_logs).await?;
             let Some(log) = logs.get(kind.name()) else { break };
@@ -141,9 +141,8 @@ async fn void(
     let kind = table.kind();
     for row in &fed(config, sql, kind).await? {
         let partitions =
-            concerned(sql, row, |low, high| kind == Kind::Quarantine || removal.may_concern(low, high))
-                .await?;
-        let row_count = (kind != Kind::Quarantine).then_some(table.totals().row_count);
+            concerned(sql, row, |low, high| kind.is_quarantine() || removal.may_concern(low, high)).await?;
+        let row_count = (!kind.is_quarantine()).then_some(table.totals().row_count);
         let void = Void { source_table: &row.source_table, partitions: &partitions, reason, row_count };
         sql.run(async |client| watermark::void_partitions(client, &void).await).await?;
     }
@@ -153,7 +152,7 @@ async fn void(
 /// The watermarks of the drift tables whose rows a Delta table may hold: the quarantine may have some of each.
 async fn fed(config: &Config, sql: &mut Session, kind: Kind) -> Result<Vec<Watermark>> {
     let mut rows = sql.run(watermark::read).await?;
-    rows.retain(|row| row.slot_name == config.slot && (kind == Kind::Quarantine || row.kind == kind.name()));
+    rows.retain(|row| row.slot_name == config.slot && (kind.is_quarantine() || row.kind == kind.name()));
     Ok(rows)
 }
 
@@ -267,7 +266,7 @@ async fn has_all(
             return Ok(false);
         }
         // What the quarantine holds may be of any time.
-        if kind != Kind::Quarantine && source::have_rows(&client, row, &times).await?.contains(&false) {
+        if !kind.is_quarantine() && source::have_rows(&client, row, &times).await?.contains(&false) {
             return Ok(false);
         }
     }
@@ -303,7 +302,7 @@ pub(crate) async fn drop_damaged(
     for table in tables.iter_mut() {
         let kind = table.kind();
         let row = incomplete.iter().find(|row| row.kind == kind.name());
-        if incomplete.is_empty() || (row.is_none() && kind != Kind::Quarantine) {
+        if incomplete.is_empty() || (row.is_none() && !kind.is_quarantine()) {
             continue;
         }
         let mut damaged = table.damaged().await?;
@@ -344,7 +343,7 @@ pub(crate) async fn drop_damaged(
 /// Whether an error says that a table can't be used as it is: the others can go on without it. Not so without the quarantine,
 /// which they need.
 pub(crate) fn is_broken(error: &Error) -> bool {
-    let is_one = matches!(error, Error::Delta { table, .. } if table != Kind::Quarantine.name());
+    let is_one = matches!(error, Error::Delta { table, .. } if *table != Kind::quarantine().name());
     is_one && error.policy() != Policy::Retry
 }
 
@@ -362,7 +361,7 @@ pub(crate) async fn leave_out_broken(
 ) -> Result<()> {
     let mut is_its_own = is_broken(&error);
     // The library tells of an entry that is none as it does of a storage that fails.
-    if !is_its_own && kind != Kind::Quarantine && matches!(error, Error::Delta { .. }) {
+    if !is_its_own && !kind.is_quarantine() && matches!(error, Error::Delta { .. }) {
         let logs = sql.run(watermark::read_archive_logs).await?;
         if let Some(log) = logs.get(kind.name()) {
             is_its_own = archive::broken_since(storage, kind, log.version).await?.is_some();

@@ -138,11 +138,11 @@ pub(crate) async fn spans(
 pub(crate) async fn quarantined<'a>(
     storage: &Storage,
     files: impl IntoIterator<Item = &'a TableFile>,
-    source_table: &str,
+    (source_table, kind): (&str, Kind),
     is_fit: bool,
 ) -> Result<Settled> {
     let paths: Vec<String> = files.into_iter().map(|file| file.path.clone()).collect();
-    let mut settled = Settled::default();
+    let mut settled = Settled::new(&[kind]);
     let lsn = Lsn::ZERO.to_string();
     archive::each_quarantined(storage, &paths, |row| {
         if row.source_table == source_table && !(is_fit && decode::is_about_column(row.reason)) {

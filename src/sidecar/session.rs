@@ -25,7 +25,7 @@ use crate::postgres::{Encoding, Receiver, ReplicationConnection, ReplicationStre
 use crate::setup;
 use crate::source;
 use crate::source::slot::{self, Identity, Slot};
-use crate::tables::Kind;
+use crate::tables::PerKind;
 use crate::watermark;
 
 /// Chunks (of half a MiB or one frame) between the receiver and the builder.
@@ -157,14 +157,14 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     };
 
     let request = sql.run(slot::checkpoint_request).await?;
-    let mut decoder = Decoder::new(&config.schema);
+    let mut decoder = Decoder::new(&config.schema, &config.kinds());
     if texts.encoding == Encoding::Other {
         decoder.ask_for_texts();
     }
-    decoder.settle(settled(&storage, &tables, start).await?);
+    decoder.settle(settled(config, &storage, &tables, start).await?);
     // Of a table that is not to be had the stream brings nothing.
     let lsn_of = |kind| tables.iter().find(|table| table.kind() == kind).map_or(Lsn(u64::MAX), Table::lsn);
-    let table_lsn = Kind::ALL.map(lsn_of);
+    let table_lsn = PerKind::new(config.all_kinds(), lsn_of);
     tracing::info!(
         slot = config.slot,
         from = %start,
@@ -231,7 +231,7 @@ async fn prepare(
     // would, too, and so on.
     sql.run(async |client| watermark::can_be_moved(client, &config.slot).await).await?;
     let mut tables = Vec::new();
-    for kind in Kind::ALL {
+    for kind in config.all_kinds() {
         match Table::claim(storage, kind, &app_id, &session, start).await {
             Ok(table) => tables.push(table),
             Err(error) => foreign::leave_out_broken(config, sql, storage, kind, error).await?,
@@ -302,9 +302,9 @@ async fn held_slot(config: &Config, sql: &mut Session) -> Result<(Slot, i32)> {
 
 /// The rows that an earlier session put into the quarantine, in transactions that the slot, which stands at `start`,
 /// will send again.
-async fn settled(storage: &Storage, tables: &[Table], start: Lsn) -> Result<Settled> {
-    let mut settled = Settled::default();
-    let quarantine = tables.iter().find(|table| table.kind() == Kind::Quarantine && table.lsn() > start);
+async fn settled(config: &Config, storage: &Storage, tables: &[Table], start: Lsn) -> Result<Settled> {
+    let mut settled = Settled::new(&config.kinds());
+    let quarantine = tables.iter().find(|table| table.kind().is_quarantine() && table.lsn() > start);
     let Some(quarantine) = quarantine else { return Ok(settled) };
     // A merge keeps the newest position of its inputs, so no file that may hold such a row is left out.
     let files = quarantine.files().filter(|file| file.name.as_ref().is_none_or(|name| name.lsn > start));

@@ -114,12 +114,12 @@ impl Source {
 
     /// A decoder for its rows, which comes to know what they look like. Returns also what its operator should know.
     pub(crate) fn decoder(&self, schema: &str, kind: Kind) -> (Decoder, Vec<Notice>) {
-        let mut decoder = Decoder::new(schema);
+        let mut decoder = Decoder::new(schema, &[kind]);
         if self.encoding == Encoding::Other {
             decoder.ask_for_texts();
         }
-        let notices = decoder.relation(&self.relation(kind));
         decoder.adopt(self.oid, kind, &self.name);
+        let notices = decoder.relation(&self.relation());
         (decoder, notices)
     }
 
@@ -129,8 +129,8 @@ impl Source {
     }
 
     /// The table as the stream would describe it.
-    fn relation(&self, kind: Kind) -> Relation<'_> {
-        let (namespace, _) = self.name.split_once('.').unwrap_or_default();
+    fn relation(&self) -> Relation<'_> {
+        let (namespace, table) = self.name.split_once('.').unwrap_or_default();
         let columns = self
             .columns
             .iter()
@@ -138,7 +138,7 @@ impl Source {
         Relation {
             oid: self.oid,
             namespace: namespace.as_bytes(),
-            name: kind.source_table().unwrap_or_default().as_bytes(),
+            name: table.as_bytes(),
             columns: columns.collect(),
         }
     }

@@ -1,11 +1,11 @@
 //! What the stream and copies do not bring with their rows, asked of the catalog: entities by their ids, types, and texts that
 //! only the server can bring to UTF-8.
 
-use crate::decode::{Decoder, ENTITY_TABLE, ENTITY_TEXT_BYTES_MAX, Inserted, Notice};
+use crate::decode::{Decoder, ENTITY_TEXT_BYTES_MAX, Inserted, Notice};
 use crate::error::{Error, Result};
 use crate::pgoutput::{Column, Relation};
 use crate::postgres::{Encoding, Session, quote_identifier};
-use crate::tables::Entity;
+use crate::tables::EntityKey;
 
 /// The built-in type (its oid) whose binary form is that of the type `t`, a row of `pg_type`, in SQL; null if there is none.
 /// The send function tells it: a domain has that of its base.
@@ -13,7 +13,8 @@ pub(crate) const BINARY_FORM: &str = "(
     select f.type_oid from pg_proc s join (values
         ('textsend', 25::oid), ('varcharsend', 1043), ('bpcharsend', 1042), ('namesend', 19), ('enum_send', 25),
         ('timestamptz_send', 1184), ('timestamp_send', 1114), ('int2send', 21), ('int4send', 23), ('int8send', 20),
-        ('float4send', 700), ('float8send', 701), ('boolsend', 16)) as f (name, type_oid) on f.name = s.prosrc
+        ('float4send', 700), ('float8send', 701), ('boolsend', 16), ('date_send', 1082), ('byteasend', 17),
+        ('numeric_send', 1700), ('uuid_send', 2950), ('json_send', 114), ('jsonb_send', 3802)) as f (name, type_oid) on f.name = s.prosrc
     where s.oid = t.typsend and s.prolang = (select l.oid from pg_language l where l.lanname = 'internal'))";
 
 /// Most bytes of a name that a reason shows.
@@ -23,28 +24,37 @@ const SHOWN_BYTES_MAX: usize = 1_000;
 #[derive(Debug)]
 pub(crate) struct Lookup {
     sql: Session,
-    query: String,
+    schema: String,
 }
 
 impl Lookup {
-    /// Over this session, in the schema of the drift tables.
+    /// Over this session; `schema` is that of the settings.
     pub(crate) fn new(sql: Session, schema: &str) -> Self {
+        Self { sql, schema: schema.to_owned() }
+    }
+
+    /// The query for the names of an entity by its id.
+    fn query(&self, key: &EntityKey) -> Option<String> {
+        let table = key.lookup.as_ref()?;
         // As bytes, which come whatever they are. `format` gives what the type itself writes. Of one that is too long as much
         // comes as shows that it is.
-        let raw = |column: &str| {
+        let raw = |column: &String| {
+            let column = quote_identifier(column);
             format!(
                 "case when {column} is not null then
                      convert_to(left(format('%s', {column}), {ENTITY_TEXT_BYTES_MAX} + 1), getdatabaseencoding()) end"
             )
         };
-        let query = format!(
-            "select {}, {}, {}, getdatabaseencoding()::text from {}.{ENTITY_TABLE} where id = $1::bigint",
-            raw("space"),
-            raw("name"),
-            raw("version"),
-            quote_identifier(schema)
-        );
-        Self { sql, query }
+        let columns: Vec<String> = key.columns.iter().map(raw).collect();
+        let name = table.qualified(&self.schema);
+        let (schema, name) = name.split_once('.')?;
+        Some(format!(
+            "select {}, getdatabaseencoding()::text from {}.{} where {} = $1::bigint",
+            columns.join(", "),
+            quote_identifier(schema),
+            quote_identifier(name),
+            quote_identifier(&table.key)
+        ))
     }
 
     /// The session, for other questions.
@@ -61,10 +71,14 @@ impl Lookup {
     pub(crate) async fn answer(&mut self, decoder: &mut Decoder, asked: Inserted) -> Result<()> {
         match asked {
             Inserted::Done | Inserted::Quarantined | Inserted::NotArchived => {}
-            Inserted::UnknownEntity(id) => match self.entity(id).await? {
-                Ok(entity) => decoder.resolve(id, entity),
-                Err(why) => decoder.resolve_unfit(id, why),
-            },
+            Inserted::UnknownEntity(id) => {
+                let key = decoder.unknown_entity_key();
+                let key = key.ok_or_else(|| Error::Internal("no entity table was asked for".to_owned()))?;
+                match self.entity(key, id).await? {
+                    Ok(names) => decoder.resolve_names(id, names),
+                    Err(why) => decoder.resolve_unfit(id, why),
+                }
+            }
             Inserted::UnknownText => {
                 let text = self.text(decoder.unknown_text()).await?;
                 decoder.learn_text(text);
@@ -130,22 +144,23 @@ impl Lookup {
         Ok(text.and_then(|text| String::from_utf8(text).ok()))
     }
 
-    /// The entity of that id, if there is one, or why it can't be archived.
-    async fn entity(&mut self, id: i64) -> Result<Result<Option<Entity>, String>> {
-        let query = self.query.as_str();
-        let context = || format!("looking up entity {id}");
+    /// The names of the entity of that id, if there is one, or why it can't be archived.
+    async fn entity(&mut self, key: &EntityKey, id: i64) -> Result<Result<Option<Vec<String>>, String>> {
+        let query = self.query(key).unwrap_or_default();
+        let table = key.lookup.as_ref().map_or("", |lookup| &lookup.table);
+        let context = || format!("looking up entity {id} in {table}");
         let row = self
             .sql
-            .run(async |client| client.query_opt(query, &[&id]).await.map_err(Error::sql(context())))
+            .run(async |client| client.query_opt(&query, &[&id]).await.map_err(Error::sql(context())))
             .await?;
         let Some(row) = row else { return Ok(Ok(None)) };
-        let encoding: String = row.try_get(3).map_err(Error::sql(context()))?;
+        let encoding: String = row.try_get(key.columns.len()).map_err(Error::sql(context()))?;
         let is_other = Encoding::of_name(&encoding) == Encoding::Other;
         let mut texts = Vec::new();
-        for (index, column) in ["space", "name", "version"].into_iter().enumerate() {
+        for (index, column) in key.columns.iter().enumerate() {
             let raw: Option<Vec<u8>> = row.try_get(index).map_err(Error::sql(context()))?;
             let Some(raw) = raw else {
-                return Ok(Err(format!("names an entity in {ENTITY_TABLE} whose {column} is null")));
+                return Ok(Err(format!("names an entity in {table} whose {column} is null")));
             };
             let is_too_long = raw.len() > ENTITY_TEXT_BYTES_MAX;
             let text = if is_too_long {
@@ -160,19 +175,17 @@ impl Lookup {
                 Some(text) if text.len() <= ENTITY_TEXT_BYTES_MAX => texts.push(text),
                 None if !is_too_long => {
                     return Ok(Err(format!(
-                        "names an entity in {ENTITY_TABLE} whose {column} has bytes that are not UTF-8: {}",
+                        "names an entity in {table} whose {column} has bytes that are not UTF-8: {}",
                         raw.get(..SHOWN_BYTES_MAX).unwrap_or(&raw).escape_ascii()
                     )));
                 }
                 _ => {
                     return Ok(Err(format!(
-                        "names an entity in {ENTITY_TABLE} whose {column} has more than {ENTITY_TEXT_BYTES_MAX} bytes"
+                        "names an entity in {table} whose {column} has more than {ENTITY_TEXT_BYTES_MAX} bytes"
                     )));
                 }
             }
         }
-        let mut texts = texts.into_iter();
-        let mut next = || texts.next().unwrap_or_default();
-        Ok(Ok(Some(Entity { space: next(), name: next(), version: next() })))
+        Ok(Ok(Some(texts)))
     }
 }

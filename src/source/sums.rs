@@ -6,10 +6,9 @@ use tokio_postgres::Client;
 use super::copy::is_text;
 use super::{Partition, Source, TimeColumn};
 use crate::archive::{HourSums, RowSum};
-use crate::decode::ENTITY_TABLE;
 use crate::error::{Error, Result};
 use crate::postgres::{Encoding, quote_identifier};
-use crate::tables::{ColumnSpec, ColumnType, Kind, MICROS_PER_HOUR};
+use crate::tables::{ColumnSpec, ColumnType, EntityTable, Kind, MICROS_PER_HOUR};
 
 /// What a partition holds.
 #[derive(Clone, Debug, Default)]
@@ -79,7 +78,7 @@ impl Source {
 
     fn sums_query(&self, partition: &Partition, kind: Kind, range: Option<(i64, i64)>) -> String {
         let unfit = || Expression { fits: "false".to_owned(), bytes: "''::bytea".to_owned() };
-        let expression = |column| self.expression(column).unwrap_or_else(unfit);
+        let expression = |column| self.expression(kind, column).unwrap_or_else(unfit);
         let expressions: Vec<Expression> = kind.columns().iter().map(expression).collect();
         let joined = |part: fn(&Expression) -> &str, separator: &str| {
             expressions.iter().map(part).collect::<Vec<_>>().join(separator)
@@ -91,12 +90,19 @@ impl Source {
             partition.filter,
             range.map_or_else(|| "true".to_owned(), |(start, end)| self.time.within(start, end))
         );
-        // Where `entity_id` is no number, no row fits.
-        if self.is_by_id() && self.type_of("entity_id").is_some_and(|oid| INTEGERS.contains(&oid)) {
+        // Where the id is no number, no row fits.
+        if let Some(lookup) = self.lookup(kind).filter(|lookup| self.is_integer(&lookup.id)) {
             let (schema, _) = self.name.split_once('.').unwrap_or_default();
-            let schema = quote_identifier(schema);
-            from.push_str(&format!(" left join {schema}.{ENTITY_TABLE} e on e.id = t.entity_id"));
-            fits.push_str(" and e.id is not null");
+            let table = lookup.qualified(schema);
+            let (schema, table) = table.split_once('.').unwrap_or_default();
+            from.push_str(&format!(
+                " left join {}.{} e on e.{} = t.{}",
+                quote_identifier(schema),
+                quote_identifier(table),
+                quote_identifier(&lookup.key),
+                quote_identifier(&lookup.id)
+            ));
+            fits.push_str(&format!(" and e.{} is not null", quote_identifier(&lookup.key)));
         }
         // 64 bits of the digest that `archive/files/digest` describes. The condition keeps the casts from what they can't take.
         format!(
@@ -111,70 +117,116 @@ impl Source {
     }
 
     /// Whether the rows name their entity by `entity_id`; by the decoder's rule.
-    fn is_by_id(&self) -> bool {
-        let has = |name: &str| self.type_of(name).is_some();
-        has("entity_id") && !(has("space") && has("name") && has("version"))
+    /// The table that knows the entities of the rows, if these name them by an id.
+    fn lookup(&self, kind: Kind) -> Option<&'static EntityTable> {
+        let lookup = kind.entity()?.lookup.as_ref()?;
+        let is_named = kind.entity_columns().iter().all(|column| self.has_column(column));
+        (!is_named && self.has_column(&lookup.id)).then_some(lookup)
     }
 
-    /// Whether there is a row of this table that can be archived: each column is there, and of a type that its archive column
-    /// holds.
+    fn is_integer(&self, column: &str) -> bool {
+        self.type_of(column).is_some_and(|oid| INTEGERS.contains(&oid))
+    }
+
+    /// Whether no row is kept out of the archive by what its columns are.
     pub(crate) fn is_fit(&self, kind: Kind) -> bool {
-        kind.columns().iter().all(|column| self.expression(column).is_some())
+        kind.columns().iter().all(|column| self.expression(kind, column).is_some())
     }
 
-    /// `None` if no value of the column can be archived.
-    fn expression(&self, column: &ColumnSpec) -> Option<Expression> {
-        let is_of_entity = ["space", "name", "version"].contains(&column.name);
+    fn expression(&self, kind: Kind, column: &ColumnSpec) -> Option<Expression> {
+        let lookup = self.lookup(kind).filter(|_| kind.entity_columns().contains(&column.name));
         // What the decoder reads as text (`text`, `varchar`, `bpchar`, `name`).
-        let (table, type_oid) = match self.is_by_id() && is_of_entity {
-            true => ("e", self.type_of("entity_id").filter(|oid| INTEGERS.contains(oid)).map(|_| TEXT)),
-            false => ("t", self.type_of(column.name)),
+        let (table, type_oid) = match lookup {
+            Some(lookup) => ("e", self.is_integer(&lookup.id).then_some(TEXT)),
+            None => ("t", self.type_of(&column.name)),
         };
-        let value = format!("{table}.{}", quote_identifier(column.name));
-        let is_there = if column.nullable { "true".to_owned() } else { format!("{value} is not null") };
         let type_oid = type_oid?;
-        let or_null = |bytes: String| match column.nullable {
-            true => format!("case when {value} is null then int4send(-1) else {bytes} end"),
-            false => bytes,
-        };
+        let value = format!("{table}.{}", quote_identifier(&column.name));
+        if column.name == kind.time_column() {
+            let send = match TimeColumn::of(Some(type_oid)) {
+                TimeColumn::Naive => "timestamp_send",
+                TimeColumn::Zoned => "timestamptz_send",
+                TimeColumn::None => return None,
+            };
+            let bytes = format!("{send}({value})");
+            return Some(Expression { fits: self.time.is_fit_of(&value), bytes });
+        }
+        let (is_fit, bytes) = self.value(column, type_oid, &value)?;
+        if column.nullable {
+            return Some(Expression {
+                fits: format!("({value} is null or {is_fit})"),
+                bytes: format!("case when {value} is null then int4send(-1) else {bytes} end"),
+            });
+        }
+        Some(Expression { fits: format!("({value} is not null and {is_fit})"), bytes })
+    }
+
+    /// Whether a value that is there fits, and its bytes.
+    fn value(&self, column: &ColumnSpec, type_oid: u32, value: &str) -> Option<(String, String)> {
+        let always = || "true".to_owned();
+        let sent = |length: u32, bytes: String| format!("int4send({length}) || {bytes}");
         Some(match (column.column_type, type_oid) {
-            (ColumnType::Timestamp, TIMESTAMPTZ | TIMESTAMP) => Expression {
-                fits: self.time.is_fit_of(&value),
-                bytes: match self.time {
-                    TimeColumn::Naive => format!("timestamp_send({value})"),
-                    TimeColumn::Zoned | TimeColumn::None => format!("timestamptz_send({value})"),
-                },
-            },
-            (ColumnType::String, oid) if is_text(oid) => {
-                // A cast of `bpchar` would take its blanks off.
-                let text = match type_oid {
-                    BPCHAR => format!("textin(bpcharout({value}))"),
-                    _ => format!("{value}::text"),
-                };
-                let (utf8, fits) = match self.encoding {
-                    Encoding::Utf8 => (format!("convert_to({text}, 'UTF8')"), is_there),
-                    // Null where it can't be converted, which would be an error otherwise.
-                    Encoding::Unknown | Encoding::Other => {
-                        let utf8 = format!("highwater.utf8(convert_to({text}, getdatabaseencoding()))");
-                        let fits = match column.nullable {
-                            true => format!("({value} is null or {utf8} is not null)"),
-                            false => format!("{utf8} is not null"),
-                        };
-                        (utf8, fits)
-                    }
-                };
-                Expression { fits, bytes: or_null(format!("int4send(octet_length({utf8})) || {utf8}")) }
+            (ColumnType::Timestamp, TIMESTAMPTZ | TIMESTAMP) => {
+                let time = TimeColumn::of(Some(type_oid));
+                let send = if type_oid == TIMESTAMP { "timestamp_send" } else { "timestamptz_send" };
+                (time.is_fit_of(value), sent(8, format!("{send}({value})")))
             }
-            (ColumnType::Int, oid) if INTEGERS.contains(&oid) => Expression {
-                fits: format!("{is_there} and {value} between -2147483648 and 2147483647"),
-                bytes: format!("int4send({value}::int4)"),
-            },
-            (ColumnType::Double, FLOAT4 | FLOAT8) => Expression {
-                fits: is_there,
-                bytes: or_null(format!("int4send(8) || float8send({value}::float8)")),
-            },
+            (ColumnType::String, oid) if is_text(oid) || column.source_type.is_some() => {
+                self.text(column, oid, value)?
+            }
+            (ColumnType::Int, oid) if INTEGERS.contains(&oid) => {
+                let bytes = format!("int4send({value}::int4)");
+                let bytes = if column.nullable { sent(4, bytes) } else { bytes };
+                (format!("{value} between -2147483648 and 2147483647"), bytes)
+            }
+            (ColumnType::Long, oid) if INTEGERS.contains(&oid) => {
+                (always(), sent(8, format!("int8send({value}::int8)")))
+            }
+            (ColumnType::Double, FLOAT4 | FLOAT8) => {
+                (always(), sent(8, format!("float8send({value}::float8)")))
+            }
+            (ColumnType::Boolean, BOOL) => (always(), sent(1, format!("boolsend({value})"))),
+            (ColumnType::Date, DATE) => {
+                let fits =
+                    format!("isfinite({value}) and {value} between date '0001-01-01' and date '9999-12-31'");
+                (format!("({fits})"), sent(4, format!("date_send({value})")))
+            }
+            (ColumnType::Binary, BYTEA) => (always(), format!("int4send(octet_length({value})) || {value}")),
+            (ColumnType::Decimal { precision, scale }, NUMERIC) => {
+                let digits = u32::from(precision).saturating_sub(scale.unsigned_abs().into());
+                let fits = format!(
+                    "({value} <> 'NaN' and abs({value}) < power(10::numeric, {digits}) and {value} = round({value}, {scale}))"
+                );
+                let text = format!("convert_to(round({value}, {scale})::text, 'UTF8')");
+                (fits, format!("int4send(octet_length({text})) || {text}"))
+            }
             _ => return None,
         })
+    }
+
+    fn text(&self, column: &ColumnSpec, type_oid: u32, value: &str) -> Option<(String, String)> {
+        // A cast of `bpchar` would take its blanks off.
+        let text = match type_oid {
+            BPCHAR => format!("textin(bpcharout({value}))"),
+            oid if is_text(oid) => format!("{value}::text"),
+            // One that has a column of its own, by now, is not what it was.
+            INT2 | INT4 | INT8 | FLOAT4 | FLOAT8 | BOOL | DATE | TIMESTAMP | TIMESTAMPTZ | BYTEA => {
+                return None;
+            }
+            // What the type itself writes; a cast to text may be another text.
+            _ if column.source_type.is_some() => format!("format('%s', {value})"),
+            _ => return None,
+        };
+        let (utf8, fits) = match self.encoding {
+            Encoding::Utf8 => (format!("convert_to({text}, 'UTF8')"), "true".to_owned()),
+            // Null where it can't be converted, which would be an error otherwise.
+            Encoding::Unknown | Encoding::Other => {
+                let utf8 = format!("highwater.utf8(convert_to({text}, getdatabaseencoding()))");
+                let fits = format!("{utf8} is not null");
+                (utf8, fits)
+            }
+        };
+        Some((fits, format!("int4send(octet_length({utf8})) || {utf8}")))
     }
 }
 
@@ -185,4 +237,11 @@ const TIMESTAMPTZ: u32 = 1184;
 const TIMESTAMP: u32 = 1114;
 const FLOAT4: u32 = 700;
 const FLOAT8: u32 = 701;
-const INTEGERS: [u32; 3] = [21, 23, 20];
+const INT2: u32 = 21;
+const INT4: u32 = 23;
+const INT8: u32 = 20;
+const INTEGERS: [u32; 3] = [INT2, INT4, INT8];
+const BOOL: u32 = 16;
+const DATE: u32 = 1082;
+const BYTEA: u32 = 17;
+const NUMERIC: u32 = 1700;

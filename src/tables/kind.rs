@@ -1,20 +1,12 @@
-use std::sync::{Arc, LazyLock};
+//! [`Kind`]: a table of the archive, described.
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
-
-/// A kind of record, which is also a table of the archive. Usable as an array index with
-/// [`Kind::index`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// Values of user-defined metrics.
-    Custom,
-    /// Counts per bin of a feature, for the population stability index.
-    Psi,
-    /// Values of features for statistical process control.
-    Spc,
-    /// Rows of the other kinds that their columns can't hold, as text, with the reason.
-    Quarantine,
-}
 
 /// The type of an archived column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,205 +19,272 @@ pub enum ColumnType {
     Double,
     /// 32-bit signed integer.
     Int,
+    /// 64-bit signed integer.
+    Long,
+    /// True or false.
+    Boolean,
+    /// Days since 1970-01-01.
+    Date,
+    /// Bytes.
+    Binary,
+    /// A number of so many digits, of which so many are behind the point.
+    Decimal {
+        /// Digits, 38 at most.
+        precision: u8,
+        /// Of these behind the point.
+        scale: i8,
+    },
+}
+
+impl ColumnType {
+    /// The type of the column in Arrow.
+    #[must_use]
+    pub fn arrow(self) -> DataType {
+        match self {
+            Self::Timestamp => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
+            Self::String => DataType::Utf8,
+            Self::Double => DataType::Float64,
+            Self::Int => DataType::Int32,
+            Self::Long => DataType::Int64,
+            Self::Boolean => DataType::Boolean,
+            Self::Date => DataType::Date32,
+            Self::Binary => DataType::Binary,
+            Self::Decimal { precision, scale } => DataType::Decimal128(precision, scale),
+        }
+    }
 }
 
 /// One column of an archived table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ColumnSpec {
     /// The column's name, in the source table and in the archive.
-    pub name: &'static str,
+    pub name: String,
     /// The column's type.
     pub column_type: ColumnType,
     /// Whether the archive holds nulls in it; where it doesn't, a null sends the row to quarantine.
     pub nullable: bool,
+    /// The type of the source column, as SQL writes it; `None` in the tables that come with the program, which say by
+    /// themselves which types they take.
+    pub source_type: Option<String>,
 }
 
-/// The most columns that a kind has.
-pub const RECORD_COLUMNS_MAX: usize = 7;
-
-const fn column(name: &'static str, column_type: ColumnType) -> ColumnSpec {
-    ColumnSpec { name, column_type, nullable: false }
-}
-
-const fn nullable(name: &'static str, column_type: ColumnType) -> ColumnSpec {
-    ColumnSpec { name, column_type, nullable: true }
-}
-
-const CREATED_AT: ColumnSpec = column("created_at", ColumnType::Timestamp);
-const SPACE: ColumnSpec = column("space", ColumnType::String);
-const NAME: ColumnSpec = column("name", ColumnType::String);
-const VERSION: ColumnSpec = column("version", ColumnType::String);
-
-impl Kind {
-    /// The kinds that have a drift table in the source database.
-    pub const DRIFT: [Self; 3] = [Self::Custom, Self::Psi, Self::Spc];
-
-    /// Every table of the archive.
-    pub const ALL: [Self; 4] = [Self::Custom, Self::Psi, Self::Spc, Self::Quarantine];
-
-    /// The kind of a drift table, by [`Kind::name`].
+impl ColumnSpec {
+    /// A column that always has a value.
     #[must_use]
-    pub fn of_name(name: &str) -> Option<Self> {
-        Self::DRIFT.into_iter().find(|kind| kind.name() == name)
+    pub fn required(name: &str, column_type: ColumnType) -> Self {
+        Self { name: name.to_owned(), column_type, nullable: false, source_type: None }
     }
 
-    /// Position in [`Kind::ALL`].
+    /// A column that may be null.
     #[must_use]
-    pub const fn index(self) -> usize {
-        self as usize
+    pub fn nullable(name: &str, column_type: ColumnType) -> Self {
+        Self { nullable: true, ..Self::required(name, column_type) }
+    }
+}
+
+/// How the rows of a table name their entity.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EntityKey {
+    /// The columns that tell entities apart, most significant first; at most [`ENTITY_COLUMNS_MAX`].
+    pub columns: Vec<String>,
+    /// Where they are, if the source table does not have them itself.
+    pub lookup: Option<EntityTable>,
+}
+
+/// A table that says which entity an id means.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EntityTable {
+    /// The column of the source table with the id, an integer.
+    pub id: String,
+    /// The table, in the schema of the settings if it names none.
+    pub table: String,
+    /// Its column with the ids.
+    pub key: String,
+}
+
+impl EntityTable {
+    /// The table's name with its schema; `schema` is that of the settings.
+    #[must_use]
+    pub fn qualified(&self, schema: &str) -> String {
+        qualified(schema, &self.table)
+    }
+}
+
+/// The most columns that may name an entity.
+pub const ENTITY_COLUMNS_MAX: usize = 4;
+
+/// The most columns that rows of one entity and time are sorted by.
+pub const SORT_COLUMNS_MAX: usize = 2;
+
+/// What a table of the archive is made of.
+///
+/// The columns come in this order: the time, the entity's, all others. A file is sorted by the entity's columns, the time, and
+/// the columns of `sort`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Description {
+    /// Name of the kind, and of its folder under the storage URI.
+    pub name: String,
+    /// The source table, in the schema of the settings if it names none. No table feeds the quarantine alone.
+    pub source: Option<String>,
+    /// How rows name their entity; `None` if they belong to none.
+    pub entity: Option<EntityKey>,
+    /// The archive's columns, in file order.
+    pub columns: Vec<ColumnSpec>,
+    /// Columns that rows of one entity and time are sorted by, at most [`SORT_COLUMNS_MAX`].
+    pub sort: Vec<String>,
+}
+
+impl Description {
+    fn entity_count(&self) -> usize {
+        self.entity.as_ref().map_or(0, |entity| entity.columns.len())
+    }
+}
+
+/// A kind of record, which is also a table of the archive: a [`Description`] that is handed down as one word.
+///
+/// Equal descriptions are one kind. They stay for as long as the process does: there are as many as tables, and one more for
+/// each change of a table's columns.
+#[derive(Clone, Copy)]
+pub struct Kind(&'static Known);
+
+#[derive(Debug)]
+struct Known {
+    description: Description,
+    schema: SchemaRef,
+    /// Positions of the sort columns behind entity and time among the columns that hold data.
+    data_sort: Vec<usize>,
+    sort_columns: Vec<String>,
+}
+
+static KNOWN: Mutex<Vec<Kind>> = Mutex::new(Vec::new());
+
+impl Kind {
+    /// The kind of this description, whose columns of the entity and of the sort order must be among its columns.
+    #[must_use]
+    pub fn described(description: Description) -> Self {
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kind) = known.iter().find(|kind| kind.0.description == description) {
+            return *kind;
+        }
+        let kind = Self(Box::leak(Box::new(Known::new(description))));
+        known.push(kind);
+        kind
     }
 
     /// Name of the kind, and of its folder under the storage URI.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Custom => "custom",
-            Self::Psi => "psi",
-            Self::Spc => "spc",
-            Self::Quarantine => "quarantine",
-        }
+    pub fn name(self) -> &'static str {
+        &self.0.description.name
     }
 
-    /// Name of the drift table (without its schema) that feeds this kind; none feeds the quarantine
-    /// alone.
+    /// The table that feeds this kind, with its schema (`schema`, if the description has none); none feeds the quarantine alone.
     #[must_use]
-    pub const fn source_table(self) -> Option<&'static str> {
-        match self {
-            Self::Custom => Some("custom_drift"),
-            Self::Psi => Some("psi_drift"),
-            Self::Spc => Some("spc_drift"),
-            Self::Quarantine => None,
-        }
+    pub fn source_table(self, schema: &str) -> Option<String> {
+        self.0.description.source.as_ref().map(|table| qualified(schema, table))
     }
 
-    /// The kind that a drift table (without its schema) feeds.
+    /// The archive's columns, in file order: the time, the entity's, all others.
     #[must_use]
-    pub fn of_source_table(table: &str) -> Option<Self> {
-        Self::DRIFT.into_iter().find(|kind| kind.source_table() == Some(table))
+    pub fn columns(self) -> &'static [ColumnSpec] {
+        &self.0.description.columns
     }
 
-    /// The archive's columns, in file order.
+    /// The column of times that files are ranged by; the first one.
     #[must_use]
-    pub const fn columns(self) -> &'static [ColumnSpec] {
-        match self {
-            Self::Custom => {
-                const {
-                    &[
-                        CREATED_AT,
-                        SPACE,
-                        NAME,
-                        VERSION,
-                        column("metric", ColumnType::String),
-                        nullable("value", ColumnType::Double),
-                    ]
-                }
-            }
-            Self::Psi => {
-                const {
-                    &[
-                        CREATED_AT,
-                        SPACE,
-                        NAME,
-                        VERSION,
-                        column("feature", ColumnType::String),
-                        column("bin_id", ColumnType::Int),
-                        column("bin_count", ColumnType::Int),
-                    ]
-                }
-            }
-            Self::Spc => {
-                const {
-                    &[
-                        CREATED_AT,
-                        SPACE,
-                        NAME,
-                        VERSION,
-                        nullable("feature", ColumnType::String),
-                        nullable("value", ColumnType::Double),
-                    ]
-                }
-            }
-            Self::Quarantine => {
-                const {
-                    &[
-                        column("quarantined_at", ColumnType::Timestamp),
-                        column("source_table", ColumnType::String),
-                        column("reason", ColumnType::String),
-                        column("row", ColumnType::String),
-                        column("lsn", ColumnType::String),
-                    ]
-                }
-            }
-        }
+    pub fn time_column(self) -> &'static str {
+        self.columns().first().map_or("", |column| &column.name)
     }
 
-    /// The column that tells the series of one entity apart: `metric` or `feature`.
+    /// How rows name their entity; `None` if they belong to none.
     #[must_use]
-    pub const fn series_column(self) -> Option<&'static str> {
-        match self {
-            Self::Custom => Some("metric"),
-            Self::Psi | Self::Spc => Some("feature"),
-            Self::Quarantine => None,
-        }
+    pub fn entity(self) -> Option<&'static EntityKey> {
+        self.0.description.entity.as_ref()
     }
 
-    /// The columns that a file is sorted by, most significant first. The quarantine keeps the order
-    /// of arrival.
+    /// The columns that name the entity, in sort order.
     #[must_use]
-    pub const fn sort_columns(self) -> &'static [&'static str] {
-        match self {
-            Self::Custom => &["space", "name", "version", "created_at", "metric"],
-            Self::Psi => &["space", "name", "version", "created_at", "feature", "bin_id"],
-            Self::Spc => &["space", "name", "version", "created_at", "feature"],
-            Self::Quarantine => &["quarantined_at"],
-        }
+    pub fn entity_columns(self) -> &'static [String] {
+        self.entity().map_or(&[], |entity| &entity.columns)
+    }
+
+    /// The columns that are neither the time nor the entity's.
+    #[must_use]
+    pub fn data_columns(self) -> &'static [ColumnSpec] {
+        self.columns().get(1 + self.0.description.entity_count()..).unwrap_or_default()
+    }
+
+    /// The columns that a file is sorted by, most significant first. The quarantine keeps the order of arrival.
+    #[must_use]
+    pub fn sort_columns(self) -> &'static [String] {
+        &self.0.sort_columns
+    }
+
+    /// The columns that rows of one entity and time are sorted by, as positions in [`Kind::data_columns`].
+    #[must_use]
+    pub fn data_sort(self) -> &'static [usize] {
+        &self.0.data_sort
     }
 
     /// The Arrow schema of the archived table.
     #[must_use]
     pub fn schema(self) -> SchemaRef {
-        static SCHEMAS: LazyLock<[SchemaRef; 4]> = LazyLock::new(|| Kind::ALL.map(build_schema));
-        let [custom, psi, spc, quarantine] = &*SCHEMAS;
-        Arc::clone(match self {
-            Self::Custom => custom,
-            Self::Psi => psi,
-            Self::Spc => spc,
-            Self::Quarantine => quarantine,
-        })
+        Arc::clone(&self.0.schema)
     }
 }
 
-fn build_schema(kind: Kind) -> SchemaRef {
-    let field = |spec: &ColumnSpec| {
-        let data_type = match spec.column_type {
-            ColumnType::Timestamp => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
-            ColumnType::String => DataType::Utf8,
-            ColumnType::Double => DataType::Float64,
-            ColumnType::Int => DataType::Int32,
-        };
-        Field::new(spec.name, data_type, spec.nullable)
-    };
-    Arc::new(Schema::new(kind.columns().iter().map(field).collect::<Vec<_>>()))
+impl Known {
+    fn new(description: Description) -> Self {
+        let fields = description
+            .columns
+            .iter()
+            .map(|column| Field::new(&column.name, column.column_type.arrow(), column.nullable));
+        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        let data = description.columns.iter().skip(1 + description.entity_count());
+        let data: Vec<&str> = data.map(|column| column.name.as_str()).collect();
+        let place = |name: &String| data.iter().position(|column| column == name);
+        let data_sort = description.sort.iter().filter_map(place).collect();
+        let time = description.columns.first().map(|column| &column.name);
+        let entity = description.entity.iter().flat_map(|entity| &entity.columns);
+        let sort_columns = entity.chain(time).chain(&description.sort).cloned().collect();
+        Self { description, schema, data_sort, sort_columns }
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn qualified(schema: &str, table: &str) -> String {
+    if table.contains('.') { table.to_owned() } else { format!("{schema}.{table}") }
+}
 
-    #[test]
-    fn every_sort_column_is_a_column() {
-        for kind in Kind::ALL {
-            assert!(kind.columns().len() <= RECORD_COLUMNS_MAX);
-            for name in kind.sort_columns() {
-                assert!(kind.schema().field_with_name(name).is_ok(), "{name} of {}", kind.name());
-            }
-        }
+impl PartialEq for Kind {
+    fn eq(&self, other: &Self) -> bool {
+        ptr::eq(self.0, other.0)
     }
+}
 
-    #[test]
-    fn index_is_the_position_in_all() {
-        for (position, kind) in Kind::ALL.into_iter().enumerate() {
-            assert_eq!(kind.index(), position);
-        }
+impl Eq for Kind {}
+
+impl Hash for Kind {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        ptr::hash(self.0, state);
+    }
+}
+
+/// By name, but for the quarantine, which comes first: a row that goes there is skipped if its own table has its transaction, so
+/// the quarantine's log must have it before.
+impl Ord for Kind {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let key = |kind: &Self| (!kind.is_quarantine(), kind.name(), ptr::from_ref(kind.0));
+        key(self).cmp(&key(other))
+    }
+}
+
+impl PartialOrd for Kind {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }

@@ -1,12 +1,18 @@
-//! What is archived: the kinds of drift records, their entities, and the columns of each kind.
+//! What is archived: tables, described, their entities, and windows of time.
 //!
 //! Pure descriptions. Everything that must agree on a name, an order or a type (the decoder, the
 //! Parquet writer, the Delta schema, the watermarks) reads it from here.
 
+mod built_in;
 mod kind;
+mod per_kind;
 mod window;
 
-pub use kind::{ColumnSpec, ColumnType, Kind, RECORD_COLUMNS_MAX};
+pub use built_in::{DRIFT_TABLES, ENTITY_TABLE};
+pub use kind::{
+    ColumnSpec, ColumnType, Description, ENTITY_COLUMNS_MAX, EntityKey, EntityTable, Kind, SORT_COLUMNS_MAX,
+};
+pub use per_kind::PerKind;
 pub use window::{
     CALENDAR, Day, MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE, Window, WindowWidth, YEAR_RANGE,
     clamp_to_calendar, is_in_calendar,
@@ -22,4 +28,14 @@ pub struct Entity {
     pub name: String,
     /// The model's version.
     pub version: String,
+}
+
+impl Entity {
+    /// The entity of these names, in the order of the columns that name it; a name that there is not is empty.
+    #[must_use]
+    pub fn of_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut names = names.into_iter().map(str::to_owned);
+        let mut next = || names.next().unwrap_or_default();
+        Self { space: next(), name: next(), version: next() }
+    }
 }

@@ -34,7 +34,7 @@ use crate::postgres::Session;
 use crate::sidecar::foreign;
 use crate::source::Point;
 use crate::source::slot;
-use crate::tables::Kind;
+use crate::tables::{Kind, PerKind};
 use crate::watermark::{self, State, Watermark};
 use hour::{ceil_hour, floor_hour};
 pub use report::{Difference, Options, PartitionReport, Progress, RepairMode, Report, TableReport};
@@ -96,11 +96,11 @@ async fn compare(
     if options.repair != RepairMode::Report {
         let sound: Vec<Watermark> = archives.iter().map(|(row, ..)| (*row).clone()).collect();
         // Before the archive is read: whoever repairs it then is noticed.
-        repair = Repair::claim(&storage, &sound, &app_id, options.repair).await?;
+        repair = Repair::claim(config, &storage, &sound, &app_id, options.repair).await?;
         (archives, _) = archives_of(config, &storage, &mut sql, &chosen, &app_id, point.lsn).await?;
     }
     let reach = |kind: Kind| archives.iter().find(|(_, other, ..)| *other == kind).map(|(.., lsn)| *lsn);
-    let upto = Kind::ALL.map(|kind| reach(kind).unwrap_or_default());
+    let upto = PerKind::new(config.kinds(), |kind| reach(kind).unwrap_or_default());
     let tail = Tail::read(config, slot, point.lsn, upto).await?;
     let now = sql.run(watermark::read).await?;
     let mut report = Report { equal: broken.is_empty(), tables: Vec::new() };
@@ -194,8 +194,8 @@ async fn archives_of<'a>(
 ) -> Result<(Vec<Archived<'a>>, Vec<(&'a Watermark, Error)>)> {
     let (mut archives, mut broken) = (Vec::new(), Vec::new());
     for row in chosen {
-        let Some(kind) = Kind::of_name(&row.kind) else { continue };
-        match archive_of(config, storage, sql, row, app_id, lsn).await {
+        let Some(kind) = config.kind(&row.kind) else { continue };
+        match archive_of(config, storage, sql, (row, kind), app_id, lsn).await {
             Ok((snapshot, lsn)) => archives.push((row, kind, snapshot, lsn)),
             Err(error) if foreign::is_broken(&error) => broken.push((row, error)),
             Err(error) => return Err(error),
@@ -209,11 +209,10 @@ async fn archive_of(
     config: &Config,
     storage: &Storage,
     sql: &mut Session,
-    row: &Watermark,
+    (row, kind): (&Watermark, Kind),
     app_id: &str,
     lsn: Lsn,
 ) -> Result<(Snapshot, Lsn)> {
-    let kind = Kind::of_name(&row.kind).unwrap_or(Kind::Quarantine);
     let begun = Instant::now();
     let mut asked = begun;
     loop {

@@ -5,6 +5,7 @@ use super::table::{Table, changed};
 use super::tail::Tail;
 use crate::archive::{self, CommitNote, DataFile, Doubles, Multiset, Namer, Snapshot, Storage, TableFile};
 use crate::batch::Batches;
+use crate::config::Config;
 use crate::decode::{self, Decoder, Settled};
 use crate::error::Result;
 use crate::failpoint;
@@ -38,6 +39,7 @@ pub(super) struct Repair {
 impl Repair {
     /// Claims the tables of these watermarks, and the quarantine.
     pub(super) async fn claim(
+        config: &Config,
         storage: &Storage,
         rows: &[Watermark],
         app_id: &str,
@@ -45,8 +47,8 @@ impl Repair {
     ) -> Result<Self> {
         let session = format!("{:032x}", rand::random::<u128>());
         let mut tables = Vec::new();
-        for kind in Kind::ALL {
-            if kind == Kind::Quarantine || rows.iter().any(|row| row.kind == kind.name()) {
+        for kind in config.all_kinds() {
+            if kind.is_quarantine() || rows.iter().any(|row| row.kind == kind.name()) {
                 tables.push(archive::Table::claim_for_repair(storage, kind, app_id, &session).await?);
             }
         }
@@ -164,10 +166,14 @@ impl<'a> Comparison<'a> {
             decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
             decoder
         };
-        let quarantine = Snapshot::read(table.storage, Kind::Quarantine, "").await?;
-        let settled =
-            recovery::quarantined(table.storage, &quarantine.files, &source.name, source.is_fit(table.kind))
-                .await?;
+        let quarantine = Snapshot::read(table.storage, Kind::quarantine(), "").await?;
+        let settled = recovery::quarantined(
+            table.storage,
+            &quarantine.files,
+            (&source.name, table.kind),
+            source.is_fit(table.kind),
+        )
+        .await?;
         Ok(Self {
             table,
             source,
@@ -313,13 +319,13 @@ impl<'a> Comparison<'a> {
         let lsn = self.table.point.lsn;
         let added = found.repairable.iter().map(|(_, file)| file.stats.row_count).sum();
         let (quarantined, own): (Vec<_>, Vec<_>) =
-            found.repairable.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
+            found.repairable.into_iter().partition(|(kind, _)| kind.is_quarantine());
         let files =
             |files: Vec<(Kind, DataFile)>| files.into_iter().map(|(_, file)| file).collect::<Vec<_>>();
         let (quarantined, own) = (files(quarantined), files(own));
         // The quarantine first: what it holds is recognised when the rest is repeated.
         if !quarantined.is_empty() {
-            repair.commit(Kind::Quarantine, &quarantined, lsn).await?;
+            repair.commit(Kind::quarantine(), &quarantined, lsn).await?;
         }
         if !own.is_empty() {
             repair.commit(self.table.kind, &own, lsn).await?;
@@ -359,7 +365,7 @@ async fn take(
     }
     for rows in batches.files() {
         let kind = rows.kind();
-        match present.filter(|_| kind != Kind::Quarantine) {
+        match present.filter(|_| !kind.is_quarantine()) {
             Some(present) => {
                 for batch in rows.record_batches() {
                     let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);

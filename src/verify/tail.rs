@@ -13,7 +13,7 @@ use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::sidecar::builder::malformed;
 use crate::source::TemporarySlot;
 use crate::source::lookup::Lookup;
-use crate::tables::Kind;
+use crate::tables::{Kind, PerKind};
 use crate::watermark;
 
 /// Chunks between the receiver and the decoder.
@@ -22,9 +22,9 @@ const CHUNKS_MAX: usize = 8;
 /// Memory that the digest of one row takes, with its time.
 const ROW_BYTES: usize = 32;
 
-/// What was committed between the snapshot and the archive's position: times and digests of rows, by [`Kind::index`].
+/// What was committed between the snapshot and the archive's position: times and digests of rows, by kind.
 pub(super) struct Tail {
-    rows: [Vec<(i64, u128)>; Kind::ALL.len()],
+    rows: PerKind<Vec<(i64, u128)>>,
 }
 
 impl Tail {
@@ -33,19 +33,19 @@ impl Tail {
         config: &Config,
         slot: TemporarySlot,
         from: Lsn,
-        upto: [Lsn; Kind::ALL.len()],
+        upto: PerKind<Lsn>,
     ) -> Result<Self> {
         let mut reader = Reader {
             config,
-            decoder: Decoder::new(&config.schema),
+            decoder: Decoder::new(&config.schema, &config.kinds()),
             lookup: Lookup::new(Session::new(config.source.clone()), &config.schema),
             batches: Batches::new(config.window, chrono::Utc::now().timestamp_micros()),
+            last: upto.iter().map(|(_, lsn)| *lsn).max().unwrap_or_default(),
             upto,
-            last: upto.into_iter().max().unwrap_or_default(),
             in_transaction: false,
             foreign: HashSet::new(),
             encoding: Encoding::Utf8,
-            tail: Self { rows: Default::default() },
+            tail: Self { rows: PerKind::new(config.kinds(), |_| Vec::new()) },
         };
         if reader.last <= from {
             return Ok(reader.tail);
@@ -93,7 +93,7 @@ impl Tail {
     }
 
     fn of(&self, kind: Kind) -> &[(i64, u128)] {
-        self.rows.get(kind.index()).map_or(&[], Vec::as_slice)
+        self.rows.get(kind).map_or(&[], Vec::as_slice)
     }
 }
 
@@ -102,7 +102,7 @@ struct Reader<'a> {
     decoder: Decoder,
     lookup: Lookup,
     batches: Batches,
-    upto: [Lsn; Kind::ALL.len()],
+    upto: PerKind<Lsn>,
     /// The farthest of them.
     last: Lsn,
     in_transaction: bool,
@@ -145,9 +145,10 @@ impl Reader<'_> {
 
     /// The archive has the transactions whose commit record begins before its position; so those are wanted.
     fn begin(&mut self, begin: Begin) {
-        let skip_before =
-            self.upto.map(|upto| if begin.final_lsn < upto { Lsn::ZERO } else { Lsn(u64::MAX) });
-        self.decoder.begin(begin, skip_before);
+        let is_wanted = |kind| self.upto.get(kind).is_some_and(|upto| begin.final_lsn < *upto);
+        let skip_before = |kind| if is_wanted(kind) { Lsn::ZERO } else { Lsn(u64::MAX) };
+        let all = PerKind::new(self.config.all_kinds(), skip_before);
+        self.decoder.begin(begin, &all);
     }
 
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<()> {
@@ -165,7 +166,7 @@ impl Reader<'_> {
                     }
                     let root = async |client: &_| watermark::archived_root(client, relation).await;
                     let root = self.lookup.sql().run(root).await?;
-                    let known = root.and_then(|(name, kind)| Some((name, Kind::of_name(&kind)?)));
+                    let known = root.and_then(|(name, kind)| Some((name, self.config.kind(&kind)?)));
                     let Some((name, kind)) = known else {
                         self.foreign.insert(relation);
                         return Ok(());
@@ -181,14 +182,14 @@ impl Reader<'_> {
     fn add_up(&mut self) -> Result<()> {
         let empty = Batches::new(self.config.window, chrono::Utc::now().timestamp_micros());
         let batches = std::mem::replace(&mut self.batches, empty);
-        for rows in batches.files().iter().filter(|rows| rows.kind() != Kind::Quarantine) {
+        for rows in batches.files().iter().filter(|rows| !rows.kind().is_quarantine()) {
             let kind = rows.kind();
-            let Some(place) = self.tail.rows.get_mut(kind.index()) else { continue };
+            let Some(place) = self.tail.rows.get_mut(kind) else { continue };
             for batch in rows.record_batches() {
                 archive::each_digest(kind, &batch?, |time, digest| place.push((time, digest)))?;
             }
         }
-        let rows: usize = self.tail.rows.iter().map(Vec::len).sum();
+        let rows: usize = self.tail.rows.iter().map(|(_, rows)| rows.len()).sum();
         if rows.saturating_mul(ROW_BYTES) <= self.config.memory_bytes / 3 {
             return Ok(());
         }

@@ -128,7 +128,7 @@ pub struct Horizon {
 /// The name of a kind's drift table, as `highwater.watermark.source_table` has it.
 #[must_use]
 pub fn source_table(schema: &str, kind: Kind) -> Option<String> {
-    kind.source_table().map(|table| format!("{schema}.{table}"))
+    kind.source_table(schema)
 }
 
 /// Makes sure that the watermarks can be written, without writing them.

@@ -311,17 +311,18 @@ async fn what_can_t_be_answered_is_told() {
     );
     let before = BinnedQuery::with_points(known.clone(), time(0), time(HOUR), 10).unwrap();
     assert!(archive.binned_custom(&before).await.unwrap().metrics.is_empty());
-    archive.check_entity(Kind::Custom, &known).await.unwrap();
-    let unknown = archive.check_entity(Kind::Custom, &entity(("tests", "mdel", "1.0.0"))).await.unwrap_err();
+    archive.check_entity(Kind::custom(), &known).await.unwrap();
+    let unknown =
+        archive.check_entity(Kind::custom(), &entity(("tests", "mdel", "1.0.0"))).await.unwrap_err();
     assert_eq!(
         unknown.to_string(),
         "the archive has no custom records of \"tests\", \"mdel\", \"1.0.0\" (space, name, version); \
          did you mean \"tests\", \"model\", \"1.0.0\"?"
     );
-    let unknown = archive.check_entity(Kind::Psi, &known).await.unwrap_err().to_string();
+    let unknown = archive.check_entity(Kind::psi(), &known).await.unwrap_err().to_string();
     assert!(unknown.contains("no psi records") && !unknown.contains("did you mean"), "{unknown}");
 
-    let entities = archive.entities(Kind::Custom).await.unwrap();
+    let entities = archive.entities(Kind::custom()).await.unwrap();
     assert_eq!(
         entities.iter().map(|found| (found.name.as_str(), found.rows)).collect::<Vec<_>>(),
         [("model", 2)]

@@ -5,7 +5,7 @@ use highwater::batch::Batches;
 use highwater::decode::{Decoder, Inserted};
 use highwater::lsn::Lsn;
 use highwater::pgoutput::Message;
-use highwater::tables::{Entity, Kind, WindowWidth};
+use highwater::tables::{Entity, Kind, PerKind, WindowWidth};
 
 /// A recorded stream: each message behind its length, 32 bits, big-endian.
 pub fn join<'a>(messages: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
@@ -41,7 +41,7 @@ pub struct Decoded {
 /// Decodes all messages, also those after one that is refused. An entity that the stream does not bring is
 /// looked up with `find`.
 pub fn decode(messages: &[&[u8]], now_micros: i64, find: impl Fn(i64) -> Option<Entity>) -> Decoded {
-    let mut decoder = Decoder::new("scouter");
+    let mut decoder = Decoder::new("scouter", &Kind::drift());
     let mut batches = Batches::new(WindowWidth::HOUR, now_micros);
     let mut refused = Vec::new();
     for bytes in messages {
@@ -53,7 +53,7 @@ pub fn decode(messages: &[&[u8]], now_micros: i64, find: impl Fn(i64) -> Option<
             }
         };
         match message {
-            Message::Begin(begin) => decoder.begin(begin, [Lsn::ZERO; 4]),
+            Message::Begin(begin) => decoder.begin(begin, &PerKind::new(Kind::drift(), |_| Lsn::ZERO)),
             Message::Relation(relation) => drop(decoder.relation(&relation)),
             Message::Insert(insert) => loop {
                 match decoder.insert(&insert, &mut batches) {

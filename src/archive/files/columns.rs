@@ -8,20 +8,9 @@ use arrow::datatypes::{DataType, Int32Type, UInt32Type};
 use crate::tables::{ColumnType, Kind};
 use crate::{Error, Result};
 
-/// The entity columns, in sort order.
-pub(in crate::archive) const ENTITY_COLUMNS: [&str; 3] = ["space", "name", "version"];
-
-/// The column of times that a kind's files are ranged by.
-pub(in crate::archive) const fn time_column(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Quarantine => "quarantined_at",
-        _ => "created_at",
-    }
-}
-
 /// The times of a batch's rows.
 pub(in crate::archive) fn times(kind: Kind, rows: &RecordBatch) -> Result<&TimestampMicrosecondArray> {
-    let column = time_column(kind);
+    let column = kind.time_column();
     debug_assert!(kind.columns().first().is_some_and(|spec| spec.column_type == ColumnType::Timestamp));
     rows.column_by_name(column)
         .and_then(|times| times.as_any().downcast_ref())
@@ -66,49 +55,47 @@ impl<'a> Strings<'a> {
 /// The entity columns of a batch.
 #[derive(Debug)]
 pub(in crate::archive) struct EntityColumns<'a> {
-    columns: [Strings<'a>; 3],
+    columns: Vec<Strings<'a>>,
     row_count: usize,
 }
 
 impl<'a> EntityColumns<'a> {
-    /// The entity columns; `None` for the quarantine, which has none.
+    /// The entity columns; `None` if the kind has none.
     pub(in crate::archive) fn of(kind: Kind, rows: &'a RecordBatch) -> Result<Option<Self>> {
-        if kind == Kind::Quarantine {
+        if kind.entity_columns().is_empty() {
             return Ok(None);
         }
-        let strings = |name: &str| {
+        let strings = |name: &String| {
             rows.column_by_name(name)
                 .and_then(Strings::of)
                 .ok_or_else(|| Error::Internal(format!("a batch of {} lacks strings in {name}", kind.name())))
         };
-        let [space, name, version] = ENTITY_COLUMNS;
-        let columns = [strings(space)?, strings(name)?, strings(version)?];
+        let columns = kind.entity_columns().iter().map(strings).collect::<Result<_>>()?;
         Ok(Some(Self { columns, row_count: rows.num_rows() }))
     }
 
-    /// Space, name and version of a row; `None` past the last row, or if one of them is null.
-    pub(in crate::archive) fn get(&self, row: usize) -> Option<[&'a str; 3]> {
+    /// The names of a row's entity; `None` past the last row, or if one of them is null.
+    pub(in crate::archive) fn get(&self, row: usize) -> Option<Vec<&'a str>> {
         if row >= self.row_count {
             return None;
         }
-        let [space, name, version] = &self.columns;
-        Some([space.get(row)?, name.get(row)?, version.get(row)?])
+        self.columns.iter().map(|column| column.get(row)).collect()
     }
 
     /// First row after `start` that belongs to another entity. Rows of an entity are adjacent, so this
     /// searches in steps that double, then halves: a batch costs per entity, not per row.
     pub(in crate::archive) fn end_of_run(&self, start: usize) -> usize {
-        let entity = self.get(start);
+        let is_same = |row: usize| self.columns.iter().all(|column| column.get(row) == column.get(start));
         let mut step = 1;
         let mut low = start;
-        while low + step < self.row_count && self.get(low + step) == entity {
+        while low + step < self.row_count && is_same(low + step) {
             low += step;
             step *= 2;
         }
         let mut high = (low + step).min(self.row_count);
         while low + 1 < high {
             let middle = low + (high - low) / 2;
-            if self.get(middle) == entity { low = middle } else { high = middle }
+            if is_same(middle) { low = middle } else { high = middle }
         }
         high
     }

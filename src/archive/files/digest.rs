@@ -1,14 +1,16 @@
 //! Rows as digests, so that two places can be compared as multisets without holding their rows.
 //!
-//! A row's digest is the MD5 of its values as PostgreSQL's send functions write them: microseconds since 2000, 32-bit
-//! numbers and the bits of a double big-endian, texts with their length before them, -1 for a null. So SQL can compute the
-//! same one. 128 bits: among 10^12 different rows the odds of two that agree are below 10^-14.
+//! A row's digest is the MD5 of its values as PostgreSQL's send functions write them: microseconds and days since 2000,
+//! numbers and the bits of a double big-endian, decimals as text; with their lengths before them, -1 for a null, but for the
+//! row's time and 32-bit numbers that are never null. So SQL can compute the same one. 128 bits: among 10^12 different rows the odds of two that agree are below 10^-14.
 
 use std::collections::HashMap;
 
-use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
+use arrow::array::{
+    Array, AsArray, BinaryArray, BooleanArray, Date32Array, Decimal128Array, Float64Array, Int32Array,
+    Int64Array, RecordBatch, TimestampMicrosecondArray,
+};
 use arrow::compute::filter_record_batch;
-use arrow::datatypes::{Float64Type, Int32Type};
 use foldhash::fast::RandomState;
 use md5::{Digest as _, Md5};
 
@@ -131,12 +133,21 @@ pub(in crate::archive) fn digests(
     let columns = kind.columns();
     let mut writers = Vec::with_capacity(columns.len());
     for spec in columns {
-        let column = batch.column_by_name(spec.name);
+        let column = batch.column_by_name(&spec.name);
         let writer = column.and_then(|column| match spec.column_type {
-            ColumnType::Timestamp => times(kind, batch).ok().map(Column::Times),
+            ColumnType::Timestamp if spec.name == kind.time_column() => {
+                times(kind, batch).ok().map(Column::RowTimes)
+            }
+            ColumnType::Timestamp => column.as_primitive_opt().map(Column::Times),
             ColumnType::String => Strings::of(column).map(Column::Strings),
-            ColumnType::Int => column.as_primitive_opt::<Int32Type>().map(Column::Ints),
-            ColumnType::Double => column.as_primitive_opt::<Float64Type>().map(Column::Doubles),
+            ColumnType::Int if !spec.nullable => column.as_primitive_opt().map(Column::Ints),
+            ColumnType::Int => column.as_primitive_opt().map(Column::NullableInts),
+            ColumnType::Long => column.as_primitive_opt().map(Column::Longs),
+            ColumnType::Double => column.as_primitive_opt().map(Column::Doubles),
+            ColumnType::Boolean => column.as_boolean_opt().map(Column::Booleans),
+            ColumnType::Date => column.as_primitive_opt().map(Column::Dates),
+            ColumnType::Binary => column.as_binary_opt::<i32>().map(Column::Binaries),
+            ColumnType::Decimal { .. } => column.as_primitive_opt().map(Column::Decimals),
         });
         writers.push(writer.ok_or_else(|| {
             let found = column.map(|column| column.data_type().to_string());
@@ -156,48 +167,88 @@ pub(in crate::archive) fn digests(
 
 /// A column that can be written row by row.
 enum Column<'a> {
-    Times(&'a arrow::array::TimestampMicrosecondArray),
+    /// Of the rows themselves: always there.
+    RowTimes(&'a TimestampMicrosecondArray),
+    Times(&'a TimestampMicrosecondArray),
     Strings(Strings<'a>),
-    Ints(&'a arrow::array::Int32Array),
-    Doubles(&'a arrow::array::Float64Array),
+    /// Always there.
+    Ints(&'a Int32Array),
+    NullableInts(&'a Int32Array),
+    Longs(&'a Int64Array),
+    Doubles(&'a Float64Array),
+    Booleans(&'a BooleanArray),
+    Dates(&'a Date32Array),
+    Binaries(&'a BinaryArray),
+    Decimals(&'a Decimal128Array),
 }
 
 impl Column<'_> {
     fn write(&self, row: usize, bytes: &mut Vec<u8>) {
-        const NULL: [u8; 4] = (-1_i32).to_be_bytes();
         match self {
-            Self::Times(times) => {
-                bytes.extend((times.value(row).wrapping_sub(POSTGRES_EPOCH_MICROS)).to_be_bytes());
-            }
-            Self::Strings(strings) => match strings.get(row) {
-                Some(text) => {
-                    bytes.extend(u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes());
-                    bytes.extend(text.as_bytes());
-                }
-                None => bytes.extend(NULL),
-            },
+            Self::RowTimes(times) => bytes.extend(postgres_micros(times.value(row))),
             Self::Ints(numbers) => bytes.extend(numbers.value(row).to_be_bytes()),
-            Self::Doubles(numbers) if numbers.is_null(row) => bytes.extend(NULL),
+            Self::Strings(strings) => put(bytes, strings.get(row).map(str::as_bytes)),
+            Self::Times(times) => put_some(bytes, times, row, |row| postgres_micros(times.value(row))),
+            Self::NullableInts(numbers) => {
+                put_some(bytes, numbers, row, |row| numbers.value(row).to_be_bytes())
+            }
+            Self::Longs(numbers) => put_some(bytes, numbers, row, |row| numbers.value(row).to_be_bytes()),
             Self::Doubles(numbers) => {
-                bytes.extend(8_i32.to_be_bytes());
-                bytes.extend(numbers.value(row).to_bits().to_be_bytes());
+                put_some(bytes, numbers, row, |row| numbers.value(row).to_bits().to_be_bytes());
+            }
+            Self::Booleans(flags) => put_some(bytes, flags, row, |row| [u8::from(flags.value(row))]),
+            Self::Dates(dates) => put_some(bytes, dates, row, |row| {
+                dates.value(row).wrapping_sub(POSTGRES_EPOCH_DAYS).to_be_bytes()
+            }),
+            Self::Binaries(values) => put(bytes, values.is_valid(row).then(|| values.value(row))),
+            // As text, with all decimals.
+            Self::Decimals(numbers) => {
+                put_some(bytes, numbers, row, |row| numbers.value_as_string(row).into_bytes());
             }
         }
     }
 }
 
+/// Days from 1970-01-01 to 2000-01-01.
+const POSTGRES_EPOCH_DAYS: i32 = 10_957;
+
+fn postgres_micros(micros: i64) -> [u8; 8] {
+    micros.wrapping_sub(POSTGRES_EPOCH_MICROS).to_be_bytes()
+}
+
+/// A value behind its length, or -1 for a null.
+fn put(bytes: &mut Vec<u8>, value: Option<&[u8]>) {
+    match value {
+        Some(value) => {
+            bytes.extend(u32::try_from(value.len()).unwrap_or(u32::MAX).to_be_bytes());
+            bytes.extend(value);
+        }
+        None => bytes.extend((-1_i32).to_be_bytes()),
+    }
+}
+
+fn put_some<T: AsRef<[u8]>>(
+    bytes: &mut Vec<u8>,
+    array: &dyn Array,
+    row: usize,
+    value: impl FnOnce(usize) -> T,
+) {
+    let value = array.is_valid(row).then(|| value(row));
+    put(bytes, value.as_ref().map(AsRef::as_ref));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Batches;
+    use crate::batch::{Batches, Cell};
     use crate::tables::WindowWidth;
 
     fn spc(rows: &[(&str, i64, Option<f64>)]) -> RecordBatch {
         let mut batches = Batches::new(WindowWidth::DAY, 0);
         for (feature, time, value) in rows {
-            let entity = batches.entity(b"s", b"n", b"v").unwrap();
-            let feature = batches.series(feature.as_bytes()).unwrap();
-            batches.push_spc(entity, *time, feature, *value);
+            let entity = batches.entity(&[b"s", b"n", b"v"]).unwrap();
+            let feature = batches.text(feature.as_bytes()).unwrap();
+            batches.push(Kind::spc(), entity, *time, &[Cell::Text(feature), Cell::from(*value)]);
         }
         let files = batches.files();
         files[0].record_batches().next().unwrap().unwrap()
@@ -205,7 +256,7 @@ mod tests {
 
     fn all(batch: &RecordBatch) -> Vec<u128> {
         let mut found = Vec::new();
-        digests(Kind::Spc, batch, |_, digest| found.push(digest)).unwrap();
+        digests(Kind::spc(), batch, |_, digest| found.push(digest)).unwrap();
         found
     }
 
@@ -236,12 +287,12 @@ mod tests {
     fn what_is_there_is_used_up_once_each() {
         let mut present = Multiset::default();
         let twice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 2, None)]);
-        digests(Kind::Spc, &twice, |_, digest| present.add(digest)).unwrap();
+        digests(Kind::spc(), &twice, |_, digest| present.add(digest)).unwrap();
         let thrice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 3, None)]);
-        let missing = present.missing(Kind::Spc, &thrice).unwrap();
+        let missing = present.missing(Kind::spc(), &thrice).unwrap();
         assert_eq!(missing.num_rows(), 2);
         assert_eq!(all(&missing), all(&spc(&[("f", 1, Some(1.0)), ("f", 3, None)])));
-        assert_eq!(present.missing(Kind::Spc, &twice).unwrap().num_rows(), 2, "only the third is left");
+        assert_eq!(present.missing(Kind::spc(), &twice).unwrap().num_rows(), 2, "only the third is left");
         assert_eq!((present.row_count(), present.doubles().count()), (0, 0));
     }
 
@@ -249,8 +300,8 @@ mod tests {
     fn a_double_is_a_row_of_which_some_were_taken_and_some_are_left() {
         let mut present = Multiset::default();
         let rows = spc(&[("f", 1, None), ("f", 1, None), ("f", 1, None), ("f", 2, None), ("f", 3, None)]);
-        digests(Kind::Spc, &rows, |_, digest| present.add(digest)).unwrap();
-        present.missing(Kind::Spc, &spc(&[("f", 1, None), ("f", 2, None)])).unwrap();
+        digests(Kind::spc(), &rows, |_, digest| present.add(digest)).unwrap();
+        present.missing(Kind::spc(), &spc(&[("f", 1, None), ("f", 2, None)])).unwrap();
         let doubled = all(&spc(&[("f", 1, None)]))[0];
         let doubles: Vec<_> = present.doubles().collect();
         assert_eq!(doubles, [(doubled, Copies { left: 2, taken: 1 })], "not the one that nobody has taken");

@@ -121,18 +121,20 @@ pub(in crate::archive) fn writer_properties(kind: Kind) -> WriterProperties {
         // In the form of the format's specification: parquet-mr trusts no statistics of a writer that it can't parse.
         .set_created_by(concat!("highwater version ", env!("CARGO_PKG_VERSION")).to_owned());
     for column in kind.columns() {
-        let path = ColumnPath::from(column.name);
+        let path = ColumnPath::from(column.name.as_str());
         properties = match column.column_type {
             ColumnType::Timestamp => properties
                 .set_column_dictionary_enabled(path.clone(), false)
                 .set_column_encoding(path, Encoding::DELTA_BINARY_PACKED),
-            ColumnType::Int => properties
+            ColumnType::Int | ColumnType::Long | ColumnType::Date => properties
                 .set_column_dictionary_page_size_limit(path.clone(), NUMBERS_DICTIONARY_BYTES)
                 .set_column_encoding(path, Encoding::DELTA_BINARY_PACKED),
             ColumnType::Double => properties
                 .set_column_dictionary_page_size_limit(path.clone(), NUMBERS_DICTIONARY_BYTES)
                 .set_column_encoding(path, Encoding::PLAIN),
-            ColumnType::String => properties,
+            ColumnType::String | ColumnType::Binary | ColumnType::Boolean | ColumnType::Decimal { .. } => {
+                properties
+            }
         };
     }
     properties.build()
@@ -160,7 +162,7 @@ pub(in crate::archive) enum Step {
 pub(in crate::archive) struct Packer {
     kind: Kind,
     /// The entity whose rows are coming in.
-    entity: Option<[String; 3]>,
+    entity: Option<Vec<String>>,
     held: Vec<RecordBatch>,
     held_rows: usize,
     /// Rows in the open row group.
@@ -194,7 +196,7 @@ impl Packer {
                     return Err(self.defect("is not sorted by entity"));
                 }
                 self.finish(steps);
-                self.entity = Some(entity.map(str::to_owned));
+                self.entity = Some(entity.into_iter().map(str::to_owned).collect());
             }
             let end = columns.end_of_run(start);
             self.hold(&batch.slice(start, end - start), steps);

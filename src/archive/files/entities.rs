@@ -8,7 +8,7 @@ use arrow::error::ArrowError;
 use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::statistics::Statistics;
 
-use super::columns::{ENTITY_COLUMNS, EntityColumns, time_column, times};
+use super::columns::{EntityColumns, times};
 use super::object_reader::{column, each_batch, each_batch_of, group_times, open};
 use crate::archive::error::unreadable;
 use crate::archive::store::storage::Storage;
@@ -52,7 +52,7 @@ pub async fn each_quarantined(
     paths: &[String],
     mut seen: impl FnMut(QuarantinedText<'_>),
 ) -> Result<()> {
-    let store = storage.table_store(Kind::Quarantine);
+    let store = storage.table_store(Kind::quarantine());
     for path in paths {
         let context = format!("reading the quarantine file {path}");
         let read = each_batch(&store, path, &context, |batch| {
@@ -95,10 +95,10 @@ pub async fn each_quarantined(
 /// [`Error::Delta`] if a file can't be read.
 pub async fn entity_stats(storage: &Storage, kind: Kind, paths: &[String]) -> Result<Vec<EntityStats>> {
     let mut found = BTreeMap::new();
-    if kind != Kind::Quarantine {
+    if kind.entity().is_some() {
         let store = storage.table_store(kind);
-        let [space, name, version] = ENTITY_COLUMNS;
-        let columns = [space, name, version, time_column(kind)];
+        let columns = kind.entity_columns().iter().map(String::as_str);
+        let columns: Vec<&str> = columns.chain([kind.time_column()]).collect();
         for path in paths {
             let context = format!("reading the entities of {}{path}", storage.table_url(kind));
             let file = open(&store, path, &context).await.map_err(unreadable(kind))?;
@@ -130,8 +130,8 @@ fn only_entity(kind: Kind, group: &RowGroupMetaData) -> Option<EntityStats> {
         }
         _ => None,
     };
-    let [space, name, version] = ENTITY_COLUMNS;
-    let entity = Entity { space: only(space)?, name: only(name)?, version: only(version)? };
+    let names: Vec<String> = kind.entity_columns().iter().map(|name| only(name)).collect::<Option<_>>()?;
+    let entity = Entity::of_names(names.iter().map(String::as_str));
     let (min_created_at, max_created_at) = group_times(kind, group)?;
     let row_count = u64::try_from(group.num_rows()).ok()?;
     Some(EntityStats { entity, min_created_at, max_created_at, row_count })
@@ -148,12 +148,11 @@ fn add_rows(kind: Kind, batch: &RecordBatch, found: &mut BTreeMap<Entity, Entity
     let Some(columns) = EntityColumns::of(kind, batch)? else { return Ok(()) };
     let times = times(kind, batch)?;
     let mut start = 0;
-    while let Some([space, name, version]) = columns.get(start) {
+    while let Some(names) = columns.get(start) {
         let end = columns.end_of_run(start);
         let run = times.slice(start, end - start);
         if let (Some(low), Some(high)) = (min(&run), max(&run)) {
-            let entity =
-                Entity { space: space.to_owned(), name: name.to_owned(), version: version.to_owned() };
+            let entity = Entity::of_names(names);
             let row_count = (end - start) as u64;
             add(EntityStats { entity, min_created_at: low, max_created_at: high, row_count }, found);
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Int64Type};
-use datafusion::common::ScalarValue;
+use datafusion::common::{Column, ScalarValue};
 use datafusion::error::{DataFusionError, Result as QueryResult};
 use datafusion::functions_aggregate::expr_fn::{count, sum};
 use datafusion::logical_expr::{
@@ -14,7 +14,7 @@ use datafusion::logical_expr::{
 };
 use futures::TryStreamExt;
 
-use super::columns::{time_column, times};
+use super::columns::times;
 use super::digest::digests;
 use super::object_reader::each_batch_within;
 use super::scan::{MEMORY_BYTES, Scan, runtime, session};
@@ -63,8 +63,12 @@ pub async fn hour_sums(
     let session = session(runtime(storage, MEMORY_BYTES).map_err(failed())?, MEMORY_BYTES);
     let scan = Scan::new(kind, files.iter().copied()).map_err(failed())?;
     let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
-    let columns: Vec<Expr> = kind.columns().iter().map(|column| col(column.name)).collect();
-    let created_at = || col(time_column(kind));
+    let columns: Vec<Expr> = kind
+        .columns()
+        .iter()
+        .map(|column| Expr::Column(Column::new_unqualified(column.name.as_str())))
+        .collect();
+    let created_at = || col(kind.time_column());
     let hour = ScalarUDF::from(PerRow::new(kind, Of::Hour)).call(columns.clone());
     let digest = ScalarUDF::from(PerRow::new(kind, Of::Digest)).call(columns);
     let rows = session
@@ -103,7 +107,7 @@ pub async fn minute_counts(
     ranges: &[(i64, i64)],
 ) -> Result<MinuteCounts> {
     let mut counts = MinuteCounts::new();
-    each_batch_within(storage, kind, files, ranges, Some(&[time_column(kind)]), |batch| {
+    each_batch_within(storage, kind, files, ranges, Some(&[kind.time_column()]), |batch| {
         // Rows of an entity are in the order of their times.
         for run in
             times(kind, batch)?.values().chunk_by(|before, after| minute_of(*before) == minute_of(*after))
@@ -174,7 +178,7 @@ impl ScalarUDFImpl for PerRow {
     fn invoke_with_args(&self, arguments: ScalarFunctionArgs) -> QueryResult<ColumnarValue> {
         let arrays = ColumnarValue::values_to_arrays(&arguments.args)?;
         let columns = self.kind.columns().iter().zip(arrays);
-        let batch = RecordBatch::try_from_iter(columns.map(|(column, array)| (column.name, array)))?;
+        let batch = RecordBatch::try_from_iter(columns.map(|(column, array)| (column.name.as_str(), array)))?;
         let failed = |error: Error| DataFusionError::External(Box::new(error));
         let numbers: Int64Array = match self.of {
             Of::Hour => {

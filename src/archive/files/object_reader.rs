@@ -18,7 +18,6 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::file::statistics::Statistics;
 
-use super::columns::time_column;
 use super::footer;
 use super::table_file::TableFile;
 use crate::Error;
@@ -170,7 +169,7 @@ pub(in crate::archive) async fn each_batch_within(
 
 /// The first and the last time of a row group, if its statistics tell and none is missing.
 pub(in crate::archive) fn group_times(kind: Kind, group: &RowGroupMetaData) -> Option<(i64, i64)> {
-    let times = column(group, time_column(kind))?;
+    let times = column(group, kind.time_column())?;
     // Others may write times in other units.
     let is_micros = matches!(
         times.column_descr().logical_type_ref(),
@@ -229,6 +228,7 @@ pub async fn read_through(storage: &Storage, kind: Kind, path: &str) -> crate::R
 pub(in crate::archive) fn as_ours(batch: RecordBatch) -> std::result::Result<RecordBatch, ArrowError> {
     let ours = |found: &DataType| match found {
         DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
+        DataType::LargeBinary | DataType::BinaryView => DataType::Binary,
         DataType::Timestamp(..) => DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
         found => found.clone(),
     };

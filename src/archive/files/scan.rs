@@ -27,7 +27,6 @@ use object_store::path::Path;
 use serde_json::Value;
 use url::Url;
 
-use super::columns::{ENTITY_COLUMNS, time_column};
 use super::footers::Footers;
 use super::table_file::TableFile;
 use crate::archive::store::storage::Storage;
@@ -153,7 +152,7 @@ impl Bounds {
             let times: TimestampMicrosecondArray = files.iter().map(|file| of(file)).collect();
             Arc::new(times.with_timezone("UTC")) as ArrayRef
         };
-        let mut columns = vec![(time_column(kind), times(&|file| file.min_time), times(&latest))];
+        let mut columns = vec![(kind.time_column(), times(&|file| file.min_time), times(&latest))];
         let stats =
             files.iter().map(|file| file.stats.as_deref().and_then(|text| serde_json::from_str(text).ok()));
         let stats: Vec<Value> = stats.map(Option::unwrap_or_default).collect();
@@ -162,11 +161,9 @@ impl Bounds {
             let texts = stats.iter().map(|stats| stats.pointer(&pointer).and_then(Value::as_str));
             Arc::new(texts.collect::<StringArray>()) as ArrayRef
         };
-        if kind != Kind::Quarantine {
-            columns.extend(
-                ENTITY_COLUMNS.map(|name| (name, texts("minValues", name), texts("maxValues", name))),
-            );
-        }
+        let bounds =
+            |name: &'static String| (name.as_str(), texts("minValues", name), texts("maxValues", name));
+        columns.extend(kind.entity_columns().iter().map(bounds));
         Self { file_count: files.len(), columns }
     }
 
@@ -300,7 +297,7 @@ mod tests {
         let [first, last] = times;
         let [low, high] = names;
         let stats = serde_json::json!({"numRecords": 1, "minValues": bounds(first, low), "maxValues": bounds(last, high)});
-        TableFile::new(Kind::Psi, path.to_owned(), 1, 0, Some(stats.to_string()))
+        TableFile::new(Kind::psi(), path.to_owned(), 1, 0, Some(stats.to_string()))
     }
 
     const OURS: &str = "2026/11/22/13-0000000000000001-00000000-0000.parquet";
@@ -314,13 +311,13 @@ mod tests {
             file("b-morning.parquet", morning, ["b", "b"]),
             file("all-noon.parquet", noon, ["a", "z"]),
             file(OURS, noon, ["y", "y"]),
-            TableFile::new(Kind::Psi, "unknown.parquet".to_owned(), 1, 0, None),
+            TableFile::new(Kind::psi(), "unknown.parquet".to_owned(), 1, 0, None),
         ];
         let folder = tempfile::tempdir().unwrap();
         let settings = ObjectStorageSettings::new(folder.path().to_str().unwrap(), "").unwrap();
         let session =
             session(runtime(&Storage::open(&settings).unwrap(), MEMORY_BYTES).unwrap(), MEMORY_BYTES);
-        let rows = session.read_table(Arc::new(Scan::new(Kind::Psi, &files).unwrap())).unwrap();
+        let rows = session.read_table(Arc::new(Scan::new(Kind::psi(), &files).unwrap())).unwrap();
         let plan = rows.filter(condition).unwrap().create_physical_plan().await.unwrap();
         let plan = displayable(plan.as_ref()).indent(true).to_string();
         let names = ["a-morning", "b-morning", "all-noon", OURS, "unknown"];

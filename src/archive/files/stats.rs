@@ -5,7 +5,7 @@ use arrow::compute::{max, min};
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 
-use super::columns::{ENTITY_COLUMNS, EntityColumns, time_column, times};
+use super::columns::{EntityColumns, times};
 use crate::Result;
 use crate::tables::{Kind, is_in_calendar};
 
@@ -21,9 +21,8 @@ pub struct FileStats {
     pub min_time: i64,
     /// Largest `created_at` (`quarantined_at`), microseconds since the epoch.
     pub max_time: i64,
-    /// Smallest and largest value of `space`, `name` and `version`, each column for itself; `None` for the
-    /// quarantine.
-    pub entity_range: Option<[(String, String); 3]>,
+    /// Smallest and largest value of each column that names the entity, each for itself.
+    pub entity_range: Vec<(String, String)>,
 }
 
 impl FileStats {
@@ -35,12 +34,12 @@ impl FileStats {
     #[must_use]
     pub fn to_delta_json(&self, kind: Kind) -> String {
         let (mut lows, mut highs, mut nulls) = (Map::new(), Map::new(), Map::new());
-        let time = time_column(kind);
+        let time = kind.time_column();
         nulls.insert(time.to_owned(), json!(0));
         insert(&mut lows, time, time_floor(self.min_time));
         insert(&mut highs, time, time_ceiling(self.max_time));
-        for (column, (low, high)) in ENTITY_COLUMNS.into_iter().zip(self.entity_range.iter().flatten()) {
-            nulls.insert(column.to_owned(), json!(0));
+        for (column, (low, high)) in kind.entity_columns().iter().zip(&self.entity_range) {
+            nulls.insert(column.clone(), json!(0));
             insert(&mut lows, column, Some(string_floor(low)));
             insert(&mut highs, column, string_ceiling(high));
         }
@@ -92,12 +91,12 @@ pub(in crate::archive) struct StatsBuilder {
     kind: Kind,
     row_count: u64,
     time: Option<(i64, i64)>,
-    entity_range: Option<[(String, String); 3]>,
+    entity_range: Vec<(String, String)>,
 }
 
 impl StatsBuilder {
     pub(in crate::archive) const fn new(kind: Kind) -> Self {
-        Self { kind, row_count: 0, time: None, entity_range: None }
+        Self { kind, row_count: 0, time: None, entity_range: Vec::new() }
     }
 
     /// Takes in the rows of one entity (of any, for the quarantine).
@@ -108,16 +107,15 @@ impl StatsBuilder {
         self.time = Some(self.time.map_or((low, high), |(least, most)| (least.min(low), most.max(high))));
         if let Some(entities) = EntityColumns::of(self.kind, rows)? {
             let Some(entity) = entities.get(0) else { return Ok(()) };
-            match &mut self.entity_range {
-                None => self.entity_range = Some(entity.map(|value| (value.to_owned(), value.to_owned()))),
-                Some(range) => {
-                    for ((low, high), value) in range.iter_mut().zip(entity) {
-                        if value < low.as_str() {
-                            value.clone_into(low);
-                        } else if value > high.as_str() {
-                            value.clone_into(high);
-                        }
-                    }
+            if self.entity_range.is_empty() {
+                self.entity_range =
+                    entity.iter().map(|value| (String::from(*value), String::from(*value))).collect();
+            }
+            for ((low, high), value) in self.entity_range.iter_mut().zip(entity) {
+                if value < low.as_str() {
+                    value.clone_into(low);
+                } else if value > high.as_str() {
+                    value.clone_into(high);
                 }
             }
         }
@@ -177,8 +175,8 @@ mod tests {
     #[test]
     fn only_time_and_entity_columns_are_in_the_log() {
         let range = ["space", "name", "1.0"].map(|value| (value.to_owned(), value.to_owned()));
-        let stats = FileStats { row_count: 2, min_time: -1, max_time: 1, entity_range: Some(range) };
-        let json: Value = serde_json::from_str(&stats.to_delta_json(Kind::Psi)).unwrap();
+        let stats = FileStats { row_count: 2, min_time: -1, max_time: 1, entity_range: range.to_vec() };
+        let json: Value = serde_json::from_str(&stats.to_delta_json(Kind::psi())).unwrap();
         let columns = json!({"created_at": 0, "space": 0, "name": 0, "version": 0});
         assert_eq!(json["nullCount"], columns);
         assert_eq!(json["numRecords"], 2);

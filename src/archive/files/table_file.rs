@@ -1,6 +1,5 @@
 use serde_json::{Value, json};
 
-use super::columns::time_column;
 use super::name::ObjectName;
 use crate::tables::Kind;
 
@@ -41,7 +40,7 @@ impl TableFile {
         let parsed: Value =
             stats.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
         let time = |bound: &str| {
-            let text = parsed.pointer(&format!("/{bound}/{}", time_column(kind))).and_then(Value::as_str);
+            let text = parsed.pointer(&format!("/{bound}/{}", kind.time_column())).and_then(Value::as_str);
             let time = text.and_then(|text| text.parse::<chrono::DateTime<chrono::Utc>>().ok());
             time.map(|time| time.timestamp_micros())
         };

@@ -6,9 +6,8 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::archive::files::columns::{ENTITY_COLUMNS, time_column};
 use crate::archive::files::table_file::TableFile;
-use crate::tables::{ColumnType, Kind};
+use crate::tables::{ColumnSpec, ColumnType, Kind};
 
 /// Log entries between two checkpoints of a log; a reader opens at most this many beside the checkpoint.
 pub(in crate::archive) const CHECKPOINT_INTERVAL: u64 = 100;
@@ -73,10 +72,8 @@ pub(in crate::archive) fn commit_info(
 
 /// The first entry of a table: protocol reader 1, writer 2, and its metadata.
 pub(in crate::archive) fn creation(kind: Kind, now_millis: i64) -> Vec<Value> {
-    let time_and_entity = std::iter::once(time_column(kind))
-        .chain(ENTITY_COLUMNS.into_iter().filter(|_| kind != Kind::Quarantine))
-        .collect::<Vec<_>>()
-        .join(",");
+    let entity = kind.entity_columns().iter().map(String::as_str);
+    let time_and_entity = std::iter::once(kind.time_column()).chain(entity).collect::<Vec<_>>().join(",");
     let table_id = format!("{:032x}", rand::random::<u128>());
     vec![
         json!({"commitInfo": {
@@ -104,19 +101,27 @@ pub(in crate::archive) fn creation(kind: Kind, now_millis: i64) -> Vec<Value> {
     ]
 }
 
+/// The key in a column's metadata of the type that its source column had when it was added, as SQL writes it.
+const SOURCE_TYPE: &str = "highwater.source_type";
+
 /// A kind's schema in Delta's form (Delta protocol, "Schema Serialization Format").
 pub(in crate::archive) fn schema(kind: Kind) -> Value {
-    let field = |name: &str, column_type, nullable| {
-        let delta_type = match column_type {
-            ColumnType::Timestamp => "timestamp",
-            ColumnType::String => "string",
-            ColumnType::Double => "double",
-            ColumnType::Int => "integer",
+    let field = |column: &ColumnSpec| {
+        let delta_type = match column.column_type {
+            ColumnType::Timestamp => "timestamp".to_owned(),
+            ColumnType::String => "string".to_owned(),
+            ColumnType::Double => "double".to_owned(),
+            ColumnType::Int => "integer".to_owned(),
+            ColumnType::Long => "long".to_owned(),
+            ColumnType::Boolean => "boolean".to_owned(),
+            ColumnType::Date => "date".to_owned(),
+            ColumnType::Binary => "binary".to_owned(),
+            ColumnType::Decimal { precision, scale } => format!("decimal({precision},{scale})"),
         };
-        json!({"name": name, "type": delta_type, "nullable": nullable, "metadata": {}})
+        let metadata = column.source_type.as_ref().map_or_else(|| json!({}), |own| json!({SOURCE_TYPE: own}));
+        json!({"name": column.name, "type": delta_type, "nullable": column.nullable, "metadata": metadata})
     };
-    let fields: Vec<Value> =
-        kind.columns().iter().map(|spec| field(spec.name, spec.column_type, spec.nullable)).collect();
+    let fields: Vec<Value> = kind.columns().iter().map(field).collect();
     json!({"type": "struct", "fields": fields})
 }
 

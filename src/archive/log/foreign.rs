@@ -177,12 +177,12 @@ mod tests {
                 r#"{{"numRecords":{rows},"minValues":{{"created_at":"1970-01-01T00:00:01Z"}},"maxValues":{{"created_at":"1970-01-01T00:00:02Z"}}}}"#
             ))
         };
-        let file = |path: &str, rows| TableFile::new(Kind::Psi, path.to_owned(), 10, 0, stats(rows));
+        let file = |path: &str, rows| TableFile::new(Kind::psi(), path.to_owned(), 10, 0, stats(rows));
         [file("a", 3), file("b", 4)].into_iter().map(|file| (file.path.clone(), file)).collect()
     }
 
     fn removal(actions: &str) -> Option<ForeignRemoval> {
-        ForeignRemoval::of(&Entry::parse(Kind::Psi, APP, actions.as_bytes()).unwrap(), 9, &files())
+        ForeignRemoval::of(&Entry::parse(Kind::psi(), APP, actions.as_bytes()).unwrap(), 9, &files())
     }
 
     fn add(path: &str, rows: u64, change: bool) -> String {

@@ -184,8 +184,8 @@ mod tests {
         let storage = Storage::open(&settings).unwrap();
         storage.probe().await.unwrap();
         let path = Path::from("2026/11/22-x.parquet");
-        storage.table_store(Kind::Psi).put(&path, "x".into()).await.unwrap();
-        let on_disk = storage.table_url(Kind::Psi).to_file_path().unwrap().join(path.as_ref());
+        storage.table_store(Kind::psi()).put(&path, "x".into()).await.unwrap();
+        let on_disk = storage.table_url(Kind::psi()).to_file_path().unwrap().join(path.as_ref());
         assert_eq!(std::fs::read(on_disk).unwrap(), b"x");
         assert_eq!(std::fs::read_dir(settings.storage_root()).unwrap().count(), 1, "the probe is gone");
     }

@@ -27,7 +27,7 @@ async fn a_crash_between_upload_and_commit_leaves_the_position() {
     assert_eq!(table.totals().max_created_at, Some(NOON + 1000), "rounded up to a millisecond");
     assert!(table.files().all(|file| file.path != orphan.path && file.name.is_some()));
     let paths: Vec<String> = table.files().map(|file| file.path.clone()).collect();
-    let stats = entity_stats(&place.storage, Kind::Psi, &paths).await.unwrap();
+    let stats = entity_stats(&place.storage, Kind::psi(), &paths).await.unwrap();
     assert_eq!(stats.len(), 1);
     assert_eq!((stats[0].min_created_at, stats[0].max_created_at, stats[0].row_count), (NOON, NOON + 9, 15));
 }
@@ -48,16 +48,17 @@ async fn rows_of_ranges_are_counted_and_taken_in() {
     let files: Vec<&TableFile> = table.files().collect();
     let day = |time: i64| (time - MICROS_PER_DAY / 2, time + MICROS_PER_DAY / 2);
     let counts =
-        minute_counts(&place.storage, Kind::Psi, &files, &[day(NOON), day(next_week)]).await.unwrap();
+        minute_counts(&place.storage, Kind::psi(), &files, &[day(NOON), day(next_week)]).await.unwrap();
     assert_eq!(counts.len(), 120);
     assert!(counts.values().all(|count| *count == 12), "{counts:?}");
-    let counts_of_a_week = minute_counts(&place.storage, Kind::Psi, &files, &[day(next_week)]).await.unwrap();
+    let counts_of_a_week =
+        minute_counts(&place.storage, Kind::psi(), &files, &[day(next_week)]).await.unwrap();
     assert_eq!(counts_of_a_week.len(), 60, "the other file is not read");
     assert_eq!(counts.first_key_value(), Some((&(NOON / MINUTE), &12)));
 
     let rows_of = async |ranges: &[(i64, i64)]| {
         let mut found = Multiset::default();
-        found.read(&place.storage, Kind::Psi, &files, ranges).await.unwrap();
+        found.read(&place.storage, Kind::psi(), &files, ranges).await.unwrap();
         found.row_count()
     };
     assert_eq!(rows_of(&[]).await, 0);
@@ -83,7 +84,7 @@ async fn entities_are_counted_from_footers_where_these_tell() {
     }
     let file = place.file(psi(&all), 200).await;
     let paths = [file.path.clone()];
-    let found = entity_stats(&place.storage, Kind::Psi, &paths).await.unwrap();
+    let found = entity_stats(&place.storage, Kind::psi(), &paths).await.unwrap();
     let found: Vec<_> = found
         .iter()
         .map(|stats| {
@@ -96,7 +97,7 @@ async fn entities_are_counted_from_footers_where_these_tell() {
 
     let requests = async |path: &String| {
         let before = place.observed.requests.load(Ordering::Relaxed);
-        entity_stats(&place.storage, Kind::Psi, std::slice::from_ref(path)).await.unwrap();
+        entity_stats(&place.storage, Kind::psi(), std::slice::from_ref(path)).await.unwrap();
         place.observed.requests.load(Ordering::Relaxed) - before
     };
     let alone = place.file(rows(1000), 300).await;
@@ -142,8 +143,9 @@ async fn a_sleeper_does_not_trust_a_trimmed_log() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_and_a_repair_never_add_the_same_rows() {
     let place = Place::new();
-    let repair =
-        async |session: &str| Table::claim_for_repair(&place.storage, Kind::Psi, APP, session).await.unwrap();
+    let repair = async |session: &str| {
+        Table::claim_for_repair(&place.storage, Kind::psi(), APP, session).await.unwrap()
+    };
     let conflicts = |result: crate::Result<()>| matches!(result, Err(Error::Conflict { .. }));
 
     // A repair goes on beside the stream, and the stream beside it.
@@ -184,15 +186,15 @@ async fn both_ways_of_adding_up_agree() {
     let batches = [psi(&[(NOON, "a", 1), (NOON + 1, "a", 2), (NOON + hour, "ü", 3)]), psi(&[(-1, "", -4)])];
     let mut rows = Vec::new();
     for (lsn, batch) in (200..).zip(batches) {
-        each_digest(Kind::Psi, &batch, |time, digest| rows.push((time, digest))).unwrap();
+        each_digest(Kind::psi(), &batch, |time, digest| rows.push((time, digest))).unwrap();
         table.commit(&[place.file(batch, lsn).await], Lsn(lsn), &note()).await.unwrap();
     }
     let expected = sums_of(rows.iter().copied());
     assert_eq!(expected.keys().copied().collect::<Vec<_>>(), [-1, NOON / hour, NOON / hour + 1]);
-    let snapshot = Snapshot::read(&place.storage, Kind::Psi, APP).await.unwrap();
+    let snapshot = Snapshot::read(&place.storage, Kind::psi(), APP).await.unwrap();
     assert_eq!(snapshot.lsn, Some(Lsn(201)));
     let files: Vec<&TableFile> = snapshot.files.iter().collect();
-    let read = async |start, end| hour_sums(&place.storage, Kind::Psi, &files, start, end).await.unwrap();
+    let read = async |start, end| hour_sums(&place.storage, Kind::psi(), &files, start, end).await.unwrap();
     assert_eq!(read(i64::MIN, i64::MAX).await, expected);
     let part = read(NOON + 1, NOON + hour).await;
     assert_eq!(part, sums_of(rows.iter().copied().filter(|row| row.0 == NOON + 1)));
@@ -218,7 +220,7 @@ async fn a_lost_answer_is_recognised() {
 async fn foreign_entries_are_passed_over_and_foreign_columns_are_not() {
     let place = Place::new();
     let mut table = place.claim("one").await;
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let foreign = r#"{"commitInfo":{"operation":"OPTIMIZE"}}
 {"txn":{"appId":"somebody else","version":9}}"#;
     store.put(&entry_path(table.version() + 1), foreign.into()).await.unwrap();
@@ -237,10 +239,10 @@ async fn no_row_counts_that_went_to_another_folder() {
     let (folder, away) = (base.path().join("archive"), base.path().join("away"));
     let settings = ObjectStorageSettings::new(folder.to_str().unwrap(), "").unwrap();
     let storage = Storage::open(&settings).unwrap();
-    let mut table = Table::claim(&storage, Kind::Psi, APP, "one", Lsn(100)).await.unwrap();
+    let mut table = Table::claim(&storage, Kind::psi(), APP, "one", Lsn(100)).await.unwrap();
     let file = |lsn| {
-        let file = encode(Kind::Psi, [rows(5)]).unwrap().unwrap();
-        upload(&storage, Kind::Psi, Namer::new().name(Window::of(NOON, WindowWidth::DAY), Lsn(lsn)), file)
+        let file = encode(Kind::psi(), [rows(5)]).unwrap().unwrap();
+        upload(&storage, Kind::psi(), Namer::new().name(Window::of(NOON, WindowWidth::DAY), Lsn(lsn)), file)
     };
     let uploaded = file(200).await.unwrap();
     std::fs::rename(&folder, &away).unwrap();
@@ -289,13 +291,13 @@ async fn an_entry_counts_once_its_name_is_synced() {
 async fn no_table_is_made_around_the_files_of_others() {
     let place = Place::new();
     let orphan = place.file(rows(1), 200).await;
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let foreign = Path::from("models/x.parquet");
     store.put(&foreign, "x".into()).await.unwrap();
-    let claim = || Table::claim(&place.storage, Kind::Psi, APP, "one", Lsn(100));
+    let claim = || Table::claim(&place.storage, Kind::psi(), APP, "one", Lsn(100));
     let error = claim().await.unwrap_err();
     assert!(!error.is_transient());
-    let folder = place.storage.table_url(Kind::Psi).to_string();
+    let folder = place.storage.table_url(Kind::psi()).to_string();
     assert!(error.chain().contains(&folder) && error.chain().contains(foreign.as_ref()), "{}", error.chain());
     assert!(!place.folder.path().join("psi/_delta_log").exists());
     store.delete(&foreign).await.unwrap();

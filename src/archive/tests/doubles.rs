@@ -7,8 +7,8 @@ const HOUR: (i64, i64) = (NOON, NOON + MICROS_PER_HOUR);
 async fn doubles(place: &Place, table: &Table, source: &RecordBatch) -> Doubles {
     let files: Vec<&TableFile> = table.files().collect();
     let mut present = Multiset::default();
-    present.read(&place.storage, Kind::Psi, &files, &[HOUR]).await.unwrap();
-    assert_eq!(present.missing(Kind::Psi, source).unwrap().num_rows(), 0);
+    present.read(&place.storage, Kind::psi(), &files, &[HOUR]).await.unwrap();
+    assert_eq!(present.missing(Kind::psi(), source).unwrap().num_rows(), 0);
     let mut doubles = Doubles::default();
     doubles.extend(HOUR, present.doubles());
     doubles
@@ -17,14 +17,14 @@ async fn doubles(place: &Place, table: &Table, source: &RecordBatch) -> Doubles 
 async fn archived(place: &Place, table: &Table) -> Multiset {
     let files: Vec<&TableFile> = table.files().collect();
     let mut rows = Multiset::default();
-    rows.read(&place.storage, Kind::Psi, &files, &[(i64::MIN, i64::MAX)]).await.unwrap();
+    rows.read(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await.unwrap();
     rows
 }
 
 async fn assert_holds(place: &Place, table: &Table, expected: &[(i64, &str, i32)]) {
     let mut rows = archived(place, table).await;
     assert_eq!((rows.row_count(), table.totals().row_count), (expected.len() as u64, expected.len() as u64));
-    assert_eq!(rows.missing(Kind::Psi, &psi(expected)).unwrap().num_rows(), 0);
+    assert_eq!(rows.missing(Kind::psi(), &psi(expected)).unwrap().num_rows(), 0);
 }
 
 fn entity(name: &str) -> Entity {
@@ -33,18 +33,18 @@ fn entity(name: &str) -> Entity {
 
 /// A file with rows in no order, as somebody's OPTIMIZE may leave them; it has no name of ours.
 async fn foreign(place: &Place, rows: RecordBatch) -> TableFile {
-    let schema = Kind::Psi.schema();
+    let schema = Kind::psi().schema();
     let plain = rows.columns().iter().zip(schema.fields());
     let plain = plain.map(|(column, field)| arrow::compute::cast(column, field.data_type()).unwrap());
-    let rows = RecordBatch::try_new(Kind::Psi.schema(), plain.collect()).unwrap();
+    let rows = RecordBatch::try_new(Kind::psi().schema(), plain.collect()).unwrap();
     let mut writer = parquet::arrow::ArrowWriter::try_new(Vec::new(), rows.schema(), None).unwrap();
     writer.write(&rows).unwrap();
     let bytes = bytes::Bytes::from(writer.into_inner().unwrap());
     let path = "part-00000-0000.parquet".to_owned();
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let size = bytes.len() as u64;
     object_store::ObjectStoreExt::put(&store, &Path::from(path.as_str()), bytes.into()).await.unwrap();
-    TableFile::new(Kind::Psi, path, size, 0, None)
+    TableFile::new(Kind::psi(), path, size, 0, None)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -62,7 +62,7 @@ async fn surplus_copies_go_and_nothing_else_does() {
     sidecar.commit(&[place.file(psi(&[a, b]), 300).await], Lsn(300), &note()).await.unwrap();
     sidecar.commit(&[place.file(psi(&[a]), 400).await], Lsn(400), &note()).await.unwrap();
 
-    let mut repair = Table::claim_for_repair(&place.storage, Kind::Psi, APP, "repair").await.unwrap();
+    let mut repair = Table::claim_for_repair(&place.storage, Kind::psi(), APP, "repair").await.unwrap();
     let found = doubles(&place, &repair, &source).await;
     assert_eq!((found.surplus(), found.copies()), (3, 5));
     let removal = repair.write_without(&place.namer, &found).await.unwrap().unwrap();
@@ -104,7 +104,7 @@ async fn a_foreign_file_is_written_anew_as_it_is() {
     let (first, last) = ((NOON + 3, "z", 1), (NOON + 2, "a", 9));
     let file = foreign(&place, psi(&[first, b, last, a, b, a])).await;
     let entry = entry::to_bytes(&[file.add(true)]);
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let version = entry::entry_path(table.version() + 1);
     object_store::ObjectStoreExt::put(&store, &version, entry.into()).await.unwrap();
     table.look().await.unwrap();
@@ -132,8 +132,9 @@ async fn a_removal_is_void_if_anybody_relies_on_the_copies() {
     for lsn in [200, 300] {
         sidecar.commit(&[place.file(psi(&[row]), lsn).await], Lsn(lsn), &note()).await.unwrap();
     }
-    let repair =
-        async |session: &str| Table::claim_for_repair(&place.storage, Kind::Psi, APP, session).await.unwrap();
+    let repair = async |session: &str| {
+        Table::claim_for_repair(&place.storage, Kind::psi(), APP, session).await.unwrap()
+    };
     let prepared = async |table: &Table| {
         let found = doubles(&place, table, &psi(&[row])).await;
         table.write_without(&place.namer, &found).await.unwrap().unwrap()

@@ -8,7 +8,7 @@ use parquet::schema::types::ColumnPath;
 
 use super::*;
 use crate::archive::files::encode::{encode_with, writer_properties};
-use crate::batch::Batches;
+use crate::batch::{Batches, Cell};
 use crate::tables::{ColumnSpec, ColumnType};
 
 fn row_group_sizes(bytes: bytes::Bytes) -> Vec<i64> {
@@ -30,8 +30,8 @@ fn values_come_back_as_they_were() {
         Arc::new(StringArray::from(vec![None, Some("a"), Some("b"), Some(""), Some("c"), Some("d")])),
         Arc::new(Float64Array::from(values.to_vec())),
     ];
-    let batch = RecordBatch::try_new(Kind::Spc.schema(), columns).unwrap();
-    let file = encode(Kind::Spc, [batch.clone()]).unwrap().unwrap();
+    let batch = RecordBatch::try_new(Kind::spc().schema(), columns).unwrap();
+    let file = encode(Kind::spc(), [batch.clone()]).unwrap().unwrap();
     assert_eq!((file.stats.row_count, file.stats.min_time, file.stats.max_time), (6, -2, 3));
     let back = read(file.bytes);
     assert_eq!(back[0].schema().fields(), batch.schema().fields());
@@ -51,13 +51,23 @@ fn values_come_back_as_they_were() {
 #[test]
 fn dictionaries_become_plain_strings_and_encodings_are_the_chosen_ones() {
     let mut batches = Batches::new(WindowWidth::DAY, NOON);
-    let entity = batches.entity(b"space", b"name", b"1").unwrap();
-    let series = batches.series(b"feature").unwrap();
+    let entity = batches.entity(&[b"space", b"name", b"1"]).unwrap();
+    let series = batches.text(b"feature").unwrap();
     for row in 0..10_000 {
-        batches.push_psi(entity, NOON + row, series, row as i32 % 10, i32::MAX);
-        batches.push_spc(entity, NOON + row, series, (row % 2 == 0).then_some(0.5));
+        batches.push(
+            Kind::psi(),
+            entity,
+            NOON + row,
+            &[Cell::Text(series), Cell::Int(row as i32 % 10), Cell::Int(i32::MAX)],
+        );
+        batches.push(
+            Kind::spc(),
+            entity,
+            NOON + row,
+            &[Cell::Text(series), Cell::from((row % 2 == 0).then_some(0.5))],
+        );
         // Too many different ones for a dictionary.
-        batches.push_custom(entity, NOON + row, series, Some(row as f64));
+        batches.push(Kind::custom(), entity, NOON + row, &[Cell::Text(series), Cell::from(Some(row as f64))]);
     }
     for rows in batches.files() {
         let kind = rows.kind();
@@ -79,14 +89,14 @@ fn dictionaries_become_plain_strings_and_encodings_are_the_chosen_ones() {
             assert!(column.column_index_offset().is_some() && column.offset_index_offset().is_some());
         }
     }
-    assert!(encode(Kind::Psi, [rows(0)]).unwrap().is_none());
+    assert!(encode(Kind::psi(), [rows(0)]).unwrap().is_none());
 }
 
 /// A number's dictionary is given up soon: what follows has the encoding of its type.
 #[test]
 fn numbers_without_a_dictionary_are_small() {
     let counts: Vec<(i64, &str, i32)> = (0..100_000).map(|row| (NOON, "model", row)).collect();
-    let file = encode(Kind::Psi, [psi(&counts)]).unwrap().unwrap();
+    let file = encode(Kind::psi(), [psi(&counts)]).unwrap().unwrap();
     let reader = ParquetRecordBatchReaderBuilder::try_new(file.bytes).unwrap();
     let column = reader.metadata().row_group(0).column(6).clone();
     assert!(column.encodings().any(|used| used == Encoding::DELTA_BINARY_PACKED));
@@ -106,22 +116,25 @@ fn day(kind: Kind, value: impl Fn(u64) -> f64) -> Batches {
     let mut batches = Batches::new(WindowWidth::DAY, NOON);
     for model in 0..100 {
         let name = format!("model-{model:03}");
-        let entity = batches.entity(b"space", name.as_bytes(), b"1.0.0").unwrap();
+        let entity = batches.entity(&[b"space", name.as_bytes(), b"1.0.0"]).unwrap();
         let offset = i64::try_from(mixed(model) % 60_000_000).unwrap();
         for round in 0..96 {
             let time = Window::of(NOON, WindowWidth::DAY).start() + round * 900_000_000 + offset;
             for feature in 0..20 {
-                let series = batches.series(format!("feature_{feature:02}").as_bytes()).unwrap();
+                let series = batches.text(format!("feature_{feature:02}").as_bytes()).unwrap();
                 let seed = mixed(time.unsigned_abs() ^ (feature << 52) ^ model);
-                match kind {
-                    Kind::Psi => {
-                        for bin in 0..10_u64 {
-                            let count = value(mixed(seed ^ bin)) as i32 + (1000 >> bin.abs_diff(5).min(4));
-                            batches.push_psi(entity, time, series, bin as i32, count);
-                        }
-                    }
-                    Kind::Spc => batches.push_spc(entity, time, series, Some(value(seed))),
-                    _ => batches.push_custom(entity, time, series, Some(value(seed))),
+                if kind != Kind::psi() {
+                    batches.push(kind, entity, time, &[Cell::Text(series), Cell::Double(value(seed))]);
+                    continue;
+                }
+                for bin in 0..10_u64 {
+                    let count = value(mixed(seed ^ bin)) as i32 + (1000 >> bin.abs_diff(5).min(4));
+                    batches.push(
+                        Kind::psi(),
+                        entity,
+                        time,
+                        &[Cell::Text(series), Cell::Int(bin as i32), Cell::Int(count)],
+                    );
                 }
             }
         }
@@ -136,16 +149,16 @@ fn day(kind: Kind, value: impl Fn(u64) -> f64) -> Batches {
 fn bytes_per_row() {
     let unit = |seed: u64| (seed >> 11) as f64 / (1_u64 << 53) as f64;
     let days = [
-        ("counts, noise below 200", day(Kind::Psi, |seed| (seed % 200) as f64)),
-        ("counts, noise below 5,000", day(Kind::Psi, |seed| (seed % 5_000) as f64)),
-        ("counts, noise below 100,000", day(Kind::Psi, |seed| (seed % 100_000) as f64)),
-        ("counts, noise below 10", day(Kind::Psi, |seed| (seed % 10) as f64)),
-        ("doubles, all digits", day(Kind::Spc, |seed| 0.87 + unit(seed) * 0.02)),
-        ("doubles, four decimals", day(Kind::Custom, |seed| (unit(seed) * 1e4).round() / 1e4)),
-        ("doubles, whole numbers below 500", day(Kind::Custom, |seed| (seed % 500) as f64)),
+        ("counts, noise below 200", day(Kind::psi(), |seed| (seed % 200) as f64)),
+        ("counts, noise below 5,000", day(Kind::psi(), |seed| (seed % 5_000) as f64)),
+        ("counts, noise below 100,000", day(Kind::psi(), |seed| (seed % 100_000) as f64)),
+        ("counts, noise below 10", day(Kind::psi(), |seed| (seed % 10) as f64)),
+        ("doubles, all digits", day(Kind::spc(), |seed| 0.87 + unit(seed) * 0.02)),
+        ("doubles, four decimals", day(Kind::custom(), |seed| (unit(seed) * 1e4).round() / 1e4)),
+        ("doubles, whole numbers below 500", day(Kind::custom(), |seed| (seed % 500) as f64)),
         (
             "doubles, one in ten is not 0",
-            day(Kind::Custom, |seed| if seed % 10 == 0 { unit(seed) } else { 0.0 }),
+            day(Kind::custom(), |seed| if seed % 10 == 0 { unit(seed) } else { 0.0 }),
         ),
     ];
     for (label, batches) in &days {
@@ -155,7 +168,7 @@ fn bytes_per_row() {
             |change: &dyn Fn(ColumnPath, &ColumnSpec, WriterPropertiesBuilder) -> WriterPropertiesBuilder| {
                 let mut properties = WriterPropertiesBuilder::from(writer_properties(kind));
                 for spec in kind.columns() {
-                    properties = change(ColumnPath::from(spec.name), spec, properties);
+                    properties = change(ColumnPath::from(spec.name.as_str()), spec, properties);
                 }
                 let record_batches = rows.record_batches().map(Result::unwrap);
                 let file = encode_with(kind, properties.build(), record_batches).unwrap().unwrap();
@@ -205,11 +218,11 @@ fn row_groups_end_where_entities_end() {
     let entity = |name: &'static str, count: usize| psi(&vec![(NOON, name, 1); count]);
     // a and b fit together, c would not, d is larger than a group, e follows its tail.
     let batches = [("a", 60_000), ("b", 60_000), ("c", 20_000), ("d", 300_000), ("e", 10)];
-    let file = encode(Kind::Psi, batches.map(|(name, count)| entity(name, count))).unwrap().unwrap();
+    let file = encode(Kind::psi(), batches.map(|(name, count)| entity(name, count))).unwrap().unwrap();
     assert_eq!(row_group_sizes(file.bytes), [120_000, 20_000, 131_072, 131_072, 37_866]);
     let mixed = psi(&[(NOON, "a", 1), (NOON + 1, "a", 1), (NOON, "b", 1)]);
-    let file = encode(Kind::Psi, [mixed.clone(), entity("b", 1), entity("c", 200_000)]).unwrap().unwrap();
+    let file = encode(Kind::psi(), [mixed.clone(), entity("b", 1), entity("c", 200_000)]).unwrap().unwrap();
     assert_eq!(row_group_sizes(file.bytes), [4, 131_072, 68_928]);
-    assert_eq!(file.stats.entity_range.unwrap()[1], ("a".to_owned(), "c".to_owned()));
-    assert!(matches!(encode(Kind::Psi, [entity("b", 1), mixed]), Err(Error::Internal(_))));
+    assert_eq!(file.stats.entity_range[1], ("a".to_owned(), "c".to_owned()));
+    assert!(matches!(encode(Kind::psi(), [entity("b", 1), mixed]), Err(Error::Internal(_))));
 }

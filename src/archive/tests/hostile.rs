@@ -41,7 +41,7 @@ fn is_limited(_: &str) -> bool {
 
 /// Puts a file that the log names, as somebody else would.
 async fn put(place: &Place, table: &mut Table, path: &str, bytes: Vec<u8>) {
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let entry = add(path, bytes.len() as u64, 5);
     store.put(&Path::from(path), bytes.into()).await.unwrap();
     store.put(&entry_path(table.version() + 1), entry.into()).await.unwrap();
@@ -57,22 +57,22 @@ fn add(path: &str, size: u64, rows: u64) -> String {
 
 /// Reads a file in each of the ways that there are; the errors.
 async fn read_all(place: &Place, path: &str) -> Vec<Error> {
-    let view = View::read(&place.storage, Kind::Psi).await.unwrap();
+    let view = View::read(&place.storage, Kind::psi()).await.unwrap();
     let files: Vec<&TableFile> = view.files().filter(|file| file.path == path).collect();
     let paths = [path.to_owned()];
     let mut present = Multiset::default();
     let read = [
-        read_through(&place.storage, Kind::Psi, path).await,
-        entity_stats(&place.storage, Kind::Psi, &paths).await.map(drop),
-        present.read(&place.storage, Kind::Psi, &files, &[(i64::MIN, i64::MAX)]).await,
-        minute_counts(&place.storage, Kind::Psi, &files, &[(i64::MIN, i64::MAX)]).await.map(drop),
-        hour_sums(&place.storage, Kind::Psi, &files, 0, i64::MAX / 2).await.map(drop),
+        read_through(&place.storage, Kind::psi(), path).await,
+        entity_stats(&place.storage, Kind::psi(), &paths).await.map(drop),
+        present.read(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await,
+        minute_counts(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await.map(drop),
+        hour_sums(&place.storage, Kind::psi(), &files, 0, i64::MAX / 2).await.map(drop),
     ];
     read.into_iter().filter_map(Result::err).collect()
 }
 
 fn whole() -> Vec<u8> {
-    encode(Kind::Psi, [rows(5)]).unwrap().unwrap().bytes.to_vec()
+    encode(Kind::psi(), [rows(5)]).unwrap().unwrap().bytes.to_vec()
 }
 
 /// A file with these last bytes in place of its own.
@@ -117,7 +117,7 @@ async fn files_that_are_none_are_named_and_take_no_memory() {
         }
     }
     // One of which the log says that it is larger than anything.
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     for size in [i64::MAX as u64, 1 << 40, 0] {
         let path = format!("size-{size}.parquet");
         store.put(&Path::from(path.as_str()), whole().into()).await.unwrap();
@@ -140,7 +140,7 @@ async fn no_change_of_a_file_makes_its_reader_panic() {
     let (seed, files) = (rand::random::<u64>(), [whole(), foreign()]);
     put(&place, &mut table, "mutant.parquet", whole()).await;
     let mut random = StdRng::seed_from_u64(seed);
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let (mut refused, path) = (0, "mutant.parquet");
     for round in 0..ROUNDS {
         let mut bytes = files[round as usize % 2].clone();
@@ -155,8 +155,8 @@ async fn no_change_of_a_file_makes_its_reader_panic() {
             };
         }
         store.put(&Path::from(path), bytes.into()).await.unwrap();
-        let read = read_through(&place.storage, Kind::Psi, path).await;
-        let entities = entity_stats(&place.storage, Kind::Psi, &[path.to_owned()]).await;
+        let read = read_through(&place.storage, Kind::psi(), path).await;
+        let entities = entity_stats(&place.storage, Kind::psi(), &[path.to_owned()]).await;
         for error in [read.err(), entities.err()].into_iter().flatten() {
             assert!(error.chain().contains(path), "seed {seed}: {}", error.chain());
             refused += 1;
@@ -210,7 +210,7 @@ fn pages_that_unpack_to_too_much_are_refused_before_they_are() {
 async fn paths_that_lead_out_of_the_table_lead_nowhere() {
     let place = Place::new();
     let mut table = place.claim("one").await;
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let secret = place.folder.path().join("secret.parquet");
     std::fs::write(&secret, whole()).unwrap();
     std::fs::write(place.folder.path().join("custom.parquet"), whole()).unwrap();
@@ -229,7 +229,7 @@ async fn paths_that_lead_out_of_the_table_lead_nowhere() {
         let entry = add(&path, whole().len() as u64, 5);
         store.put(&entry_path(table.version() + 1), entry.into()).await.unwrap();
         // An entry that can't be read is refused with its table; it is taken back.
-        let view = View::read(&place.storage, Kind::Psi).await;
+        let view = View::read(&place.storage, Kind::psi()).await;
         if let Ok(view) = view {
             for file in view.files() {
                 let errors = read_all(&place, &file.path).await;
@@ -251,13 +251,13 @@ fn no_change_of_a_log_entry_makes_its_reader_panic() {
     let seed = rand::random::<u64>();
     let mut random = StdRng::seed_from_u64(seed);
     let entry = [
-        entry::to_bytes(&entry::creation(Kind::Psi, 1)).to_vec(),
+        entry::to_bytes(&entry::creation(Kind::psi(), 1)).to_vec(),
         add("2026/11/22-x.parquet", 10, 5).into_bytes(),
         br#"{"remove":{"path":"a%20b","dataChange":true,"deletionTimestamp":1}}"#.to_vec(),
         br#"{"txn":{"appId":"highwater/7/slot","version":7,"lastUpdated":1}}"#.to_vec(),
     ]
     .join(&b'\n');
-    assert!(Entry::parse(Kind::Psi, APP, &entry).is_ok());
+    assert!(Entry::parse(Kind::psi(), APP, &entry).is_ok());
     let odd: [&[u8]; 9] = [
         b"null",
         b"-1",
@@ -281,13 +281,13 @@ fn no_change_of_a_log_entry_makes_its_reader_panic() {
             }
         }
         // What it says is for others to judge; here it is enough that somebody can.
-        if let Ok(entry) = Entry::parse(Kind::Psi, APP, &bytes) {
+        if let Ok(entry) = Entry::parse(Kind::psi(), APP, &bytes) {
             let rows = entry.adds.iter().map(|file| file.row_count.unwrap_or_default() + file.size);
             assert!(rows.sum::<u64>() < 1 << 50, "seed {seed}");
         }
     }
     let deep = format!(r#"{{"add":{}"#, "[".repeat(1_000_000));
-    assert!(Entry::parse(Kind::Psi, APP, deep.as_bytes()).is_err());
+    assert!(Entry::parse(Kind::psi(), APP, deep.as_bytes()).is_err());
 }
 
 #[cfg(unix)]

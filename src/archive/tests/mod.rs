@@ -141,7 +141,7 @@ impl Place {
     }
 
     async fn claim(&self, session: &str) -> Table {
-        Table::claim(&self.storage, Kind::Psi, APP, session, Lsn(100)).await.unwrap()
+        Table::claim(&self.storage, Kind::psi(), APP, session, Lsn(100)).await.unwrap()
     }
 
     async fn file(&self, batch: RecordBatch, lsn: u64) -> DataFile {
@@ -149,9 +149,9 @@ impl Place {
     }
 
     async fn file_with(&self, namer: &Namer, batch: RecordBatch, lsn: u64) -> DataFile {
-        let file = encode(Kind::Psi, [batch]).unwrap().unwrap();
+        let file = encode(Kind::psi(), [batch]).unwrap().unwrap();
         let window = Window::of(file.stats.min_time, WindowWidth::DAY);
-        upload(&self.storage, Kind::Psi, namer.name(window, Lsn(lsn)), file).await.unwrap()
+        upload(&self.storage, Kind::psi(), namer.name(window, Lsn(lsn)), file).await.unwrap()
     }
 
     /// Makes everything in the table's folder look this old.
@@ -186,7 +186,7 @@ fn psi(rows: &[(i64, &str, i32)]) -> RecordBatch {
         Arc::new(Int32Array::from(vec![7; rows.len()])),
         Arc::new(counts),
     ];
-    let schema = Kind::Psi.schema();
+    let schema = Kind::psi().schema();
     let fields = schema.fields().iter().zip(&columns);
     let fields =
         fields.map(|(field, column)| field.as_ref().clone().with_data_type(column.data_type().clone()));
@@ -217,12 +217,12 @@ fn note() -> CommitNote {
 fn futures_can_be_spawned(storage: &Storage, namer: &Namer, plan: &MergePlan, table: &'static mut Table) {
     const fn spawnable<T: Send>(_: &T) {}
     spawnable(&merge(storage, namer, plan));
-    spawnable(&entity_stats(storage, Kind::Psi, &[]));
+    spawnable(&entity_stats(storage, Kind::psi(), &[]));
     spawnable(&async move {
         table.write_without(&Namer::new(), &Doubles::default()).await?;
         table.maintain().await;
         table.commit(&[], Lsn(1), &note()).await?;
         table.vacuum(&Namer::new(), Duration::ZERO).await
     });
-    spawnable(&Table::claim(storage, Kind::Psi, APP, "", Lsn(1)));
+    spawnable(&Table::claim(storage, Kind::psi(), APP, "", Lsn(1)));
 }

@@ -58,14 +58,14 @@ async fn the_same_holds_on_s3() {
     let storage = Storage::from_store(Arc::new(store), "s3://bucket/some/prefix/").unwrap();
     storage.probe().await.unwrap();
     let namer = Namer::new();
-    let mut old = Table::claim(&storage, Kind::Psi, APP, "old", Lsn(1)).await.unwrap();
+    let mut old = Table::claim(&storage, Kind::psi(), APP, "old", Lsn(1)).await.unwrap();
     for lsn in 2..=4 {
-        let file = encode(Kind::Psi, [rows(1000)]).unwrap().unwrap();
+        let file = encode(Kind::psi(), [rows(1000)]).unwrap().unwrap();
         let path = namer.name(Window::of(NOON, WindowWidth::DAY), Lsn(lsn));
-        let file = upload(&storage, Kind::Psi, path, file).await.unwrap();
+        let file = upload(&storage, Kind::psi(), path, file).await.unwrap();
         old.commit(&[file], Lsn(lsn), &note()).await.unwrap();
     }
-    let mut new = Table::claim(&storage, Kind::Psi, APP, "new", Lsn(1)).await.unwrap();
+    let mut new = Table::claim(&storage, Kind::psi(), APP, "new", Lsn(1)).await.unwrap();
     assert_eq!(
         (new.lsn(), new.totals()),
         (Lsn(4), Totals { max_created_at: Some(NOON + 1000), ..old.totals() })
@@ -75,7 +75,7 @@ async fn the_same_holds_on_s3() {
     let merged = merge(&storage, &namer, &plans[0]).await.unwrap();
     assert!(new.commit_merge(&merged).await.unwrap());
     let paths: Vec<String> = new.files().map(|file| file.path.clone()).collect();
-    assert_eq!(entity_stats(&storage, Kind::Psi, &paths).await.unwrap()[0].row_count, 3000);
+    assert_eq!(entity_stats(&storage, Kind::psi(), &paths).await.unwrap()[0].row_count, 3000);
 }
 
 #[test]
@@ -83,5 +83,5 @@ fn local_settings_open_a_storage() {
     let folder = tempfile::tempdir().unwrap();
     let settings = ObjectStorageSettings::new(&format!("file://{}/x", folder.path().display()), "").unwrap();
     let storage = Storage::open(&settings).unwrap();
-    assert!(storage.table_url(Kind::Psi).as_str().ends_with("/x/psi/"));
+    assert!(storage.table_url(Kind::psi()).as_str().ends_with("/x/psi/"));
 }

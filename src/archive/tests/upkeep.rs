@@ -23,7 +23,7 @@ async fn a_merge_that_was_given_up_may_still_land() {
     // It lands through another handle's eyes: put the very entry, but tell this handle nothing.
     let version = table.version();
     let entry = table.entry_of_merge(&merged).unwrap();
-    place.storage.table_store(Kind::Psi).put(&entry_path(version + 1), entry.into()).await.unwrap();
+    place.storage.table_store(Kind::psi()).put(&entry_path(version + 1), entry.into()).await.unwrap();
     table.commit(&[place.file(rows(3), 400).await], Lsn(400), &note()).await.unwrap();
     assert_eq!(table.version(), version + 2);
     assert_eq!((table.totals().row_count, table.totals().file_count), (13, 2));
@@ -80,7 +80,7 @@ async fn a_merge_keeps_every_row_and_changes_none() {
     assert_eq!(table.lsn(), Lsn(259));
     let file = table.files().next().unwrap().clone();
     assert_eq!(file.name.as_ref().unwrap().lsn, Lsn(259));
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let mut found = Vec::new();
     for batch in read(store.get(&Path::from(file.path.as_str())).await.unwrap().bytes().await.unwrap()) {
         let times = batch.column(0).as_primitive::<TimestampMicrosecondType>();
@@ -121,9 +121,9 @@ async fn windows_become_days_and_days_months() {
         let time = midnight + day * MICROS_PER_DAY + hour * MICROS_PER_HOUR;
         for name in ["a", "b"] {
             lsn += 1;
-            let file = encode(Kind::Psi, [psi(&[(time, name, 1), (time + 1, name, 2)])]).unwrap().unwrap();
+            let file = encode(Kind::psi(), [psi(&[(time, name, 1), (time + 1, name, 2)])]).unwrap().unwrap();
             let path = place.namer.name(Window::of(time, WindowWidth::HOUR), Lsn(lsn));
-            let file = upload(&place.storage, Kind::Psi, path, file).await.unwrap();
+            let file = upload(&place.storage, Kind::psi(), path, file).await.unwrap();
             table.commit(&[file], Lsn(lsn), &note()).await.unwrap();
         }
     }
@@ -181,16 +181,16 @@ async fn windows_become_days_and_days_months() {
 
 /// The encodings of the first builds, under a name as they gave them.
 async fn old_file(place: &Place, batch: RecordBatch, lsn: u64) -> DataFile {
-    let mut properties = WriterPropertiesBuilder::from(writer_properties(Kind::Psi));
+    let mut properties = WriterPropertiesBuilder::from(writer_properties(Kind::psi()));
     for column in ["bin_id", "bin_count"] {
         properties = properties
             .set_column_dictionary_enabled(ColumnPath::from(column), false)
             .set_column_encoding(ColumnPath::from(column), Encoding::BYTE_STREAM_SPLIT);
     }
-    let file = encode_with(Kind::Psi, properties.build(), [batch]).unwrap().unwrap();
+    let file = encode_with(Kind::psi(), properties.build(), [batch]).unwrap().unwrap();
     let name = place.namer.name(Window::of(file.stats.min_time, WindowWidth::DAY), Lsn(lsn));
     let (front, sequence) = name.rsplit_once("-0").unwrap();
-    upload(&place.storage, Kind::Psi, format!("{front}-{sequence}"), file).await.unwrap()
+    upload(&place.storage, Kind::psi(), format!("{front}-{sequence}"), file).await.unwrap()
 }
 
 /// Files that few engines read are written anew, each alone if need be, once all other merges are done.
@@ -266,7 +266,7 @@ async fn vacuum_leaves_alone_what_is_not_ours() {
     let place = Place::new();
     let mut table = place.claim("one").await;
     let ours = place.file_with(&Namer::new(), rows(1), 200).await.path;
-    let store = place.storage.table_store(Kind::Psi);
+    let store = place.storage.table_store(Kind::psi());
     let foreign = ["custom/mymodel/x.parquet", "README", "_mine/x.parquet", ".mine/x.parquet"];
     // What was a file of the table goes; in a folder that readers don't look at it stays.
     let (dropped, hidden) = ("part-0.parquet", "_change_data/part-0.parquet");

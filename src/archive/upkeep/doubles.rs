@@ -20,7 +20,7 @@ use parquet::file::metadata::RowGroupMetaData;
 use serde_json::json;
 
 use crate::archive::error::{encode_error, parquet_error, unreadable};
-use crate::archive::files::columns::{ENTITY_COLUMNS, EntityColumns, times};
+use crate::archive::files::columns::{EntityColumns, times};
 use crate::archive::files::digest::{Copies, digests};
 use crate::archive::files::encode::writer_options;
 use crate::archive::files::name::Namer;
@@ -231,9 +231,8 @@ impl Table {
             read += batch.num_rows() as u64;
             let columns = EntityColumns::of(kind, &batch)?;
             for (row, _) in stays.values().iter().enumerate().filter(|(_, stays)| !stays) {
-                if let Some([space, name, version]) = columns.as_ref().and_then(|columns| columns.get(row)) {
-                    let [space, name, version] = [space, name, version].map(str::to_owned);
-                    *entities.entry(Entity { space, name, version }).or_default() += 1;
+                if let Some(names) = columns.as_ref().and_then(|columns| columns.get(row)) {
+                    *entities.entry(Entity::of_names(names)).or_default() += 1;
                 }
             }
             let rows = filter_record_batch(&batch, &stays).map_err(encode_error(context.clone()))?;
@@ -321,24 +320,20 @@ fn stats_of(kind: Kind, rows: &RecordBatch) -> Result<FileStats> {
     let unfit = || Error::Internal(format!("a batch of {} lacks a time or an entity", kind.name()));
     let times = times(kind, rows)?;
     let (min_time, max_time) = min(times).zip(max(times)).ok_or_else(unfit)?;
-    let range = |name: &str| {
+    let range = |name: &String| {
         let texts =
             rows.column_by_name(name)?.as_string_opt::<i32>().filter(|texts| texts.null_count() == 0)?;
         Some((min_string(texts)?.to_owned(), max_string(texts)?.to_owned()))
     };
-    let [space, name, version] = ENTITY_COLUMNS.map(|name| range(name).ok_or_else(unfit));
-    let entity_range = Some([space?, name?, version?]);
+    let ranges = kind.entity_columns().iter().map(|name| range(name).ok_or_else(unfit));
+    let entity_range = ranges.collect::<Result<_>>()?;
     Ok(FileStats { row_count: rows.num_rows() as u64, min_time, max_time, entity_range })
 }
 
 fn joined(before: Option<FileStats>, more: FileStats) -> FileStats {
     let Some(before) = before else { return more };
-    let ranges = before.entity_range.zip(more.entity_range).map(|(before, more)| {
-        let [space, name, version] = before;
-        let [more_space, more_name, more_version] = more;
-        let join = |a: (String, String), b: (String, String)| (a.0.min(b.0), a.1.max(b.1));
-        [join(space, more_space), join(name, more_name), join(version, more_version)]
-    });
+    let join = |(a, b): ((String, String), (String, String))| (a.0.min(b.0), a.1.max(b.1));
+    let ranges = before.entity_range.into_iter().zip(more.entity_range).map(join).collect();
     FileStats {
         row_count: before.row_count + more.row_count,
         min_time: before.min_time.min(more.min_time),

@@ -279,11 +279,8 @@ impl Sources {
     }
 
     /// Rows of a batch. A quarantined row may be a megabyte of text, and a column holds 2 GiB.
-    const fn batch_rows(&self) -> usize {
-        match self.kind {
-            Kind::Quarantine => 256,
-            _ => 8192,
-        }
+    fn batch_rows(&self) -> usize {
+        if self.kind.is_quarantine() { 256 } else { 8192 }
     }
 
     /// Reads the source's next batch, if it has one.

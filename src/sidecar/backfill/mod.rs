@@ -66,7 +66,7 @@ impl Backfill<'_> {
         tracing::info!("taking a snapshot; this waits for transactions that are running now");
         let (point, _) = Point::take(self.config).await?;
         for row in &incomplete.mendable {
-            match (self.complete(&point, row).await, Kind::of_name(&row.kind)) {
+            match (self.complete(&point, row).await, self.config.kind(&row.kind)) {
                 (Err(error), Some(kind)) if foreign::is_broken(&error) => broken.push((kind, error)),
                 (completed, _) => completed?,
             }
@@ -81,7 +81,7 @@ impl Backfill<'_> {
     /// A copy that was interrupted, and can't go on now, has added rows that the stream would bring again. They are skipped,
     /// with all others up to the copy's position; those that it has not reached are found when the table is completed.
     async fn skip_copied(&mut self, row: &Watermark) -> Result<()> {
-        let Some(kind) = Kind::of_name(&row.kind) else { return Ok(()) };
+        let Some(kind) = self.config.kind(&row.kind) else { return Ok(()) };
         let name = self.copied_mark();
         let table = table_of(self.tables, kind)?;
         let copied = table.marks(std::slice::from_ref(&name)).await?.remove(&name).map(Lsn);
@@ -104,7 +104,7 @@ impl Backfill<'_> {
     }
 
     async fn complete(&mut self, point: &Point, row: &Watermark) -> Result<()> {
-        let Some(kind) = Kind::of_name(&row.kind) else { return Ok(()) };
+        let Some(kind) = self.config.kind(&row.kind) else { return Ok(()) };
         let table = row.source_table.as_str();
         let Some(source) = Source::find(&point.client, row).await? else {
             tracing::warn!(table, "the table is gone; its state stays {}", row.state.name());

@@ -79,10 +79,10 @@ impl<'a> Work<'a> {
         for notice in notices {
             tracing::warn!("{notice}");
         }
-        let quarantine = table_of(backfill.tables, Kind::Quarantine)?;
+        let quarantine = table_of(backfill.tables, Kind::quarantine())?;
         let is_fit = source.is_fit(kind);
         let settled =
-            recovery::quarantined(backfill.storage, quarantine.files(), &source.name, is_fit).await?;
+            recovery::quarantined(backfill.storage, quarantine.files(), (&source.name, kind), is_fit).await?;
         decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
         let rate = config.backfill_rows_per_second;
         Ok(Self {
@@ -182,14 +182,14 @@ impl<'a> Work<'a> {
         unsettled.written().await?;
         let Unsettled { name, mark, files, .. } = unsettled;
         let (quarantined, own): (Vec<_>, Vec<_>) =
-            files.into_iter().partition(|(kind, _)| *kind == Kind::Quarantine);
+            files.into_iter().partition(|(kind, _)| kind.is_quarantine());
         // The quarantine first: what it holds is recognised when the partition is copied again.
         let (at, copied_mark) = (self.point.lsn, backfill.copied_mark());
         // The next partition is locked meanwhile.
         let retry = |what| StorageRetry::new(what).patient_for(Some(COPY_PATIENCE));
         if !quarantined.is_empty() {
             let (files, note) = named(quarantined, at);
-            let table = table_of(backfill.tables, Kind::Quarantine)?;
+            let table = table_of(backfill.tables, Kind::quarantine())?;
             // Also a copy: a repair may be about to add the same rows.
             let marks = [(copied_mark.clone(), at.0)];
             let mut retry = retry("committing the quarantine");

@@ -91,7 +91,7 @@ fn encode_files(
         let record_batches = rows.record_batches().map_while(|batch| {
             let missing = batch.and_then(|batch| match present {
                 // A quarantined row was compared before it got here.
-                Some(present) if kind != Kind::Quarantine => {
+                Some(present) if !kind.is_quarantine() => {
                     let missing =
                         present.lock().unwrap_or_else(PoisonError::into_inner).missing(kind, &batch)?;
                     left_out += (batch.num_rows() - missing.num_rows()) as u64;

@@ -53,7 +53,7 @@ impl Committer {
             }
         }
         let is_left_out = |kind: &Kind| tables.iter().all(|table| table.kind() != *kind);
-        for kind in Kind::ALL.into_iter().filter(|kind| is_due && is_left_out(kind)) {
+        for kind in config.all_kinds().into_iter().filter(|kind| is_due && is_left_out(kind)) {
             if foreign::is_mended(storage, kind).await {
                 let detail = format!(
                     "the archive's table {} can be used again; the stream begins anew with it",

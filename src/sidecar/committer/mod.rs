@@ -220,8 +220,8 @@ impl Committer {
     async fn commit(&mut self, range: Range) -> Result<()> {
         let uploaded = std::mem::take(&mut self.uploaded);
         let mut row_count = 0;
-        for kind in COMMIT_ORDER {
-            let Some(files) = uploaded.get(&kind) else { continue };
+        for (kind, files) in &uploaded {
+            let kind = *kind;
             let note = CommitNote {
                 first_lsn: range.first_lsn,
                 last_lsn: range.last_lsn,
@@ -340,7 +340,7 @@ impl Committer {
 
     /// An entry with only a position in every log.
     async fn mark(&mut self, lsn: Lsn) -> Result<()> {
-        for kind in COMMIT_ORDER {
+        for kind in self.parts.config.all_kinds() {
             let at = self.parts.tables.iter().find(|table| table.kind() == kind).map(Table::lsn);
             if at.is_some_and(|at| at < lsn) {
                 self.commit_table(kind, &[], lsn, &CommitNote { last_lsn: lsn, ..CommitNote::default() })
@@ -350,7 +350,3 @@ impl Committer {
         Ok(())
     }
 }
-
-/// A row that goes to quarantine is skipped if its own table has its transaction, so the quarantine's log
-/// must have it first.
-const COMMIT_ORDER: [Kind; 4] = [Kind::Quarantine, Kind::Custom, Kind::Psi, Kind::Spc];

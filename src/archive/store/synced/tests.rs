@@ -51,7 +51,7 @@ async fn what_a_file_system_lacks_has_another_way() {
         let (folder, storage, proved) = proved_without(&[lacking]).await;
         proved.unwrap();
         assert_eq!(names(folder.path()), ["_highwater.json"], "without {lacking:?}");
-        let store = storage.table_store(Kind::Psi);
+        let store = storage.table_store(Kind::psi());
         let path = Path::from("_delta_log/00000000000000000000.json");
         let create = |text: &'static str| store.put_opts(&path, text.into(), PutMode::Create.into());
         create("first").await.unwrap();
