@@ -24,6 +24,7 @@ pub use files::stats::FileStats;
 pub use files::table_file::TableFile;
 pub use files::upload::{DataFile, upload};
 pub use log::damage::Damaged;
+pub use log::described::{described, described_tables};
 pub use log::entry::app_id;
 pub use log::foreign::{ForeignRemoval, broken_since, removes_since};
 pub use log::snapshot::Snapshot;

@@ -33,7 +33,7 @@ const OTHERS: &str = "
            exists (select from pg_publication_rel r
                     where r.prpubid = $1 and r.prrelid = format('%I.%I', t.schemaname, t.tablename)::regclass)
       from pg_publication_tables t join pg_publication p on p.pubname = t.pubname
-     where p.oid = $1 and not (t.schemaname = $2::text and t.tablename = any ($3::text[]))
+     where p.oid = $1 and t.schemaname || '.' || t.tablename <> all ($2::text[])
      order by 1, 2";
 
 const CONTEXT: &str = "reading the publication";
@@ -145,9 +145,8 @@ async fn report_others(
     if tables.is_empty() || publication.has_all_tables || !publication.via_root {
         return Ok(true);
     }
-    let ours: Vec<&str> = DRIFT_TABLES.into_iter().chain([ENTITY_TABLE]).collect();
-    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
-        [&publication.oid, &config.schema, &ours];
+    let ours = ours(client, config).await?;
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&publication.oid, &ours];
     let rows = client.query(OTHERS, &parameters).await.map_err(Error::sql(CONTEXT))?;
     let name = identifier(&config.publication);
     for row in &rows {
@@ -167,6 +166,27 @@ async fn report_others(
         report.warning("publication-extra", object, message, remedy);
     }
     Ok(rows.is_empty())
+}
+
+/// The tables that may be in the publication, with their schemas: those of the settings, and what is archived in any case.
+async fn ours(client: &Client, config: &Config) -> Result<Vec<String>> {
+    let drift = DRIFT_TABLES.into_iter().chain([ENTITY_TABLE]);
+    let mut names: Vec<String> = drift.map(|table| format!("{}.{table}", config.schema)).collect();
+    for table in &config.tables {
+        names.push(table.qualified(&config.schema));
+        let lookup = table.entity.as_ref().and_then(|entity| entity.lookup.as_ref());
+        names.extend(lookup.map(|lookup| lookup.qualified(&config.schema)));
+    }
+    let may_read = "select coalesce(has_schema_privilege(to_regnamespace('highwater'), 'usage')
+                                    and has_table_privilege(to_regclass('highwater.watermark'), 'select'), false)";
+    let may_read = client.query_one(may_read, &[]).await.and_then(|row| row.try_get(0));
+    if may_read.map_err(Error::sql(CONTEXT))? {
+        let archived = client.query("select source_table from highwater.watermark", &[]).await;
+        for row in archived.map_err(Error::sql(CONTEXT))? {
+            names.push(row.try_get(0).map_err(Error::sql(CONTEXT))?);
+        }
+    }
+    Ok(names)
 }
 
 async fn check_member(

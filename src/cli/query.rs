@@ -165,16 +165,27 @@ fn print_json(found: &impl Serialize) -> Result<()> {
 
 /// Prints which entities the archive has, with their times and rows.
 pub(super) async fn entities(config: &Config, style: Style) -> Result<()> {
+    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let of_kind = |kind: Kind| {
+        let columns = kind.entity_columns().iter().map(|column| quoted(column));
+        // Of more than three the first three tell, of fewer the rest is empty.
+        let names: Vec<String> = columns.chain((0..3).map(|_| "''".to_owned())).take(3).collect();
         format!(
-            "select '{0}' as kind, space, name, version, min(created_at) as first, max(created_at) as last, \
-             count(*) as rows from {0} group by space, name, version",
-            kind.name()
+            "select '{0}' as kind, {names} as space, {1} as name, {2} as version, min({time}) as first, max({time}) as last, \
+             count(*) as rows from {table} group by {all}",
+            kind.name(),
+            names.get(1).map_or("''", String::as_str),
+            names.get(2).map_or("''", String::as_str),
+            names = names.first().map_or("''", String::as_str),
+            time = quoted(kind.time_column()),
+            table = quoted(kind.name()),
+            all = names.iter().filter(|name| *name != "''").cloned().collect::<Vec<_>>().join(", "),
         )
     };
-    let query =
-        format!("{} order by kind, space, name, version", Kind::drift().map(of_kind).join(" union all "));
     let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+    let kinds = archive.kinds().into_iter().filter(|kind| kind.entity().is_some());
+    let tables: Vec<String> = kinds.map(of_kind).collect();
+    let query = format!("{} order by kind, space, name, version", tables.join(" union all "));
     print_frame(archive.sql(&query).await?, style).await
 }
 

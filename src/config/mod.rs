@@ -21,6 +21,7 @@ mod raw;
 mod setting;
 mod source;
 mod storage;
+mod table;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
@@ -36,10 +37,11 @@ pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
 pub use source::{DEFAULT_URI, SourceConfig};
 pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
+pub use table::TableSettings;
 
 use crate::error::{Error, Result};
 use crate::tables::{Kind, WindowWidth};
-use raw::setting_error;
+use setting::setting_error;
 
 /// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a
 /// day the slot holds WAL that nobody planned for.
@@ -95,6 +97,10 @@ pub struct Config {
     pub failover: bool,
     /// Where the HTTP server listens.
     pub http: SocketAddr,
+    /// Tables that are archived beside the drift tables.
+    pub tables: Vec<TableSettings>,
+    /// What these are, once that is known.
+    pub(crate) described: Vec<Kind>,
     /// Whether a server of another history (restored, promoted) takes the place of the one that was archived so far: its
     /// rows are compared with the archive, and what is missing is added. Only for the first start; not a setting.
     pub accept_new_system: bool,
@@ -119,6 +125,8 @@ impl Config {
             purge_trust: Duration::from_hours(24),
             failover: true,
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 9808)),
+            tables: Vec::new(),
+            described: Vec::new(),
             accept_new_system: false,
         }
     }
@@ -163,6 +171,8 @@ impl Config {
             purge_trust: parse::duration(layers, Setting::PurgeTrust, PURGE_TRUST_ACCEPTED)?,
             failover: parse::parsed(layers, Setting::Failover, "true or false")?,
             http: parse::address(layers)?,
+            tables: layers.file.tables.clone(),
+            described: Vec::new(),
             accept_new_system: false,
         };
         config.check_as(&|setting| layers.name(setting))?;
@@ -171,7 +181,19 @@ impl Config {
 
     /// The tables that are archived, without the quarantine.
     pub(crate) fn kinds(&self) -> Vec<Kind> {
-        Kind::drift().to_vec()
+        Kind::drift().into_iter().chain(self.described.iter().copied()).collect()
+    }
+
+    /// Days that Postgres keeps a row of a table, which is named with its schema.
+    pub(crate) fn retention_days_of(&self, source_table: &str) -> u32 {
+        let is_it = |table: &&TableSettings| table.qualified(&self.schema) == source_table;
+        let own = self.tables.iter().find(is_it).and_then(|table| table.retention_days);
+        own.unwrap_or(self.retention_days)
+    }
+
+    /// The same settings, of whose tables it is known what they are.
+    pub(crate) fn describing(&self, described: Vec<Kind>) -> Self {
+        Self { described, ..self.clone() }
     }
 
     /// The archived table of that name.

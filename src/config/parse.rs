@@ -5,8 +5,9 @@ use std::num::NonZeroU32;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::raw::{Layers, setting_error};
+use super::raw::Layers;
 use super::setting::Setting;
+use super::setting::setting_error;
 use crate::error::{Error, Result};
 use crate::tables::WindowWidth;
 

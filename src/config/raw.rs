@@ -5,7 +5,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::setting::Setting;
+use super::setting::{Setting, setting_error};
+use super::table::{self, TableSettings};
 use crate::error::{Error, Result};
 
 /// The file that is read from the working directory when no other is named.
@@ -15,6 +16,8 @@ pub const FILE_NAME: &str = "highwater.toml";
 #[derive(Clone, Default)]
 pub struct RawSettings {
     texts: HashMap<Setting, String>,
+    /// The tables that it describes; only a file does.
+    pub(super) tables: Vec<TableSettings>,
 }
 
 // By hand, because a text may hold a password.
@@ -56,7 +59,7 @@ impl RawSettings {
     /// [`Error::Setting`] if it is not TOML, has an unknown key, or a value that is neither a string
     /// nor a number.
     pub fn from_toml(text: &str, file: &str) -> Result<Self> {
-        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+        let keys: toml::Table = text.parse().map_err(|error: toml::de::Error| {
             // The error's own text quotes the line, which may hold a password.
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
             setting_error(
@@ -66,7 +69,11 @@ impl RawSettings {
             )
         })?;
         let mut raw = Self::default();
-        for (key, value) in table {
+        for (key, value) in keys {
+            if key == "table" {
+                raw.tables = table::read(value, file)?;
+                continue;
+            }
             let setting = Setting::of_key(&key).ok_or_else(|| unknown_key(&key, file))?;
             let text = match value {
                 toml::Value::String(text) => text,
@@ -143,11 +150,6 @@ impl Layers {
             setting.variable().to_owned()
         }
     }
-}
-
-/// An [`Error::Setting`].
-pub(super) fn setting_error(setting: &str, value: impl Into<String>, accepted: impl Into<String>) -> Error {
-    Error::Setting { setting: setting.to_owned(), value: value.into(), accepted: accepted.into() }
 }
 
 fn unknown_key(key: &str, file: &str) -> Error {

@@ -1,5 +1,7 @@
 //! [`Setting`]: the names of every setting, in the file, the environment and on the command line.
 
+use crate::error::Error;
+
 /// A setting of Highwater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Setting {
@@ -137,4 +139,9 @@ impl Setting {
     pub fn of_key(key: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|setting| setting.key() == key)
     }
+}
+
+/// An [`Error::Setting`].
+pub(super) fn setting_error(setting: &str, value: impl Into<String>, accepted: impl Into<String>) -> Error {
+    Error::Setting { setting: setting.to_owned(), value: value.into(), accepted: accepted.into() }
 }

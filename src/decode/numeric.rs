@@ -1,7 +1,7 @@
 //! The binary form of `numeric` (`numeric_send` in the server's `numeric.c`): a count of digits, the weight of the first one, a
 //! sign, how many decimals are shown, and the digits, to the base 10,000.
 
-use super::value::Unfit;
+use super::unfit::Unfit;
 
 const NEGATIVE: u16 = 0x4000;
 const NAN: u16 = 0xC000;

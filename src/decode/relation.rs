@@ -62,9 +62,6 @@ pub(super) struct SourceColumn {
     pub(super) source_type: SourceType,
 }
 
-/// Columns that every drift table has for its own bookkeeping; not archived, and not worth a notice.
-const BOOKKEEPING_COLUMNS: [&str; 3] = ["id", "updated_at", "archived"];
-
 /// Something about a table that its operator should know.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Notice {
@@ -217,13 +214,10 @@ impl Table {
 
     pub(super) fn notices(&self) -> Vec<Notice> {
         // The stream also describes each partition beside its root, so an unknown table is no surprise yet.
-        if !matches!(self.target, Target::Kind(..)) {
-            return Vec::new();
-        }
-        let extra = self
-            .columns
-            .iter()
-            .filter(|column| column.role.is_none() && !BOOKKEEPING_COLUMNS.contains(&column.name.as_str()));
+        let Target::Kind(kind, _) = self.target else { return Vec::new() };
+        let left_out = &kind.description().left_out;
+        let extra =
+            self.columns.iter().filter(|column| column.role.is_none() && !left_out.contains(&column.name));
         let extra = extra.map(|column| Notice::ColumnNotArchived {
             table: self.name.clone(),
             column: column.name.clone(),

@@ -3,50 +3,10 @@ use chrono::{DateTime, NaiveDateTime};
 use super::charset::Charset;
 use super::numeric;
 use super::source_type::SourceType;
+use super::unfit::Unfit;
 use crate::batch::{Batches, Cell};
 use crate::pgoutput::{POSTGRES_EPOCH_MICROS, Value};
 use crate::tables::{CALENDAR, ColumnSpec, ColumnType, MICROS_PER_DAY, is_in_calendar};
-
-/// Why a value does not fit its archive column. Becomes the `reason` of a quarantined row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Unfit {
-    #[error("is missing from the table")]
-    Missing,
-    #[error("is null")]
-    Null,
-    #[error("is infinity")]
-    Infinity,
-    #[error("is -infinity")]
-    NegativeInfinity,
-    #[error("is outside the years 0001 to 9999")]
-    OutsideCalendar,
-    #[error("does not fit 32 bits")]
-    TooWide,
-    #[error("is NaN")]
-    NotANumber,
-    #[error("has more digits than its column in the archive")]
-    TooManyDigits,
-    #[error("has bytes that are not UTF-8, and can't be converted to it")]
-    NotUtf8,
-    #[error("has a type (oid {0}) that is not supported")]
-    Type(u32),
-    #[error("has bytes that are not of its type")]
-    Malformed,
-    #[error("names no entity")]
-    UnknownEntity,
-    #[error("has {0} bytes, which makes the row longer than the memory setting allows")]
-    Long(u32),
-}
-
-/// Whether a quarantined row is there because of what its column was, and not because of its value.
-pub(super) fn is_about_column(reason: &str) -> bool {
-    reason.ends_with(" is missing from the table") || reason.ends_with(" that is not supported")
-}
-
-/// Whether a quarantined row is there without its long values.
-pub(super) fn is_about_length(reason: &str) -> bool {
-    reason.ends_with(" bytes, which makes the row longer than the memory setting allows")
-}
 
 fn array<const N: usize>(bytes: &[u8]) -> Result<[u8; N], Unfit> {
     bytes.try_into().map_err(|_| Unfit::Malformed)

@@ -1,8 +1,9 @@
 use chrono::{DateTime, Utc};
+use datafusion::common::Column;
 use datafusion::dataframe::DataFrame;
 use datafusion::error::Result as QueryResult;
 use datafusion::functions_aggregate::expr_fn::{count, max, min};
-use datafusion::logical_expr::{col, lit};
+use datafusion::logical_expr::{Expr, col, lit};
 use serde::Serialize;
 
 use super::columns::{Columns, each_batch};
@@ -32,11 +33,15 @@ pub struct EntitySummary {
     pub rows: u64,
 }
 
-pub(super) fn frame(rows: DataFrame) -> QueryResult<DataFrame> {
+pub(super) fn frame(kind: Kind, rows: DataFrame) -> QueryResult<DataFrame> {
+    let column = |name: &str| Expr::Column(Column::new_unqualified(name));
+    // Of more columns than three the first tell, of fewer the rest is empty.
+    let columns = kind.entity_columns().iter().map(|name| column(name)).chain((0..3).map(|_| lit("")));
     let keys = ["space", "name", "version"];
-    let time = || col("created_at");
+    let names = columns.zip(keys).map(|(column, key)| column.alias(key)).collect();
+    let time = || column(kind.time_column());
     let values = vec![min(time()).alias("first"), max(time()).alias("last"), count(lit(1)).alias("rows")];
-    rows.aggregate(keys.map(col).to_vec(), values)?.sort(keys.map(|key| col(key).sort(true, false)).to_vec())
+    rows.aggregate(names, values)?.sort(keys.map(|key| col(key).sort(true, false)).to_vec())
 }
 
 /// Collects what [`frame`] describes.

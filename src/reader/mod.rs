@@ -155,10 +155,14 @@ impl Archive {
     }
 
     async fn new(storage: Storage, memory_bytes: usize) -> Result<Self> {
-        let views = all_of(
-            [Kind::custom(), Kind::psi(), Kind::spc(), Kind::quarantine()].map(|kind| find(&storage, kind)),
-        )
-        .await?;
+        let mut kinds = Kind::built_in().to_vec();
+        for found in archive::described_tables(&storage).await? {
+            match found {
+                Ok(kind) => kinds.push(kind),
+                Err(error) => tracing::warn!("{}; the other tables can be read", error.chain()),
+            }
+        }
+        let views = all_of(kinds.into_iter().map(|kind| find(&storage, kind))).await?;
         if views.iter().all(|view| view.as_ref().is_ok_and(|view| view.version().is_none())) {
             return Err(archive::nothing_in(storage.url()));
         }
@@ -295,6 +299,12 @@ impl Archive {
         self.current().session.read_batches(batches).map_err(Error::query("building a frame"))
     }
 
+    /// The tables of the archive: those that come with the program, and those that were described when it was opened.
+    #[must_use]
+    pub fn kinds(&self) -> Vec<Kind> {
+        self.current().scans.iter().map(|(kind, _)| *kind).collect()
+    }
+
     /// What a table holds, by entity. Reads the entity and time columns of all its files.
     ///
     /// # Errors
@@ -302,7 +312,7 @@ impl Archive {
     /// As [`Archive::binned_custom`].
     pub async fn entities(&self, kind: Kind) -> Result<Vec<EntitySummary>> {
         let rows = self.table(kind).await?;
-        entities::collect(kind, entities::frame(rows).map_err(planning(kind))?).await
+        entities::collect(kind, entities::frame(kind, rows).map_err(planning(kind))?).await
     }
 
     /// Tells an entity that the archive has never seen from one without rows in a range.

@@ -25,10 +25,11 @@ use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{ReplicationConnection, Session, quote_identifier, sql};
 use crate::source::coverage;
+use crate::source::describe;
 use crate::source::slot::{self, Identity, Slot};
 use crate::source::unarchived::{self, Part, Told};
 use crate::source::{self, Partition};
-use crate::tables::{ENTITY_TABLE, Kind};
+use crate::tables::Kind;
 use crate::watermark::{self, NewWatermark, State};
 pub(crate) use objects::{HOLDINGS, differences};
 use owner::Ownership;
@@ -64,8 +65,9 @@ pub struct Report {
     pub todo: Vec<String>,
 }
 
-/// A drift table, or the entity table, as the catalog has it.
+/// An archived table, or an entity table, as the catalog has it.
 struct SourceTable {
+    schema: String,
     /// Without the schema.
     name: String,
     oid: u32,
@@ -77,7 +79,14 @@ struct SourceTable {
     parts: Vec<Part>,
 }
 
-/// The oids of the drift tables; not that of the entity table, which is only read.
+impl SourceTable {
+    /// The name with the schema.
+    fn full_name(&self) -> String {
+        format!("{}.{}", self.schema, self.name)
+    }
+}
+
+/// The oids of the archived tables; not those of entity tables, which are only read.
 fn drift_oids(tables: &[SourceTable]) -> Vec<u32> {
     tables.iter().filter(|table| table.kind.is_some()).map(|table| table.oid).collect()
 }
@@ -94,8 +103,10 @@ pub async fn setup(config: &Config) -> Result<Report> {
     let mut report = Report::default();
     let mut client = open(config).await?;
     // A slot keeps the server's log until rows are archived, so it is not made for a storage that can't take them.
-    Storage::open(&config.storage)?.prove_once().await?;
-    let ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
+    let storage = Storage::open(&config.storage)?;
+    storage.prove_once().await?;
+    let config = &describe::with_tables(config, &client, Some(&storage)).await?;
+    let ownership = Ownership::read(&client, &list_tables(&client, config).await?).await?;
     let mut replication = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut replication).await?;
     let found = slot::find(&mut Session::new(config.source.clone()), &config.slot).await?;
@@ -150,7 +161,8 @@ pub async fn setup(config: &Config) -> Result<Report> {
 pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Report> {
     let mut report = Report::default();
     let mut client = open(config).await?;
-    let ownership = Ownership::read(&client, config, &list_tables(&client, config).await?).await?;
+    let config = &describe::with_tables(config, &client, None).await?;
+    let ownership = Ownership::read(&client, &list_tables(&client, config).await?).await?;
     if !ownership.is_owner() {
         return Err(ownership.refusal("making schema highwater"));
     }
@@ -163,7 +175,7 @@ pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Repor
     let identity = slot::identify_by_sql(&client).await?;
     let fed = found.as_ref().map(|found| (&identity, found.confirmed_flush_lsn));
     publication::publish(&mut client, config, &tables, &ownership, fed, &mut report).await?;
-    owner::grant(&client, config, &tables, &ownership, sidecar_role, &mut report).await?;
+    owner::grant(&client, &tables, &ownership, sidecar_role, &mut report).await?;
     owner::give_to_purge(&client, &tables).await?;
     retention::stop_partman(&client, &tables, &mut report).await?;
     Ok(report)
@@ -178,11 +190,12 @@ pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Repor
 pub async fn owner_script(config: &Config, sidecar_role: Option<&str>) -> Result<String> {
     let client = sql::connect(&config.source).await?;
     check_server(&client).await?;
+    let config = &describe::with_tables(config, &client, None).await?;
     let tables = list_tables(&client, config).await?;
-    let ownership = Ownership::read(&client, config, &tables).await?;
+    let ownership = Ownership::read(&client, &tables).await?;
     let own = if ownership.is_owner() { SIDECAR_ROLE } else { &ownership.user };
     let publication = publication::script(&client, config, &tables).await?;
-    owner::script(&client, config, &tables, &ownership, sidecar_role.unwrap_or(own), &publication).await
+    owner::script(&client, &tables, &ownership, sidecar_role.unwrap_or(own), &publication).await
 }
 
 /// The session of a setup that is the only one.
@@ -333,7 +346,7 @@ pub(crate) async fn check_schema(client: &Client) -> Result<()> {
 async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable>> {
     let mut tables = list_tables(client, config).await?;
     for table in &mut tables {
-        let name = format!("{}.{}", config.schema, table.name);
+        let name = table.full_name();
         table.leaves = source::leaves(client, &name, table.oid).await?;
         table.parts = unarchived::parts(client, table.oid).await?;
     }
@@ -342,35 +355,45 @@ async fn find_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
 
 /// The same before schema `highwater` is there: without what their rows are in.
 async fn list_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable>> {
+    let kinds = config.kinds();
+    let source_of = |kind: &Kind| kind.source_table(&config.schema).unwrap_or_default();
+    let lookup_of = |kind: &Kind| kind.entity().and_then(|entity| entity.lookup.as_ref());
+    let names = kinds.iter().map(source_of);
+    let lookups = kinds.iter().filter_map(lookup_of).map(|lookup| lookup.qualified(&config.schema));
+    let names: Vec<String> = names.chain(lookups).collect();
     let rows = client
         .query(
-            "select c.relname::text, c.oid,
-                    exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'entity_id' and not a.attisdropped),
+            "select n.nspname::text, c.relname::text, c.oid,
+                    array(select a.attname::text from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
                     exists (select from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
                             where r.prrelid = c.oid and p.pubname = $2)
-             from pg_class c where c.relnamespace = to_regnamespace(quote_ident($1)) and c.relkind in ('r', 'p')
-             order by c.relname",
-            &[&config.schema, &config.publication],
+             from pg_class c join pg_namespace n on n.oid = c.relnamespace
+             where n.nspname || '.' || c.relname = any ($1) and c.relkind in ('r', 'p')
+             order by c.relname, n.nspname",
+            &[&names, &config.publication],
         )
         .await
         .map_err(Error::sql(format!("looking for drift tables in schema {:?}", config.schema)))?;
-    let mut needs_entities = false;
+    let mut needed = Vec::new();
     let mut tables = Vec::new();
     for row in rows {
         let unreadable = "reading the list of tables";
-        let name: String = row.try_get(0).map_err(Error::sql(unreadable))?;
-        let oid = row.try_get(1).map_err(Error::sql(unreadable))?;
-        let by_id: bool = row.try_get(2).map_err(Error::sql(unreadable))?;
-        let published = row.try_get(3).map_err(Error::sql(unreadable))?;
-        let full = format!("{}.{name}", config.schema);
-        let is_source = |kind: &Kind| kind.source_table(&config.schema).as_ref() == Some(&full);
-        let kind = config.kinds().into_iter().find(is_source);
-        needs_entities |= kind.is_some() && by_id;
-        if kind.is_some() || name == ENTITY_TABLE {
-            tables.push(SourceTable { name, oid, kind, published, leaves: Vec::new(), parts: Vec::new() });
-        }
+        let columns: Vec<String> = row.try_get(3).map_err(Error::sql(unreadable))?;
+        let mut table = SourceTable {
+            schema: row.try_get(0).map_err(Error::sql(unreadable))?,
+            name: row.try_get(1).map_err(Error::sql(unreadable))?,
+            oid: row.try_get(2).map_err(Error::sql(unreadable))?,
+            kind: None,
+            published: row.try_get(4).map_err(Error::sql(unreadable))?,
+            leaves: Vec::new(),
+            parts: Vec::new(),
+        };
+        table.kind = kinds.iter().find(|kind| source_of(kind) == table.full_name()).copied();
+        let lookup = table.kind.as_ref().and_then(lookup_of).filter(|lookup| columns.contains(&lookup.id));
+        needed.extend(lookup.map(|lookup| lookup.qualified(&config.schema)));
+        tables.push(table);
     }
-    tables.retain(|table| table.kind.is_some() || needs_entities);
+    tables.retain(|table| table.kind.is_some() || needed.contains(&table.full_name()));
     if tables.iter().any(|table| table.kind.is_some()) {
         return Ok(tables);
     }
@@ -381,14 +404,14 @@ async fn list_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
     })
 }
 
-fn qualified(config: &Config, table: &SourceTable) -> String {
-    format!("{}.{}", quote_identifier(&config.schema), quote_identifier(&table.name))
+fn qualified(table: &SourceTable) -> String {
+    format!("{}.{}", quote_identifier(&table.schema), quote_identifier(&table.name))
 }
 
 /// Asks whether a table holds rows; of what can't be archived that is not asked, since it may be on another server.
-fn holds_rows(config: &Config, table: &SourceTable) -> String {
+fn holds_rows(table: &SourceTable) -> String {
     if table.parts.is_empty() {
-        return format!("select exists (select from {})", qualified(config, table));
+        return format!("select exists (select from {})", qualified(table));
     }
     let any =
         table.leaves.iter().map(|leaf| format!("exists (select from {} where {})", leaf.from, leaf.filter));
@@ -407,7 +430,7 @@ async fn create_slot<'a>(
         slot::create(&config.source, replication, &config.slot, lifetime, slot::SnapshotUse::Take).await?;
     let mut states = Vec::new();
     for table in tables {
-        let rows = replication.query(&holds_rows(config, table)).await?;
+        let rows = replication.query(&holds_rows(table)).await?;
         let is_empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("f");
         states.push((table, if is_empty { State::Streaming } else { State::Snapshot }));
     }
@@ -424,7 +447,7 @@ async fn make_watermarks(
     report: &mut Report,
 ) -> Result<()> {
     for (table, state) in states {
-        let name = format!("{}.{}", config.schema, table.name);
+        let name = table.full_name();
         let Some(new) = new_watermark(config, table, &name, identity, state, start) else { continue };
         let made = watermark::create(client, &new).await?;
         if !made && watermark::table_oid(client, &name).await? != Some(table.oid) {

@@ -7,7 +7,6 @@ use tokio_postgres::Client;
 
 use super::objects::HOLDINGS;
 use super::{Report, SourceTable, drift_oids, migrations, objects, qualified};
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
 use crate::source::slot::MAY_REPLICATE;
@@ -46,10 +45,11 @@ pub(super) struct Ownership {
 }
 
 impl Ownership {
-    pub(super) async fn read(client: &Client, config: &Config, tables: &[SourceTable]) -> Result<Self> {
+    pub(super) async fn read(client: &Client, tables: &[SourceTable]) -> Result<Self> {
         let failed = || Error::sql("reading who owns the drift tables and schema highwater");
         let query = "
-            select current_user::text, pg_get_userbyid(c.relowner)::text, pg_has_role(c.relowner, 'usage'), c.relname::text,
+            select current_user::text, pg_get_userbyid(c.relowner)::text, pg_has_role(c.relowner, 'usage'),
+                   (select n.nspname from pg_namespace n where n.oid = c.relnamespace) || '.' || c.relname,
                    (select pg_get_userbyid(n.nspowner)::text from pg_namespace n where n.nspname = 'highwater'),
                    case when has_schema_privilege(to_regnamespace('highwater'), 'usage')
                         then coalesce(has_table_privilege(to_regclass('highwater.migration'), 'select'), false) else false end
@@ -61,7 +61,7 @@ impl Ownership {
             let (owner, name): (String, String) =
                 (row.try_get(1).map_err(failed())?, row.try_get(3).map_err(failed())?);
             if !row.try_get::<_, bool>(2).map_err(failed())? {
-                lacking = Some((format!("{}.{name}", config.schema), owner.clone()));
+                lacking = Some((name, owner.clone()));
             }
             if !owners.contains(&owner) {
                 owners.push(owner);
@@ -278,7 +278,7 @@ async fn migrate(client: &mut Client, report: &mut Report) -> Result<()> {
 }
 
 /// The statements that give the role that archives what it needs, and take back what it does not.
-async fn grants(client: &Client, config: &Config, tables: &[SourceTable], role: &str) -> Result<Vec<Step>> {
+async fn grants(client: &Client, tables: &[SourceTable], role: &str) -> Result<Vec<Step>> {
     let failed = || Error::sql(format!("reading the rights of role {role}"));
     let to = quote_identifier(role);
     let mut steps = Vec::new();
@@ -286,7 +286,7 @@ async fn grants(client: &Client, config: &Config, tables: &[SourceTable], role: 
     let oids: Vec<u32> = tables.iter().map(|table| table.oid).collect();
     let query = "
         select coalesce(has_schema_privilege($1::text::name, to_regnamespace('highwater'), 'usage'), false),
-               has_schema_privilege($1::text::name, quote_ident($2)::regnamespace, 'usage'),
+               array(select n.nspname::text from pg_namespace n where n.nspname = any ($2) and not has_schema_privilege($1::text::name, n.oid, 'usage') order by 1),
                array(select c.oid from pg_class c where c.oid = any ($3) and has_table_privilege($1::text::name, c.oid, 'select')),
                array(select concat_ws(', ', format('%s %s', c.relname,
                                                  lower(string_agg(x.privilege_type, ', ' order by array_position(array['SELECT', 'INSERT', 'UPDATE', 'DELETE'], x.privilege_type)))),
@@ -297,17 +297,15 @@ async fn grants(client: &Client, config: &Config, tables: &[SourceTable], role: 
                      from pg_class c, aclexplode(c.relacl) x
                      where c.relnamespace = to_regnamespace('highwater') and c.relkind = 'r'
                        and x.grantee = (select r.oid from pg_roles r where r.rolname = $1) group by c.oid, c.relname, x.grantee)";
-    let row = client.query_one(query, &[&role, &config.schema, &oids]).await.map_err(failed())?;
-    if !row.try_get::<_, bool>(1).map_err(failed())? {
-        let schema = quote_identifier(&config.schema);
-        grant(
-            format!("let {role} use schema {}", config.schema),
-            format!("grant usage on schema {schema} to {to}"),
-        );
+    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
+    let row = client.query_one(query, &[&role, &schemas, &oids]).await.map_err(failed())?;
+    for schema in row.try_get::<_, Vec<String>>(1).map_err(failed())? {
+        let statement = format!("grant usage on schema {} to {to}", quote_identifier(&schema));
+        grant(format!("let {role} use schema {schema}"), statement);
     }
     let readable: Vec<u32> = row.try_get(2).map_err(failed())?;
     for table in tables.iter().filter(|table| !readable.contains(&table.oid)) {
-        let name = qualified(config, table);
+        let name = qualified(table);
         grant(format!("let {role} read {name}"), format!("grant select on {name} to {to}"));
     }
     let mut held: Vec<String> = row.try_get(3).map_err(failed())?;
@@ -372,7 +370,6 @@ async fn has_owners_rights(client: &Client, role: &str, owner: &str) -> Result<b
 /// There is no such role; or the server refused a statement.
 pub(super) async fn grant(
     client: &Client,
-    config: &Config,
     tables: &[SourceTable],
     ownership: &Ownership,
     role: &str,
@@ -402,7 +399,7 @@ pub(super) async fn grant(
         report.left.push(format!("rights of role {role}, which are those of {owner}"));
         return Ok(());
     }
-    let mut steps = grants(client, config, tables, role).await?;
+    let mut steps = grants(client, tables, role).await?;
     match partman_grant(client, user, role).await? {
         Some((step, true)) => steps.push(step),
         Some((step, false)) => {
@@ -431,7 +428,6 @@ pub(super) async fn grant(
 /// Somebody has changed the schema; or a query failed.
 pub(super) async fn script(
     client: &Client,
-    config: &Config,
     tables: &[SourceTable],
     ownership: &Ownership,
     role: &str,
@@ -475,7 +471,7 @@ pub(super) async fn script(
     script.push_str(publication);
     script.push_str(&format!("{};\n", purgeable(tables)));
     if !has_owners_rights(client, role, &ownership.owner).await? {
-        for step in grants(client, config, tables, role).await? {
+        for step in grants(client, tables, role).await? {
             script.push_str(&format!("{};\n", step.statement));
         }
         if let Some((step, may_grant)) = partman_grant(client, &ownership.owner, role).await? {

@@ -29,7 +29,7 @@ pub(crate) async fn has_publication(client: &Client, publication: &str) -> Resul
 /// same. Inserts only: with updates in it, every `update` of a table without a primary key would fail. No column list: it would keep
 /// the tables' owner from dropping a column.
 fn creation(config: &Config, tables: &[SourceTable]) -> String {
-    let names: Vec<String> = tables.iter().map(|table| qualified(config, table)).collect();
+    let names: Vec<String> = tables.iter().map(|table| qualified(table)).collect();
     format!(
         "create publication {} for table only {} with (publish = 'insert', publish_via_partition_root = true)",
         quote_identifier(&config.publication),
@@ -80,7 +80,7 @@ pub(super) async fn publish(
             tracing::debug!(error = Error::sql(context)(error).chain(), "the publication stays as it is");
         }
     }
-    let names: Vec<String> = tables.iter().map(|table| qualified(config, table)).collect();
+    let names: Vec<String> = tables.iter().map(|table| qualified(table)).collect();
     report.done.push(format!("made publication {} for {}", config.publication, names.join(", ")));
     Ok(())
 }
@@ -96,7 +96,7 @@ pub(super) async fn script(client: &Client, config: &Config, tables: &[SourceTab
     }
     for table in tables.iter().filter(|table| !table.published) {
         let name = quote_identifier(&config.publication);
-        script.push_str(&format!("alter publication {name} add table only {};\n", qualified(config, table)));
+        script.push_str(&format!("alter publication {name} add table only {};\n", qualified(table)));
     }
     Ok(script)
 }
@@ -133,7 +133,7 @@ async fn mend(
             .push(format!("set publication {} to inserts only, through partition roots", config.publication));
     }
     for table in tables.iter().filter(|table| !table.published) {
-        let qualified = qualified(config, table);
+        let qualified = qualified(table);
         let context = format!("adding {qualified} to publication {}", config.publication);
         let transaction = client.transaction().await.map_err(Error::sql(&context))?;
         let statement = format!(
@@ -142,11 +142,11 @@ async fn mend(
         );
         transaction.batch_execute(&statement).await.map_err(Error::sql(&context))?;
         if let (Some(_), Some((identity, start))) = (table.kind, fed) {
-            let row = transaction.query_one(&holds_rows(config, table), &[]).await;
+            let row = transaction.query_one(&holds_rows(table), &[]).await;
             let holds_rows: bool = row.and_then(|row| row.try_get(0)).map_err(Error::sql(&context))?;
             let state = if holds_rows { State::Snapshot } else { State::Streaming };
             // A table that was archived before has been out of the publication for a while.
-            let source = format!("{}.{}", config.schema, table.name);
+            let source = table.full_name();
             if watermark::mark_table_gap(&transaction, &source, table.oid).await? {
                 report.done.push(format!("marked a gap in {source}: the publication lacked it"));
             } else if let Some(new) = new_watermark(config, table, &source, identity, state, start) {

@@ -17,26 +17,24 @@ pub(crate) const PURGE_COMMAND: &str = "call highwater.purge_all()";
 /// Writes a retention for each table that has none.
 pub(super) async fn keep(client: &Client, config: &Config, report: &mut Report) -> Result<()> {
     let failed = || Error::sql("writing highwater.retention");
-    let days = i32::try_from(config.retention_days).unwrap_or(i32::MAX);
-    let make = "
-        insert into highwater.retention (source_table, retention)
-        select w.source_table, make_interval(days => $2) from highwater.watermark w where w.slot_name = $1
-        on conflict do nothing returning source_table";
-    for row in client.query(make, &[&config.slot, &days]).await.map_err(failed())? {
+    let tables = "select source_table from highwater.watermark where slot_name = $1 order by 1";
+    for row in client.query(tables, &[&config.slot]).await.map_err(failed())? {
         let table: String = row.try_get(0).map_err(failed())?;
-        report.done.push(format!("set the retention of {table} to {days} days (highwater.retention)"));
-    }
-    let others = "
-        select r.source_table, r.retention::text from highwater.retention r join highwater.watermark w using (source_table)
-        where w.slot_name = $1 and r.retention <> make_interval(days => $2) order by 1";
-    for row in client.query(others, &[&config.slot, &days]).await.map_err(failed())? {
-        let table: String = row.try_get(0).map_err(failed())?;
-        let kept: String = row.try_get(1).map_err(failed())?;
-        report.left.push(format!(
-            "retention of {table}: {kept}, where the setting says {days} days; to change it: update highwater.retention set \
-             retention = '{days} days' where source_table = {};",
-            quote_literal(&table)
-        ));
+        let days = i32::try_from(config.retention_days_of(&table)).unwrap_or(i32::MAX);
+        let make = "insert into highwater.retention (source_table, retention) values ($1, make_interval(days => $2)) on conflict do nothing";
+        if client.execute(make, &[&table, &days]).await.map_err(failed())? > 0 {
+            report.done.push(format!("set the retention of {table} to {days} days (highwater.retention)"));
+            continue;
+        }
+        let other = "select retention::text from highwater.retention where source_table = $1 and retention <> make_interval(days => $2)";
+        if let Some(row) = client.query_opt(other, &[&table, &days]).await.map_err(failed())? {
+            let kept: String = row.try_get(0).map_err(failed())?;
+            report.left.push(format!(
+                "retention of {table}: {kept}, where the setting says {days} days; to change it: update highwater.retention set \
+                 retention = '{days} days' where source_table = {};",
+                quote_literal(&table)
+            ));
+        }
     }
     Ok(())
 }

@@ -53,7 +53,7 @@ async fn settle(storage: &Storage, table: &Table, row: &Watermark, sql: &mut Ses
     if row.flushed_lsn < table.lsn() {
         catch_up(storage, table, row, sql).await?;
     }
-    if row.state == State::Streaming {
+    if row.state == State::Streaming && table.kind().entity().is_some() {
         entity_counts(storage, table, &row.source_table, sql).await?;
     }
     Ok(())

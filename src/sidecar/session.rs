@@ -23,8 +23,8 @@ use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{Encoding, Receiver, ReplicationConnection, ReplicationStream, Session};
 use crate::setup;
-use crate::source;
 use crate::source::slot::{self, Identity, Slot};
+use crate::source::{self, describe};
 use crate::tables::PerKind;
 use crate::watermark;
 
@@ -133,6 +133,7 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     // Claims ask for it, too; but by then there may be a slot that keeps the server's log.
     storage.prove_once().await?;
     sql.run(setup::check_schema).await?;
+    let config = &sql.run(async |client| describe::with_tables(config, client, Some(&storage)).await).await?;
     let mut connection = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut connection).await?;
     let found = slot::find(&mut sql, &config.slot).await?;

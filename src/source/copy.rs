@@ -26,6 +26,11 @@ pub(super) const fn is_text(type_oid: u32) -> bool {
     matches!(type_oid, 25 | 1043 | 1042 | 19)
 }
 
+/// Whether the binary form of this built-in type holds text (`json` and `jsonb` do, too).
+const fn has_text(type_oid: u32) -> bool {
+    is_text(type_oid) || matches!(type_oid, 114 | 3802)
+}
+
 /// Whether an archived table has a column of a type whose binary form is not known.
 ///
 /// # Errors
@@ -94,11 +99,11 @@ impl Source {
         Ok(table.map(|(oid, encoding)| {
             let name = row.source_table.clone();
             // Where a text may not be convertible, its bytes are asked for.
-            let is_raw = |column: &SourceColumn| encoding != Encoding::Utf8 && is_text(column.type_oid);
+            let is_raw = |column: &SourceColumn| encoding != Encoding::Utf8 && has_text(column.type_oid);
             let is_text = columns.iter().map(|column| !column.has_known_form || is_raw(column)).collect();
-            let mut source = Self { oid, name, time: TimeColumn::None, encoding, columns, is_text };
-            source.time = TimeColumn::of(source.type_of("created_at"));
-            source
+            let time = columns.iter().find(|column| column.name == row.time_column);
+            let time = TimeColumn::new(&row.time_column, time.map(|column| column.type_oid));
+            Self { oid, name, time, encoding, columns, is_text }
         }))
     }
 

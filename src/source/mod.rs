@@ -3,6 +3,7 @@
 mod copier;
 mod copy;
 pub(crate) mod coverage;
+pub(crate) mod describe;
 pub(crate) mod lookup;
 mod partition;
 mod point;

@@ -1,7 +1,7 @@
 use tokio_postgres::{Client, GenericClient, SimpleQueryMessage};
 
 use super::copy::Source;
-use super::time::{Days, Slice, TimeColumn, cut};
+use super::time::{Days, Slice, TimeColumn, TimeType, cut};
 use crate::archive::MinuteCounts;
 use crate::error::{Error, Result};
 use crate::postgres::{quote_identifier, quote_literal};
@@ -54,7 +54,7 @@ const LEAVES: &str = r#"
             select regexp_match(pg_get_expr(c.relpartbound, 0),
                                 '^FOR VALUES FROM \(''(\d[^'']*)''\) TO \(''(\d[^'']*)''\)$') as bound
             from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
-            where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = 'created_at') k on true
+            where p.partrelid = i.inhparent and p.partstrat = 'r' and p.partnatts = 1 and a.attname = highwater.time_column($1::oid)) k on true
         -- `detach concurrently` that has not ended: nothing is streamed through the parent any more.
         where not i.inhdetachpending and c.relispartition),
     holder as (
@@ -123,7 +123,7 @@ pub(crate) async fn have_rows(client: &Client, row: &Watermark, ranges: &[(i64, 
     let holders = holders(client, &row.source_table, source.oid).await?;
     let mut found = Vec::with_capacity(ranges.len());
     for (first, last) in ranges {
-        found.push(has_rows(client, &holders, source.time, (*first, *last)).await?);
+        found.push(has_rows(client, &holders, &source.time, (*first, *last)).await?);
     }
     Ok(found)
 }
@@ -131,7 +131,7 @@ pub(crate) async fn have_rows(client: &Client, row: &Watermark, ranges: &[(i64, 
 async fn has_rows(
     client: &Client,
     holders: &[Partition],
-    time: TimeColumn,
+    time: &TimeColumn,
     (first, last): (i64, i64),
 ) -> Result<bool> {
     let is_within = time.within(first, last.saturating_add(1));
@@ -246,13 +246,13 @@ impl Partition {
     /// First and last time that the archive can hold, in microseconds since the epoch; `None` if there is no such row, or if
     /// there are others beside them.
     pub(crate) async fn range(&self, client: &Client, time: &TimeColumn) -> Result<Option<(i64, i64)>> {
-        if matches!(time, TimeColumn::None) {
+        if time.time_type == TimeType::None {
             return Ok(None);
         }
         let query = format!(
-            "select (extract(epoch from min(created_at)) * 1000000)::bigint, (extract(epoch from max(created_at)) * 1000000)::bigint
-             from {} where {} having isfinite(min(created_at)) and isfinite(max(created_at))
-                and min(created_at) >= {} and max(created_at) < {}",
+            "select (extract(epoch from min({0})) * 1000000)::bigint, (extract(epoch from max({0})) * 1000000)::bigint
+             from {1} where {2} having isfinite(min({0})) and isfinite(max({0})) and min({0}) >= {3} and max({0}) < {4}",
+            time.name,
             self.from,
             self.filter,
             time.literal(CALENDAR.start),

@@ -4,7 +4,8 @@
 use tokio_postgres::Client;
 
 use super::copy::is_text;
-use super::{Partition, Source, TimeColumn};
+use super::time::TimeType;
+use super::{Partition, Source};
 use crate::archive::{HourSums, RowSum};
 use crate::error::{Error, Result};
 use crate::postgres::{Encoding, quote_identifier};
@@ -111,7 +112,7 @@ impl Source {
                         case when {fits} then ('x' || left(md5({}), 16))::bit(64)::bigint end as digest
                  from {from}) d
              group by 1",
-            self.time.units_of("t.created_at", MICROS_PER_HOUR),
+            self.time.time_type.units(&format!("t.{}", self.time.name), MICROS_PER_HOUR),
             joined(|expression| &expression.bytes, " || "),
         )
     }
@@ -143,13 +144,13 @@ impl Source {
         let type_oid = type_oid?;
         let value = format!("{table}.{}", quote_identifier(&column.name));
         if column.name == kind.time_column() {
-            let send = match TimeColumn::of(Some(type_oid)) {
-                TimeColumn::Naive => "timestamp_send",
-                TimeColumn::Zoned => "timestamptz_send",
-                TimeColumn::None => return None,
+            let send = match TimeType::of(Some(type_oid)) {
+                TimeType::Naive => "timestamp_send",
+                TimeType::Zoned => "timestamptz_send",
+                TimeType::None => return None,
             };
             let bytes = format!("{send}({value})");
-            return Some(Expression { fits: self.time.is_fit_of(&value), bytes });
+            return Some(Expression { fits: self.time.time_type.is_fit(&value), bytes });
         }
         let (is_fit, bytes) = self.value(column, type_oid, &value)?;
         if column.nullable {
@@ -167,9 +168,9 @@ impl Source {
         let sent = |length: u32, bytes: String| format!("int4send({length}) || {bytes}");
         Some(match (column.column_type, type_oid) {
             (ColumnType::Timestamp, TIMESTAMPTZ | TIMESTAMP) => {
-                let time = TimeColumn::of(Some(type_oid));
+                let time = TimeType::of(Some(type_oid));
                 let send = if type_oid == TIMESTAMP { "timestamp_send" } else { "timestamptz_send" };
-                (time.is_fit_of(value), sent(8, format!("{send}({value})")))
+                (time.is_fit(value), sent(8, format!("{send}({value})")))
             }
             (ColumnType::String, oid) if is_text(oid) || column.source_type.is_some() => {
                 self.text(column, oid, value)?

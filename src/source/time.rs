@@ -3,14 +3,15 @@ use std::fmt;
 use chrono::{DateTime, Utc};
 
 use crate::archive::MinuteCounts;
+use crate::postgres::quote_identifier;
 use crate::tables::{CALENDAR, MICROS_PER_DAY, MICROS_PER_MINUTE};
 
 /// Ranges of time in one condition.
 const RANGES_MAX: usize = 500;
 
-/// `created_at`, as SQL compares it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum TimeColumn {
+/// The type of a column of times, as SQL compares it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TimeType {
     /// `timestamptz`.
     Zoned,
     /// `timestamp`, taken to be UTC.
@@ -19,8 +20,8 @@ pub(crate) enum TimeColumn {
     None,
 }
 
-impl TimeColumn {
-    pub(crate) const fn of(type_oid: Option<u32>) -> Self {
+impl TimeType {
+    pub(super) const fn of(type_oid: Option<u32>) -> Self {
         match type_oid {
             Some(1184) => Self::Zoned,
             Some(1114) => Self::Naive,
@@ -28,15 +29,7 @@ impl TimeColumn {
         }
     }
 
-    /// The condition for rows of these microseconds since the epoch.
-    pub(super) fn within(self, start: i64, end: i64) -> String {
-        match self {
-            Self::None => "false".to_owned(),
-            _ => format!("created_at >= {} and created_at < {}", self.literal(start), self.literal(end)),
-        }
-    }
-
-    pub(super) fn literal(self, micros: i64) -> String {
+    fn literal(self, micros: i64) -> String {
         let micros = micros.clamp(CALENDAR.start, CALENDAR.end);
         let time = DateTime::<Utc>::from_timestamp_micros(micros).unwrap_or_default();
         // The end of the calendar has a year of five digits, which would get a sign.
@@ -48,24 +41,8 @@ impl TimeColumn {
         }
     }
 
-    /// The rows of these times.
-    pub(crate) fn slice(self, ranges: Vec<(i64, i64)>) -> Slice {
-        let conditions = ranges.iter().map(|(start, end)| format!("({})", self.within(*start, *end)));
-        Slice { condition: Some(conditions.collect::<Vec<_>>().join(" or ")), ranges }
-    }
-
-    /// The rows without a time that the archive can hold; nothing but the quarantine has them.
-    pub(crate) fn unfit(self) -> Slice {
-        Slice { condition: Some(format!("not coalesce({}, false)", self.is_fit())), ranges: Vec::new() }
-    }
-
-    /// The condition for rows whose time the archive can hold.
-    pub(super) fn is_fit(self) -> String {
-        self.is_fit_of("created_at")
-    }
-
-    /// As [`TimeColumn::is_fit`], of `created_at` under another name.
-    pub(super) fn is_fit_of(self, value: &str) -> String {
+    /// The condition for a value that the archive can hold.
+    pub(super) fn is_fit(self, value: &str) -> String {
         let (start, end) = (self.literal(CALENDAR.start), self.literal(CALENDAR.end));
         match self {
             Self::None => "false".to_owned(),
@@ -76,24 +53,68 @@ impl TimeColumn {
     }
 
     /// Units of so many microseconds since the epoch; null where the time is unfit.
-    pub(super) fn units(self, micros: i64) -> String {
-        self.units_of("created_at", micros)
-    }
-
-    /// As [`TimeColumn::units`], of `created_at` under another name.
-    pub(super) fn units_of(self, value: &str, micros: i64) -> String {
+    pub(super) fn units(self, value: &str, micros: i64) -> String {
         match self {
             Self::None => "null::bigint".to_owned(),
             _ => format!(
                 "case when {} then floor(extract(epoch from {value}) / {})::bigint end",
-                self.is_fit_of(value),
+                self.is_fit(value),
                 micros / 1_000_000
             ),
         }
     }
 }
 
-/// Days of `created_at`, in UTC.
+/// The column that says when a table's rows are of.
+#[derive(Clone, Debug)]
+pub(crate) struct TimeColumn {
+    /// As SQL writes it.
+    pub(super) name: String,
+    pub(super) time_type: TimeType,
+}
+
+impl TimeColumn {
+    /// The column of this name, if it has a type.
+    pub(super) fn new(name: &str, type_oid: Option<u32>) -> Self {
+        Self { name: quote_identifier(name), time_type: TimeType::of(type_oid) }
+    }
+
+    /// The condition for rows of these microseconds since the epoch.
+    pub(super) fn within(&self, start: i64, end: i64) -> String {
+        let name = &self.name;
+        match self.time_type {
+            TimeType::None => "false".to_owned(),
+            _ => format!("{name} >= {} and {name} < {}", self.literal(start), self.literal(end)),
+        }
+    }
+
+    pub(super) fn literal(&self, micros: i64) -> String {
+        self.time_type.literal(micros)
+    }
+
+    /// The rows of these times.
+    pub(crate) fn slice(&self, ranges: Vec<(i64, i64)>) -> Slice {
+        let conditions = ranges.iter().map(|(start, end)| format!("({})", self.within(*start, *end)));
+        Slice { condition: Some(conditions.collect::<Vec<_>>().join(" or ")), ranges }
+    }
+
+    /// The rows without a time that the archive can hold; nothing but the quarantine has them.
+    pub(crate) fn unfit(&self) -> Slice {
+        Slice { condition: Some(format!("not coalesce({}, false)", self.is_fit())), ranges: Vec::new() }
+    }
+
+    /// The condition for rows whose time the archive can hold.
+    pub(super) fn is_fit(&self) -> String {
+        self.time_type.is_fit(&self.name)
+    }
+
+    /// Units of so many microseconds since the epoch; null where the time is unfit.
+    pub(super) fn units(&self, micros: i64) -> String {
+        self.time_type.units(&self.name, micros)
+    }
+}
+
+/// Days of the time column, in UTC.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Days {
     /// Numbers of days since the epoch, ascending.

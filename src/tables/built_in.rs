@@ -10,6 +10,9 @@ pub const ENTITY_TABLE: &str = "drift_entities";
 /// The names of the tables that feed [`Kind::drift`], in their order.
 pub const DRIFT_TABLES: [&str; 3] = ["custom_drift", "psi_drift", "spc_drift"];
 
+/// Columns that every drift table has for its own bookkeeping.
+const BOOKKEEPING_COLUMNS: [&str; 3] = ["id", "updated_at", "archived"];
+
 struct BuiltIn {
     custom: Kind,
     psi: Kind,
@@ -60,6 +63,7 @@ static BUILT_IN: LazyLock<BuiltIn> = LazyLock::new(|| {
                 ColumnSpec::required("lsn", ColumnType::String),
             ],
             sort: Vec::new(),
+            left_out: Vec::new(),
         }),
     }
 });
@@ -83,6 +87,7 @@ fn drift(name: &str, source: &str, data: Vec<ColumnSpec>, sort: &[&str]) -> Kind
         entity: Some(entity),
         columns,
         sort: sort.iter().map(|name| (*name).to_owned()).collect(),
+        left_out: BOOKKEEPING_COLUMNS.map(str::to_owned).to_vec(),
     })
 }
 
@@ -124,6 +129,18 @@ impl Kind {
         [Self::custom(), Self::psi(), Self::spc()]
     }
 
+    /// The kinds that come with the program.
+    #[must_use]
+    pub fn built_in() -> [Self; 4] {
+        [Self::custom(), Self::psi(), Self::spc(), Self::quarantine()]
+    }
+
+    /// Whether it comes with the program.
+    #[must_use]
+    pub fn is_built_in(self) -> bool {
+        Self::built_in().contains(&self)
+    }
+
     /// The kind of a drift table, by [`Kind::name`].
     #[must_use]
     pub fn of_name(name: &str) -> Option<Self> {
@@ -163,6 +180,7 @@ mod tests {
                 entity: None,
                 columns: vec![ColumnSpec::required("at", ColumnType::Timestamp)],
                 sort: Vec::new(),
+                left_out: Vec::new(),
             })
         };
         assert_eq!(again("events"), again("events"));

@@ -120,7 +120,7 @@ pub const SORT_COLUMNS_MAX: usize = 2;
 ///
 /// The columns come in this order: the time, the entity's, all others. A file is sorted by the entity's columns, the time, and
 /// the columns of `sort`.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
     /// Name of the kind, and of its folder under the storage URI.
     pub name: String,
@@ -132,6 +132,8 @@ pub struct Description {
     pub columns: Vec<ColumnSpec>,
     /// Columns that rows of one entity and time are sorted by, at most [`SORT_COLUMNS_MAX`].
     pub sort: Vec<String>,
+    /// Columns of the source table that are not archived, and need not be told.
+    pub left_out: Vec<String>,
 }
 
 impl Description {
@@ -169,6 +171,26 @@ impl Kind {
         let kind = Self(Box::leak(Box::new(Known::new(description))));
         known.push(kind);
         kind
+    }
+
+    /// A table of which nothing but the name is known yet.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        let name = name.to_owned();
+        Self::described(Description {
+            name,
+            source: None,
+            entity: None,
+            columns: Vec::new(),
+            sort: Vec::new(),
+            left_out: Vec::new(),
+        })
+    }
+
+    /// What the kind is.
+    #[must_use]
+    pub fn description(self) -> &'static Description {
+        &self.0.description
     }
 
     /// Name of the kind, and of its folder under the storage URI.

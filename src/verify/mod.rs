@@ -33,6 +33,7 @@ use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::sidecar::foreign;
 use crate::source::Point;
+use crate::source::describe;
 use crate::source::slot;
 use crate::tables::{Kind, PerKind};
 use crate::watermark::{self, State, Watermark};
@@ -83,12 +84,13 @@ async fn compare(
     upkeep: &mut Upkeep,
 ) -> Result<Report> {
     let mut sql = Session::new(config.source.clone());
+    let storage = Storage::open_existing(&config.storage)?;
+    let config = &sql.run(async |client| describe::with_tables(config, client, Some(&storage)).await).await?;
     foreign::wait_until_noted(config, &mut sql).await?;
     let (point, mut slot) = Point::take(config).await?;
     let identity = slot::identify(&mut slot.connection).await?;
     let app_id = archive::app_id(&identity.system_identifier, &config.slot);
     let chosen = choose(config, options, &identity.system_identifier, sql.run(watermark::read).await?)?;
-    let storage = Storage::open_existing(&config.storage)?;
     sql.run(slot::ask_for_checkpoint).await?;
     upkeep.wait_until_archived(config, &mut sql, &chosen, point.lsn, tell).await?;
     let (mut archives, broken) = archives_of(config, &storage, &mut sql, &chosen, &app_id, point.lsn).await?;

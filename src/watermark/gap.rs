@@ -113,7 +113,7 @@ const PUBLISHED: &str = "exists (
       and not exists (
         select from pg_attribute a
         where a.attrelid = w.table_oid and a.attnum > 0 and not a.attisdropped and a.attname <> all (t.attnames)
-          and a.attname in ('created_at', 'space', 'name', 'version', 'entity_id', 'metric', 'value', 'feature', 'bin_id', 'bin_count')))";
+          and (w.kind not in ('custom', 'psi', 'spc') or a.attname in ('created_at', 'space', 'name', 'version', 'entity_id', 'metric', 'value', 'feature', 'bin_id', 'bin_count'))))";
 
 /// The statement that marks a gap in the rows `w` of a condition. Counts it also where there is one already, and returns the
 /// tables where there was none.

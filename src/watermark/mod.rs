@@ -101,6 +101,8 @@ pub struct Watermark {
     pub marks_void_upto: Option<u64>,
     /// Surplus copies of rows that were ever removed from the archive.
     pub doubles_removed: i64,
+    /// The column of the table that says when a row is of.
+    pub time_column: String,
 }
 
 /// A move of the watermark of some tables.
@@ -151,7 +153,7 @@ pub async fn read(client: &Client) -> Result<Vec<Watermark>> {
         .query(
             "select source_table, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn,
                     archived_before::text, max_created_at, row_count, file_count, byte_count, updated_at, gap_count,
-                    marks_void_upto::text, doubles_removed
+                    marks_void_upto::text, doubles_removed, time_column::text
              from highwater.watermark order by source_table",
             &[],
         )
@@ -185,6 +187,7 @@ fn watermark(row: &Row) -> Result<Watermark> {
         gap_count: row.try_get("gap_count").map_err(Error::sql(column))?,
         marks_void_upto: xid("marks_void_upto")?,
         doubles_removed: row.try_get("doubles_removed").map_err(Error::sql(column))?,
+        time_column: row.try_get("time_column").map_err(Error::sql(column))?,
     })
 }
 
@@ -222,8 +225,8 @@ pub async fn create(client: &impl tokio_postgres::GenericClient, new: &NewWaterm
     let made = client
         .execute(
             "insert into highwater.watermark
-                 (source_table, table_oid, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn)
-             values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (source_table) do nothing",
+                 (source_table, table_oid, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn, time_column)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text) on conflict (source_table) do nothing",
             &[
                 &new.source_table,
                 &new.table_oid,
@@ -233,6 +236,7 @@ pub async fn create(client: &impl tokio_postgres::GenericClient, new: &NewWaterm
                 &new.timeline_id,
                 &new.state.name(),
                 &PgLsn::from(new.lsn.0),
+                &new.kind.time_column(),
             ],
         )
         .await

@@ -16,6 +16,7 @@ mod big;
 mod check;
 mod connection;
 mod crash;
+mod described;
 mod embed;
 mod encodings;
 mod failover;

@@ -69,7 +69,7 @@ async fn the_load_writes_every_kind_and_survives_a_restart() {
         for kind in KINDS {
             let mut all = Multiset::default();
             each_source_row(&client, shape, kind, |row| all.add(row)).await;
-            assert!(all.rows() > 100, "{} has {} rows", kind.table(), all.rows());
+            assert!(all.rows() > 20, "{} has {} rows", kind.table(), all.rows());
             total += all.rows();
         }
         assert!(total >= committed, "{total} rows in the tables, {committed} committed");

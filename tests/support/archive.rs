@@ -15,6 +15,7 @@ use arrow::array::{
     Array, ArrayRef, AsArray as _, Float64Array, Int32Array, RecordBatch, StringArray, StringViewArray,
     StructArray, TimestampMicrosecondArray,
 };
+use arrow::util::display::array_value_to_string;
 use foldhash::quality::FixedState;
 use futures::TryStreamExt as _;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -309,7 +310,9 @@ fn push_cell(text: &mut String, column: &ArrayRef, row: usize) {
         // Not ours: somebody else's file.
         Cell::Text(texts.value(row))
     } else {
-        panic!("a column of type {} in the archive", column.data_type())
+        // Of a described table.
+        let value = array_value_to_string(column, row).expect("a type with a text");
+        return push(text, Some(Cell::Text(&value)));
     };
     push(text, Some(cell));
 }

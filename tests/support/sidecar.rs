@@ -14,6 +14,8 @@ pub struct Launch {
     /// Where the owner of the drift tables logs in, if the sidecar does as another role: he makes the schema, and purges.
     owner_uri: Option<String>,
     settings: Vec<(String, String)>,
+    /// The settings file, if it has one.
+    file: Option<PathBuf>,
     log: PathBuf,
 }
 
@@ -31,7 +33,7 @@ pub fn binary() -> PathBuf {
 impl Launch {
     /// Archives the database into a folder; the log is appended to a file.
     pub fn new(database_uri: &str, storage: &Path, slot: &str, log: &Path) -> Self {
-        Self { program: binary(), owner_uri: None, settings: Vec::new(), log: log.to_owned() }
+        Self { program: binary(), owner_uri: None, settings: Vec::new(), file: None, log: log.to_owned() }
             .with("DATABASE_URI", database_uri)
             .with("SCOUTER_STORAGE_URI", &storage.display().to_string())
             .with("HIGHWATER_SLOT", slot)
@@ -72,6 +74,13 @@ impl Launch {
         self.with("FAILPOINTS", points)
     }
 
+    /// The same with a settings file.
+    #[must_use]
+    pub fn configured(mut self, file: &Path) -> Self {
+        self.file = Some(file.to_owned());
+        self
+    }
+
     /// The same with a log file of its own.
     #[must_use]
     pub fn logging_to(mut self, log: &Path) -> Self {
@@ -81,7 +90,8 @@ impl Launch {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(arguments).stdin(Stdio::null());
+        let file = self.file.iter().flat_map(|file| ["--config".as_ref(), file.as_os_str()]);
+        command.args(file).args(arguments).stdin(Stdio::null());
         // Settings of whoever runs the tests must not reach the sidecar.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();

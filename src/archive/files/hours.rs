@@ -10,7 +10,7 @@ use datafusion::common::{Column, ScalarValue};
 use datafusion::error::{DataFusionError, Result as QueryResult};
 use datafusion::functions_aggregate::expr_fn::{count, sum};
 use datafusion::logical_expr::{
-    ColumnarValue, Expr, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, col, lit,
+    ColumnarValue, Expr, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, lit,
 };
 use futures::TryStreamExt;
 
@@ -68,12 +68,12 @@ pub async fn hour_sums(
         .iter()
         .map(|column| Expr::Column(Column::new_unqualified(column.name.as_str())))
         .collect();
-    let created_at = || col(kind.time_column());
+    let time_column = || Expr::Column(Column::new_unqualified(kind.time_column()));
     let hour = ScalarUDF::from(PerRow::new(kind, Of::Hour)).call(columns.clone());
     let digest = ScalarUDF::from(PerRow::new(kind, Of::Digest)).call(columns);
     let rows = session
         .read_table(Arc::new(scan))
-        .and_then(|rows| rows.filter(created_at().gt_eq(time(start)).and(created_at().lt(time(end)))))
+        .and_then(|rows| rows.filter(time_column().gt_eq(time(start)).and(time_column().lt(time(end)))))
         .and_then(|rows| rows.aggregate(vec![hour], vec![count(lit(1)), sum(digest)]))
         .map_err(failed())?;
     let mut stream = rows.execute_stream().await.map_err(failed())?;

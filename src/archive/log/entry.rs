@@ -6,6 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::properties::{SOURCE_TYPE, properties};
 use crate::archive::files::table_file::TableFile;
 use crate::tables::{ColumnSpec, ColumnType, Kind};
 
@@ -75,6 +76,16 @@ pub(in crate::archive) fn creation(kind: Kind, now_millis: i64) -> Vec<Value> {
     let entity = kind.entity_columns().iter().map(String::as_str);
     let time_and_entity = std::iter::once(kind.time_column()).chain(entity).collect::<Vec<_>>().join(",");
     let table_id = format!("{:032x}", rand::random::<u128>());
+    let mut configuration = properties(kind);
+    for (key, value) in [
+        ("delta.checkpointInterval", CHECKPOINT_INTERVAL.to_string()),
+        ("delta.dataSkippingStatsColumns", time_and_entity),
+        // Long enough for a reader that has just listed the log.
+        ("delta.logRetentionDuration", "interval 1 hours".to_owned()),
+        ("delta.deletedFileRetentionDuration", "interval 1 days".to_owned()),
+    ] {
+        configuration.insert(key.to_owned(), Value::String(value));
+    }
     vec![
         json!({"commitInfo": {
             "timestamp": now_millis,
@@ -89,20 +100,11 @@ pub(in crate::archive) fn creation(kind: Kind, now_millis: i64) -> Vec<Value> {
             "format": {"provider": "parquet", "options": {}},
             "schemaString": schema(kind).to_string(),
             "partitionColumns": [],
-            "configuration": {
-                "delta.checkpointInterval": CHECKPOINT_INTERVAL.to_string(),
-                "delta.dataSkippingStatsColumns": time_and_entity,
-                // Long enough for a reader that has just listed the log.
-                "delta.logRetentionDuration": "interval 1 hours",
-                "delta.deletedFileRetentionDuration": "interval 1 days",
-            },
+            "configuration": configuration,
             "createdTime": now_millis,
         }}),
     ]
 }
-
-/// The key in a column's metadata of the type that its source column had when it was added, as SQL writes it.
-const SOURCE_TYPE: &str = "highwater.source_type";
 
 /// A kind's schema in Delta's form (Delta protocol, "Schema Serialization Format").
 pub(in crate::archive) fn schema(kind: Kind) -> Value {

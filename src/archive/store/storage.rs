@@ -2,6 +2,7 @@ use std::fmt;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
+use futures::TryStreamExt as _;
 use object_store::ObjectStore;
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::GoogleCloudStorageBuilder;
@@ -11,7 +12,6 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 use super::s3;
-
 use super::synced::{SyncedLocal, create_folder};
 use crate::config::{LocalAccess, ObjectStorageSettings, StorageType};
 use crate::tables::Kind;
@@ -146,6 +146,21 @@ impl Storage {
     pub fn store(&self) -> Arc<dyn ObjectStore> {
         let prefix = Path::from_url_path(self.url.path()).unwrap_or_default();
         Arc::new(PrefixStore::new(Arc::clone(&self.root), prefix))
+    }
+
+    /// The folders right under the storage URI.
+    pub(in crate::archive) async fn folders(&self) -> Result<Vec<String>> {
+        let listed = self.store().list_with_delimiter(None).await;
+        let listed = listed.map_err(Error::storage(format!("listing {}", self.url)))?;
+        Ok(listed.common_prefixes.iter().filter_map(|folder| folder.filename().map(str::to_owned)).collect())
+    }
+
+    /// Whether there is a Delta log of a kind's table.
+    pub(in crate::archive) async fn has_log(&self, kind: Kind) -> Result<bool> {
+        let store = self.table_store(kind);
+        let mut log = store.list(Some(&Path::from("_delta_log")));
+        let failed = Error::storage(format!("listing the log of {}", self.table_url(kind)));
+        log.try_next().await.map_err(failed).map(|object| object.is_some())
     }
 
     /// The local folder, if it is one.

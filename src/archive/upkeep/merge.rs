@@ -278,9 +278,9 @@ impl Sources {
         Ok(sources)
     }
 
-    /// Rows of a batch. A quarantined row may be a megabyte of text, and a column holds 2 GiB.
+    /// Rows of a batch. A quarantined row, or one of a described table, may be megabytes of text, and a column holds 2 GiB.
     fn batch_rows(&self) -> usize {
-        if self.kind.is_quarantine() { 256 } else { 8192 }
+        if self.kind.is_built_in() && !self.kind.is_quarantine() { 8192 } else { 256 }
     }
 
     /// Reads the source's next batch, if it has one.

@@ -1,0 +1,115 @@
+//! What a table's own log says of it: so a reader needs no settings, and an archive outlives them.
+
+use serde_json::Value;
+
+use super::open::open_delta;
+use super::properties::{ENTITY, ENTITY_LOOKUP, SORT, SOURCE, SOURCE_TYPE};
+use crate::archive::error::unusable;
+use crate::archive::store::storage::Storage;
+use crate::tables::{ColumnSpec, ColumnType, Description, EntityKey, EntityTable, Kind};
+use crate::{Error, Result};
+
+/// The tables of an archive that do not come with the program, by name. What is in a folder of somebody else's is none of ours.
+///
+/// # Errors
+///
+/// [`Error::Storage`] if the archive can't be listed.
+pub async fn described_tables(storage: &Storage) -> Result<Vec<Result<Kind>>> {
+    let mut found = Vec::new();
+    for folder in storage.folders().await? {
+        if Kind::built_in().iter().all(|kind| kind.name() != folder) {
+            found.extend(described(storage, &folder).await.transpose());
+        }
+    }
+    Ok(found)
+}
+
+/// What the log of a folder's table says of it; `None` if there is no table, or if it is none of ours.
+///
+/// # Errors
+///
+/// [`Error::Storage`] and [`Error::Delta`] if the log can't be read.
+pub async fn described(storage: &Storage, folder: &str) -> Result<Option<Kind>> {
+    let kind = Kind::named(folder);
+    if !storage.has_log(kind).await? {
+        return Ok(None);
+    }
+    let delta = open_delta(storage, kind).await?;
+    let failed = || Error::delta(kind, "reading the log");
+    let state = delta.snapshot().map_err(failed())?;
+    let configuration = state.metadata().configuration();
+    let Some(source) = configuration.get(SOURCE) else { return Ok(None) };
+    let schema = serde_json::to_value(state.schema().as_ref()).unwrap_or_default();
+    let wrong = |what: &str| unusable(kind, "reading its description", what);
+    let list = |key: &str| -> Result<Vec<String>> {
+        let Some(text) = configuration.get(key) else { return Ok(Vec::new()) };
+        serde_json::from_str(text).map_err(|_| wrong(&format!("its property {key} is no list of columns")))
+    };
+    let lookup = match configuration.get(ENTITY_LOOKUP) {
+        Some(text) => {
+            let parsed: Value = serde_json::from_str(text).unwrap_or_default();
+            let part = |key: &str| parsed.get(key).and_then(Value::as_str).map(str::to_owned);
+            let lookup = part("id").zip(part("table")).zip(part("key"));
+            let ((id, table), key) =
+                lookup.ok_or_else(|| wrong(&format!("its property {ENTITY_LOOKUP} names no table")))?;
+            Some(EntityTable { id, table, key })
+        }
+        None => None,
+    };
+    let entity = list(ENTITY)?;
+    let fields = schema.get("fields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    // What somebody else has added has no source type; only the time and the entity's columns may lack one.
+    let is_ours = |place: usize, field: &Value| place <= entity.len() || source_type(field).is_some();
+    let ours = fields.iter().enumerate().filter(|(place, field)| is_ours(*place, field));
+    let columns: Vec<ColumnSpec> = ours
+        .map(|(_, field)| {
+            column(field).ok_or_else(|| wrong(&format!("its column {field} has a type that is not ours")))
+        })
+        .collect::<Result<_>>()?;
+    let is_placed = |(name, column): (&String, &ColumnSpec)| *name == column.name;
+    let is_time = columns.first().is_some_and(|column| column.column_type == ColumnType::Timestamp);
+    if !is_time || !entity.iter().zip(columns.iter().skip(1)).all(is_placed) || columns.len() <= entity.len()
+    {
+        return Err(wrong("its first columns are not a time and those of its entity"));
+    }
+    let description = Description {
+        name: folder.to_owned(),
+        source: Some(source.clone()),
+        entity: (!entity.is_empty()).then_some(EntityKey { columns: entity, lookup }),
+        columns,
+        sort: list(SORT)?,
+        left_out: Vec::new(),
+    };
+    Ok(Some(Kind::described(description)))
+}
+
+fn source_type(field: &Value) -> Option<&str> {
+    field.get("metadata")?.get(SOURCE_TYPE)?.as_str()
+}
+
+fn column(field: &Value) -> Option<ColumnSpec> {
+    let delta_type = field.get("type")?.as_str()?;
+    let column_type = match delta_type {
+        "timestamp" => ColumnType::Timestamp,
+        "string" => ColumnType::String,
+        "double" => ColumnType::Double,
+        "integer" => ColumnType::Int,
+        "long" => ColumnType::Long,
+        "boolean" => ColumnType::Boolean,
+        "date" => ColumnType::Date,
+        "binary" => ColumnType::Binary,
+        other => {
+            let (precision, scale) = other.strip_prefix("decimal(")?.strip_suffix(')')?.split_once(',')?;
+            ColumnType::Decimal {
+                precision: precision.trim().parse().ok()?,
+                scale: scale.trim().parse().ok()?,
+            }
+        }
+    };
+    Some(ColumnSpec {
+        name: field.get("name")?.as_str()?.to_owned(),
+        column_type,
+        nullable: field.get("nullable").and_then(Value::as_bool).unwrap_or(true),
+        source_type: source_type(field).map(str::to_owned),
+    })
+}

@@ -1,0 +1,198 @@
+//! One row: its values as cells, its entity, or why it can't be archived.
+
+use super::InsertError;
+use super::charset::Charset;
+use super::entity::{self, EntityCache};
+use super::relation::{Role, Shape, Table, Target};
+use super::unfit::Unfit;
+use super::value;
+use crate::batch::{Batches, Cell, EntityId};
+use crate::pgoutput::{Tuple, Values};
+use crate::tables::{ENTITY_COLUMNS_MAX, Kind};
+
+/// The column that keeps a row out of its table, and why.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rejection<'a> {
+    /// The smallest of several is the reason.
+    rank: usize,
+    pub(super) column: &'a str,
+    pub(super) why: Unfit,
+}
+
+pub(super) enum Outcome<'a> {
+    Pushed,
+    Rejected(Rejection<'a>),
+    /// The number of the entity table, and the id.
+    UnknownEntity(usize, i64),
+}
+
+/// What was read of a row, beside its cells.
+struct Fields<'a> {
+    time: i64,
+    names: [&'a [u8]; ENTITY_COLUMNS_MAX],
+    id: Option<i64>,
+}
+
+/// The values of a row of as many as the table has columns. Left-over bytes show up as one more, failed value, which must be
+/// asked for.
+#[inline]
+pub(super) fn checked<'a>(tuple: Tuple<'a>, table: &Table) -> Result<Values<'a>, InsertError> {
+    if usize::from(tuple.column_count()) == table.columns.len() {
+        return Ok(tuple.values());
+    }
+    Err(InsertError::ColumnCount { values: tuple.column_count(), columns: table.columns.len() })
+}
+
+/// A row that is to be archived.
+#[derive(Clone, Copy)]
+pub(super) struct Row<'a> {
+    pub(super) kind: Kind,
+    pub(super) table: &'a Table,
+    pub(super) charset: &'a Charset,
+}
+
+impl<'a> Row<'a> {
+    /// Reads every value before anything is appended, so that a rejected row leaves no trace but perhaps an interned text. The
+    /// entity is resolved last: a row that is unfit whatever its entity is needs no look-up.
+    #[inline]
+    pub(super) fn push(
+        self,
+        tuple: Tuple<'_>,
+        cells: &mut Vec<Cell>,
+        entities: &mut [EntityCache],
+        batches: &mut Batches,
+    ) -> Result<Outcome<'a>, InsertError> {
+        let fields = match self.read(tuple, cells, batches)? {
+            Ok(fields) => fields,
+            Err(rejection) => return Ok(Outcome::Rejected(rejection)),
+        };
+        let entity = match self.entity(&fields, entities, batches) {
+            Ok(Ok(entity)) => entity,
+            Ok(Err((number, id))) => return Ok(Outcome::UnknownEntity(number, id)),
+            Err(rejection) => return Ok(Outcome::Rejected(rejection)),
+        };
+        batches.push(self.kind, entity, fields.time, cells);
+        Ok(Outcome::Pushed)
+    }
+
+    #[inline]
+    fn read<'v>(
+        self,
+        tuple: Tuple<'v>,
+        cells: &mut Vec<Cell>,
+        batches: &mut Batches,
+    ) -> Result<Result<Fields<'v>, Rejection<'a>>, InsertError>
+    where
+        'a: 'v,
+    {
+        let data = self.kind.data_columns();
+        cells.clear();
+        cells.resize(data.len(), Cell::Null);
+        let missing = self.table.missing.as_ref();
+        let mut rejection = missing.map(|missing| Rejection {
+            rank: missing.rank,
+            column: missing.column,
+            why: Unfit::Missing,
+        });
+        let mut reject = |rank: usize, column: &'a str, why: Unfit| {
+            if rejection.is_none_or(|before| rank < before.rank) {
+                rejection = Some(Rejection { rank, column, why });
+            }
+        };
+        let mut fields = Fields { time: 0, names: [&[]; ENTITY_COLUMNS_MAX], id: None };
+        let mut values = checked(tuple, self.table)?;
+        for column in &self.table.columns {
+            let Some(value) = values.next() else { break };
+            let value = value?;
+            let Some(role) = column.role else { continue };
+            match role {
+                Role::Time => match value::timestamp(value, column.source_type) {
+                    Ok(time) => fields.time = time,
+                    Err(why) => reject(0, &column.name, why),
+                },
+                Role::Data(place) => {
+                    let Some((spec, cell)) = data.get(place).zip(cells.get_mut(place)) else { continue };
+                    match value::cell(value, column.source_type, spec, self.charset, batches) {
+                        Ok(value) => *cell = value,
+                        Err(why) => reject(1 + place, &column.name, why),
+                    }
+                }
+                Role::EntityId => match value::integer(value, column.source_type) {
+                    Ok(id) => fields.id = Some(id),
+                    Err(why) => reject(ENTITY_RANK, &column.name, why),
+                },
+                Role::Entity(place) => {
+                    let text = value::text(value, column.source_type);
+                    match text.and_then(|text| self.charset.utf8(text).ok_or(Unfit::NotUtf8)) {
+                        Ok(name) => {
+                            if let Some(place) = fields.names.get_mut(place) {
+                                *place = name;
+                            }
+                        }
+                        Err(why) => reject(ENTITY_RANK + place, &column.name, why),
+                    }
+                }
+            }
+        }
+        match values.next() {
+            Some(Err(error)) => Err(error.into()),
+            _ => Ok(rejection.map_or(Ok(fields), Err)),
+        }
+    }
+
+    /// The row's entity, or the entity table and the id to look up in it.
+    #[inline]
+    fn entity(
+        self,
+        fields: &Fields<'_>,
+        entities: &mut [EntityCache],
+        batches: &mut Batches,
+    ) -> Result<Result<EntityId, (usize, i64)>, Rejection<'a>> {
+        let reject = |column, why| Rejection { rank: ENTITY_RANK, column, why };
+        if let Target::Kind(_, Shape::ById(number)) = self.table.target {
+            let column = self.id_column();
+            let (Some(cache), Some(id)) = (entities.get_mut(number), fields.id) else {
+                return Err(reject(column, Unfit::Missing));
+            };
+            return match cache.get(id, batches) {
+                entity::Lookup::Known(entity) => Ok(Ok(entity)),
+                entity::Lookup::None => Err(reject(column, Unfit::UnknownEntity)),
+                entity::Lookup::Unknown => Ok(Err((number, id))),
+            };
+        }
+        let count = self.kind.entity_columns().len();
+        if count == 0 {
+            return Ok(Ok(EntityId::NONE));
+        }
+        let names = fields.names.get(..count).unwrap_or(&fields.names);
+        batches.entity(names).map(Ok).ok_or_else(|| reject(self.name_columns(), Unfit::NotUtf8))
+    }
+
+    fn id_column(self) -> &'static str {
+        self.kind.entity().and_then(|key| key.lookup.as_ref()).map_or("", |lookup| &lookup.id)
+    }
+
+    /// The entity's columns as a reason has them, since which of their texts is none is not known.
+    #[cold]
+    fn name_columns(self) -> &'static str {
+        match self.kind.entity_columns() {
+            [one] => one,
+            columns if columns == ["space", "name", "version"] => "space, name or version",
+            _ => "a column of the entity",
+        }
+    }
+
+    /// Why rows can't be archived that name the entity of this one.
+    #[cold]
+    pub(super) fn why_unknown(self, tuple: Tuple<'_>, entities: &[EntityCache]) -> String {
+        let Target::Kind(_, Shape::ById(number)) = self.table.target else { return String::new() };
+        let mut columns = tuple.values().zip(&self.table.columns);
+        let id = columns.find(|(_, column)| column.role == Some(Role::EntityId));
+        let id = id.and_then(|(value, column)| value::integer(value.ok()?, column.source_type).ok());
+        let why = id.and_then(|id| entities.get(number)?.why(id));
+        why.map_or_else(|| Unfit::UnknownEntity.to_string(), str::to_owned)
+    }
+}
+
+/// The rank of a reason that is about the entity: behind those of all other columns.
+const ENTITY_RANK: usize = usize::MAX / 2;
