@@ -7,6 +7,7 @@ use super::server::Server;
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::source::describe;
 use crate::source::lookup::BINARY_FORM;
 use crate::source::unarchived;
 use crate::tables::{ColumnSpec, DRIFT_TABLES, Kind};
@@ -103,9 +104,10 @@ pub(super) async fn check(
     names.push(ENTITY_TABLE);
     let mut tables = read(client, &config.schema, &names).await.map_err(Error::sql(CONTEXT))?;
     let entities = tables.iter().position(|table| table.name == ENTITY_TABLE).map(|at| tables.remove(at));
-    if tables.is_empty() {
+    if tables.is_empty() && config.tables.is_empty() {
         report_none(client, config, report).await?;
     }
+    report_described(client, config, server, report).await?;
     let mut needs_entities = false;
     for table in &mut tables {
         needs_entities |= report_shape(table, &config.schema, entities.is_some(), report);
@@ -160,6 +162,63 @@ async fn read(client: &Client, schema: &str, names: &[&str]) -> Result<Vec<Table
         });
     }
     Ok(tables)
+}
+
+/// Reports on the tables of the settings: whether each can be archived as it is described, and what it still needs for that.
+async fn report_described(
+    client: &Client,
+    config: &Config,
+    server: &Server,
+    report: &mut Report,
+) -> Result<()> {
+    for settings in &config.tables {
+        let name = settings.qualified(&config.schema);
+        let one = Config { tables: vec![settings.clone()], ..config.clone() };
+        match describe::with_tables(&one, client, None).await {
+            Ok(_) => {}
+            Err(Error::Setting { setting, value, accepted }) => {
+                let message = format!("can't be archived as it is described: {setting} is {value:?}");
+                report.error("table", name, message, format!("it must be {accepted}"));
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let query = "
+            select c.oid, c.relpersistence::text, has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select'),
+                   exists (select from pg_publication_tables t where t.pubname = $2 and t.schemaname = n.nspname and t.tablename = c.relname)
+            from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname || '.' || c.relname = $1";
+        let Some(row) =
+            client.query_opt(query, &[&name, &config.publication]).await.map_err(Error::sql(CONTEXT))?
+        else {
+            continue;
+        };
+        let (schema, table) = name.split_once('.').unwrap_or_default();
+        let (object, role) = (qualified(schema, table), identifier(&server.role));
+        let text = |column: usize| row.try_get::<_, bool>(column).map_err(Error::sql(CONTEXT));
+        if row.try_get::<_, String>(1).map_err(Error::sql(CONTEXT))? != "p" {
+            let remedy = format!("alter table {object} set logged;");
+            report.error("table-kind", &object, "is unlogged: its rows are not in the log", remedy);
+        } else if !text(2)? {
+            let schema = identifier(schema);
+            let remedy =
+                format!("grant usage on schema {schema} to {role}; grant select on {object} to {role};");
+            report.error("select", &object, format!("can't be read by {}", server.role), remedy);
+        } else if !text(3)? {
+            report.error(
+                "publication-table",
+                &object,
+                "is not in the publication: its rows are missed",
+                "run `highwater setup`",
+            );
+        } else {
+            report.ok("table", &object, "can be archived");
+        }
+        let parts = unarchived::parts(client, row.try_get(0).map_err(Error::sql(CONTEXT))?).await?;
+        for part in parts.into_iter().filter(|part| part.part != name) {
+            report.error("part", part.part, format!("{}: they are not archived", part.reason), part.remedy);
+        }
+    }
+    Ok(())
 }
 
 async fn report_none(client: &Client, config: &Config, report: &mut Report) -> Result<()> {

@@ -446,8 +446,10 @@ pub(super) async fn script(
         script.push_str(&objects::assertion(ownership.version));
     }
     let runner = migrations::migrations::runner();
-    let missing: Vec<_> =
+    let mut missing: Vec<_> =
         runner.get_migrations().iter().filter(|one| i64::from(one.version()) > ownership.version).collect();
+    // They come by their files' names, and V10 before V2.
+    missing.sort_by_key(|one| one.version());
     if !missing.is_empty() {
         script.push_str(&format!(
             "\nset local role {};\ncreate table if not exists highwater.migration (version int4 primary key, name varchar(255), \

@@ -255,6 +255,7 @@ async fn entities_are_named_in_the_row_or_by_an_id_with_what_else_the_entity_tab
     let found = |kind: &str| entities.as_array().unwrap().iter().filter(|one| one["kind"] == kind).count();
     assert_eq!((found("agent_eval_task"), found("requests")), (3, 4), "{entities:#}");
     let checked = String::from_utf8_lossy(&launch.output(&["check"]).stdout).into_owned();
+    assert!(checked.contains("public\".\"requests\"") || checked.contains("public.requests"), "{checked}");
     assert!(!checked.contains("drop table"), "what is described may be in the publication: {checked}");
     let watermarks = launch.watermarks();
     assert!(watermarks.to_string().contains("public.requests"), "{watermarks:#}");

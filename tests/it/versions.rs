@@ -29,7 +29,7 @@ async fn life_of_a_row(major: u32, shape: Shape) {
     let old = "create table scouter.old partition of scouter.custom_drift for values from ('2001-01-01Z') to ('2001-01-02Z')";
     client.batch_execute(old).await.unwrap();
     let load = Load::start(&stage.cluster().uri_tcp(&stage.name), shape);
-    load.goes_on(500, DEADLINE).await;
+    load.goes_on(5_000, DEADLINE).await;
     load.stop().await;
     let old = "insert into scouter.custom_drift
                select (jsonb_populate_record(c, jsonb_build_object('created_at', '2001-01-01Z'::timestamptz + n * interval '1 second'))).*
