@@ -3,10 +3,11 @@
 use tokio_postgres::{Client, Row};
 
 use super::server::Server;
-use super::tables::{ENTITY_TABLE, Table};
+use super::tables::Table;
 use super::{Report, identifier, literal, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::tables::ENTITY_TABLE;
 
 // Extensions live in whatever schema they were created in.
 const PART_CONFIG: &str = "

@@ -2,11 +2,11 @@
 
 use tokio_postgres::{Client, Row};
 
-use super::tables::{ENTITY_TABLE, Table};
+use super::tables::Table;
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::tables::DRIFT_TABLES;
+use crate::tables::{DRIFT_TABLES, ENTITY_TABLE};
 
 const PUBLICATION: &str = "
     select oid, puballtables, pubinsert, pubupdate or pubdelete, pubtruncate, pubviaroot,

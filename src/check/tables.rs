@@ -10,10 +10,7 @@ use crate::error::{Error, Result};
 use crate::source::describe;
 use crate::source::lookup::BINARY_FORM;
 use crate::source::unarchived;
-use crate::tables::{ColumnSpec, DRIFT_TABLES, Kind};
-
-/// The table that rows with an `entity_id` refer to.
-pub(super) const ENTITY_TABLE: &str = "drift_entities";
+use crate::tables::{ColumnSpec, DRIFT_TABLES, ENTITY_TABLE, Kind};
 
 const ENTITY_COLUMNS: [&str; 3] = ["space", "name", "version"];
 
@@ -194,16 +191,16 @@ async fn report_described(
         };
         let (schema, table) = name.split_once('.').unwrap_or_default();
         let (object, role) = (qualified(schema, table), identifier(&server.role));
-        let text = |column: usize| row.try_get::<_, bool>(column).map_err(Error::sql(CONTEXT));
+        let holds = |column: usize| row.try_get::<_, bool>(column).map_err(Error::sql(CONTEXT));
         if row.try_get::<_, String>(1).map_err(Error::sql(CONTEXT))? != "p" {
             let remedy = format!("alter table {object} set logged;");
             report.error("table-kind", &object, "is unlogged: its rows are not in the log", remedy);
-        } else if !text(2)? {
+        } else if !holds(2)? {
             let schema = identifier(schema);
             let remedy =
                 format!("grant usage on schema {schema} to {role}; grant select on {object} to {role};");
             report.error("select", &object, format!("can't be read by {}", server.role), remedy);
-        } else if !text(3)? {
+        } else if !holds(3)? {
             report.error(
                 "publication-table",
                 &object,

@@ -11,6 +11,7 @@ use crate::support::archive::{archived_rows, assert_portable};
 use crate::support::schema::Shape;
 use crate::support::sidecar::Launch;
 use crate::support::stage::{Stage, archived};
+use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -292,6 +293,46 @@ async fn a_table_may_be_described_later() {
     assert_eq!(archived_rows(&stage.storage().join("late")).len(), 32);
     let (report, code) = verify(&stage.launch());
     assert_eq!(code, 0, "{report:#}");
+    drop(sidecar);
+}
+
+/// A described table whose log is none any more is left out alone, and archived again once the log can be read.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_table_leaves_the_others_standing() {
+    let stage = Stage::shared(Shape::Named).await;
+    let client = stage.connect().await;
+    client
+        .batch_execute("create table public.frail (created_at timestamptz not null, n integer)")
+        .await
+        .unwrap();
+    let launch = launch(&stage, "[[table]]\nsource = 'public.frail'\n");
+    launch.must(&["setup"]);
+    let mut sidecar = launch.start();
+    stage.streaming().await;
+    client.batch_execute("insert into public.frail values (now(), 1)").await.unwrap();
+    archived(&client).await;
+    assert!(sidecar.terminate(DEADLINE).await.success());
+    let log = stage.storage().join("frail/_delta_log");
+    let entries: Vec<PathBuf> = fs::read_dir(&log).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let last =
+        entries.iter().filter(|path| path.extension().is_some_and(|ending| ending == "json")).max().unwrap();
+    let whole = fs::read(last).unwrap();
+    fs::write(last, "no entry").unwrap();
+    let sidecar = launch.start();
+    let lsn = stage.insert_one(&client, "stands", Some(1.0)).await;
+    stage.acknowledged(&client, lsn, DEADLINE).await;
+    assert_eq!(archived_rows(&stage.storage().join("custom")).len(), 1);
+    let state = "select state from highwater.watermark where source_table = 'public.frail'";
+    assert_eq!(client.query_one(state, &[]).await.unwrap().get::<_, String>(0), "gap");
+    client.batch_execute("insert into public.frail values (now(), 2)").await.unwrap();
+    fs::write(last, whole).unwrap();
+    until("the table is whole again", Duration::from_secs(120), async || {
+        let is_streaming = client.query_one(state, &[]).await.unwrap().get::<_, String>(0) == "streaming";
+        is_streaming.then_some(())
+    })
+    .await;
+    archived(&client).await;
+    assert_eq!(archived_rows(&stage.storage().join("frail")).len(), 2);
     drop(sidecar);
 }
 
