@@ -152,9 +152,7 @@ impl Table {
         };
         let target = match known.kinds.iter().find(is_source) {
             Some(kind) => known.target(*kind, has),
-            None => {
-                known.keys.iter().position(|key| is_entities(&key)).map_or(Target::Nothing, Target::Entities)
-            }
+            None => known.keys.iter().position(is_entities).map_or(Target::Nothing, Target::Entities),
         };
         let columns = relation.columns.iter().map(|column| {
             let name = String::from_utf8_lossy(column.name).into_owned();

@@ -29,7 +29,7 @@ pub(crate) async fn has_publication(client: &Client, publication: &str) -> Resul
 /// same. Inserts only: with updates in it, every `update` of a table without a primary key would fail. No column list: it would keep
 /// the tables' owner from dropping a column.
 fn creation(config: &Config, tables: &[SourceTable]) -> String {
-    let names: Vec<String> = tables.iter().map(|table| qualified(table)).collect();
+    let names: Vec<String> = tables.iter().map(qualified).collect();
     format!(
         "create publication {} for table only {} with (publish = 'insert', publish_via_partition_root = true)",
         quote_identifier(&config.publication),
@@ -80,7 +80,7 @@ pub(super) async fn publish(
             tracing::debug!(error = Error::sql(context)(error).chain(), "the publication stays as it is");
         }
     }
-    let names: Vec<String> = tables.iter().map(|table| qualified(table)).collect();
+    let names: Vec<String> = tables.iter().map(qualified).collect();
     report.done.push(format!("made publication {} for {}", config.publication, names.join(", ")));
     Ok(())
 }

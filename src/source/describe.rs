@@ -112,11 +112,50 @@ struct Found {
     column_type: ColumnType,
 }
 
+impl Found {
+    /// The archive's column for its values.
+    fn archived(&self) -> ColumnSpec {
+        ColumnSpec {
+            // A table that loses a column, or the condition that it is never null, goes on.
+            nullable: true,
+            name: self.name.clone(),
+            column_type: self.column_type,
+            source_type: Some(self.source_type.clone()),
+        }
+    }
+}
+
 async fn from_catalog(config: &Config, client: &Client, settings: &TableSettings) -> Result<Kind> {
     let source = settings.qualified(&config.schema);
+    let columns = columns(client, &source).await?;
+    if columns.is_empty() {
+        return Err(refused(settings, "source", &source, "a plain or partitioned table that there is"));
+    }
+    let table = Catalog { settings, columns };
+    table.check_names()?;
+    table.check_time()?;
+    table.check_entity()?;
+    let data = table.data();
+    table.check_sort(&data)?;
+    let mut archived = vec![ColumnSpec::required(&settings.time, ColumnType::Timestamp)];
+    let entity = settings.entity.iter().flat_map(|entity| &entity.columns);
+    archived.extend(entity.map(|name| ColumnSpec::required(name, ColumnType::String)));
+    archived.extend(data.into_iter().map(Found::archived));
+    Ok(Kind::described(Description {
+        name: settings.folder.clone(),
+        source: Some(source),
+        entity: settings.entity.clone(),
+        columns: archived,
+        sort: settings.sort.clone(),
+        left_out: settings.exclude.clone(),
+    }))
+}
+
+/// The columns of a table that the stream sends: generated ones are left out.
+async fn columns(client: &Client, source: &str) -> Result<Vec<Found>> {
     let (schema, table) = source.split_once('.').unwrap_or_default();
     let failed = || Error::sql(format!("reading the columns of {source}"));
-    // What the stream sends: generated columns are left out. The modifier of a domain is its base's.
+    // The modifier of a domain is its base's.
     let query = format!(
         "select a.attname::text, format_type(a.atttypid, a.atttypmod), {BINARY_FORM},
                 coalesce(nullif(a.atttypmod, -1), t.typtypmod, -1)
@@ -127,102 +166,109 @@ async fn from_catalog(config: &Config, client: &Client, settings: &TableSettings
          order by a.attnum"
     );
     let rows = client.query(&query, &[&schema, &table]).await.map_err(failed())?;
-    let mut columns = rows.iter().map(found).collect::<Result<Vec<Found>, _>>().map_err(failed())?;
-    if columns.is_empty() {
-        return Err(refused(settings, "source", &source, "a plain or partitioned table that there is"));
+    rows.iter().map(found).collect::<Result<Vec<Found>, _>>().map_err(failed())
+}
+
+/// A table as its settings and the catalog have it.
+struct Catalog<'a> {
+    settings: &'a TableSettings,
+    columns: Vec<Found>,
+}
+
+impl Catalog<'_> {
+    fn refused(&self, key: &str, value: &str, accepted: impl Into<String>) -> Error {
+        refused(self.settings, key, value, accepted)
     }
-    let is_kept = |column: &&Found| !settings.exclude.contains(&column.name);
-    for column in columns.iter().filter(is_kept) {
-        let same = |other: &&Found| other.name.to_lowercase() == column.name.to_lowercase();
-        let is_alone = columns.iter().filter(is_kept).filter(same).count() == 1;
-        if column.name.contains(|c: char| NOT_IN_NAMES.contains(c) || c.is_control()) || !is_alone {
-            let accepted = "excluded: readers of Delta tables take no name with a space or one of ,;{}()=`. in it, and none that differs from \
-                            another one in case alone";
-            return Err(refused(settings, "the column", &column.name, accepted));
+
+    fn column(&self, name: &str) -> Option<&Found> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
+    fn is_excluded(&self, name: &str) -> bool {
+        self.settings.exclude.iter().any(|excluded| excluded == name)
+    }
+
+    fn check_names(&self) -> Result<()> {
+        for (key, names) in [("exclude", &self.settings.exclude), ("sort", &self.settings.sort)] {
+            if let Some(unknown) = names.iter().find(|name| self.column(name).is_none()) {
+                let known: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
+                return Err(self.refused(
+                    key,
+                    unknown,
+                    format!("columns of the table: {}", known.join(", ")),
+                ));
+            }
+        }
+        let kept: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
+        let kept: Vec<&str> = kept.into_iter().filter(|name| !self.is_excluded(name)).collect();
+        match kept.iter().find(|name| !is_storable(name, &kept)) {
+            None => Ok(()),
+            Some(wrong) => Err(self.refused(
+                "the column",
+                wrong,
+                "excluded: readers of Delta tables take no name with a space or one of ,;{}()=`. in it, and none that differs from \
+                 another one in case alone",
+            )),
         }
     }
-    let known: Vec<String> = columns.iter().map(|column| column.name.clone()).collect();
-    let is_there = |name: &String| known.contains(name);
-    for (key, names) in [("exclude", &settings.exclude), ("sort", &settings.sort)] {
-        if let Some(unknown) = names.iter().find(|name| !is_there(name)) {
-            return Err(refused(
-                settings,
-                key,
-                unknown,
-                format!("columns of the table: {}", known.join(", ")),
-            ));
+
+    fn check_time(&self) -> Result<()> {
+        let is_time = |column: &&Found| column.column_type == ColumnType::Timestamp;
+        if self.column(&self.settings.time).as_ref().is_some_and(is_time) {
+            return Ok(());
         }
-    }
-    let time = columns.iter().find(|column| column.name == settings.time);
-    if !time.is_some_and(|time| time.column_type == ColumnType::Timestamp) {
-        let times = columns.iter().filter(|column| column.column_type == ColumnType::Timestamp);
-        let times: Vec<&str> = times.map(|column| column.name.as_str()).collect();
+        let times: Vec<&str> =
+            self.columns.iter().filter(is_time).map(|column| column.name.as_str()).collect();
         let accepted = format!("a column of type timestamptz or timestamp: {}", times.join(", "));
-        return Err(refused(settings, "time", &settings.time, accepted));
+        Err(self.refused("time", &self.settings.time, accepted))
     }
-    let mut archived = vec![ColumnSpec::required(&settings.time, ColumnType::Timestamp)];
-    let mut left_out = vec![settings.time.clone()];
-    left_out.extend(settings.exclude.iter().cloned());
-    if let Some(entity) = &settings.entity {
-        let is_text = |name: &String| {
-            columns.iter().any(|column| column.name == *name && column.column_type == ColumnType::String)
+
+    fn check_entity(&self) -> Result<()> {
+        let Some(entity) = &self.settings.entity else { return Ok(()) };
+        let is_of =
+            |name: &str, of: ColumnType| self.column(name).is_some_and(|column| column.column_type == of);
+        let Some(lookup) = &entity.lookup else {
+            let wrong = entity.columns.iter().find(|name| !is_of(name, ColumnType::String));
+            return wrong.map_or(Ok(()), |wrong| {
+                Err(self.refused("entity", wrong, "columns of the table that hold texts"))
+            });
         };
-        match &entity.lookup {
-            None => {
-                if let Some(wrong) = entity.columns.iter().find(|name| !is_text(name)) {
-                    return Err(refused(settings, "entity", wrong, "columns of the table that hold texts"));
-                }
-            }
-            Some(lookup) => {
-                let id = columns.iter().find(|column| column.name == lookup.id);
-                if !id.is_some_and(|id| id.column_type == ColumnType::Long) {
-                    return Err(refused(
-                        settings,
-                        "entity.id",
-                        &lookup.id,
-                        "a column of the table that holds integers",
-                    ));
-                }
-                if let Some(double) =
-                    entity.columns.iter().find(|name| is_there(name) && !settings.exclude.contains(name))
-                {
-                    let accepted = "names that the table itself does not have, or has excluded";
-                    return Err(refused(settings, "entity.columns", double, accepted));
-                }
-                left_out.push(lookup.id.clone());
-            }
+        if !is_of(&lookup.id, ColumnType::Long) {
+            return Err(self.refused("entity.id", &lookup.id, "a column of the table that holds integers"));
         }
-        archived.extend(entity.columns.iter().map(|name| ColumnSpec::required(name, ColumnType::String)));
-        left_out.extend(entity.columns.iter().cloned());
+        let is_double = |name: &&String| self.column(name).is_some() && !self.is_excluded(name);
+        entity.columns.iter().find(is_double).map_or(Ok(()), |double| {
+            let accepted = "names that the table itself does not have, or has excluded";
+            Err(self.refused("entity.columns", double, accepted))
+        })
     }
-    columns.retain(|column| !left_out.contains(&column.name));
-    if let Some(wrong) = settings
-        .sort
-        .iter()
-        .find(|name| !columns.iter().any(|column| column.name == **name && is_sortable(column.column_type)))
-    {
-        return Err(refused(
-            settings,
-            "sort",
-            wrong,
-            "archived columns of texts, integers, dates or booleans",
-        ));
+
+    /// The columns that are archived beside the time and the entity's.
+    fn data(&self) -> Vec<&Found> {
+        let entity = self.settings.entity.as_ref();
+        let is_id = |name: &str| {
+            entity.and_then(|entity| entity.lookup.as_ref()).is_some_and(|lookup| lookup.id == name)
+        };
+        let is_entity =
+            |name: &String| entity.is_some_and(|entity| entity.columns.contains(name)) || is_id(name);
+        let is_data =
+            |name: &String| *name != self.settings.time && !self.is_excluded(name) && !is_entity(name);
+        self.columns.iter().filter(|column| is_data(&column.name)).collect()
     }
-    archived.extend(columns.into_iter().map(|column| ColumnSpec {
-        // A table that loses a column, or the condition that it is never null, goes on.
-        nullable: true,
-        name: column.name,
-        column_type: column.column_type,
-        source_type: Some(column.source_type),
-    }));
-    Ok(Kind::described(Description {
-        name: settings.folder.clone(),
-        source: Some(source),
-        entity: settings.entity.clone(),
-        columns: archived,
-        sort: settings.sort.clone(),
-        left_out: settings.exclude.clone(),
-    }))
+
+    fn check_sort(&self, data: &[&Found]) -> Result<()> {
+        let is_sorted =
+            |name: &String| data.iter().any(|column| column.name == *name && is_sortable(column.column_type));
+        self.settings.sort.iter().find(|name| !is_sorted(name)).map_or(Ok(()), |wrong| {
+            Err(self.refused("sort", wrong, "archived columns of texts, integers, dates or booleans"))
+        })
+    }
+}
+
+/// Whether readers of Delta tables take a column of this name beside these others.
+fn is_storable(name: &str, all: &[&str]) -> bool {
+    let is_plain = !name.contains(|c: char| NOT_IN_NAMES.contains(c) || c.is_control());
+    is_plain && all.iter().filter(|other| other.to_lowercase() == name.to_lowercase()).count() <= 1
 }
 
 const fn is_sortable(column_type: ColumnType) -> bool {
