@@ -181,7 +181,10 @@ impl Config {
 
     /// The tables that are archived, without the quarantine.
     pub(crate) fn kinds(&self) -> Vec<Kind> {
-        Kind::drift().into_iter().chain(self.described.iter().copied()).collect()
+        let described = self.described.iter().copied();
+        let grown = |drift: Kind| described.clone().find(|kind| kind.name() == drift.name()).unwrap_or(drift);
+        let drift = Kind::drift().map(grown).into_iter();
+        drift.chain(described.clone().filter(|kind| !kind.is_built_in())).collect()
     }
 
     /// Days that Postgres keeps a row of a table, which is named with its schema.
@@ -191,7 +194,8 @@ impl Config {
         own.unwrap_or(self.retention_days)
     }
 
-    /// The same settings, of whose tables it is known what they are.
+    /// The same settings, of whose tables it is known what they are; of those that come with the program, where they have more
+    /// columns.
     pub(crate) fn describing(&self, described: Vec<Kind>) -> Self {
         Self { described, ..self.clone() }
     }

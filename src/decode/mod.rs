@@ -31,8 +31,8 @@ use crate::tables::{Entity, EntityKey, Kind, PerKind};
 use charset::Charset;
 pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
-pub use relation::Notice;
 use relation::{Known, Role, Table, Target};
+pub use relation::{NewColumn, Notice};
 use row::{Outcome, Rejection, Row, checked};
 pub(crate) use settled::Settled;
 use source_type::SourceType;
@@ -150,6 +150,12 @@ impl Decoder {
         self.tables.get(&relation).is_some_and(Table::has_unreadable)
     }
 
+    /// The columns of a table that the archive has not, and could have: rows of it are not to be decoded before it has them.
+    #[must_use]
+    pub fn new_columns(&self, relation: u32) -> Vec<NewColumn> {
+        self.tables.get(&relation).map(|table| table.new_columns().collect()).unwrap_or_default()
+    }
+
     /// The text that [`Inserted::UnknownText`] speaks of.
     #[must_use]
     pub fn unknown_text(&self) -> &[u8] {
@@ -167,9 +173,12 @@ impl Decoder {
         if let Some((kind, name)) = self.adopted.get(&relation.oid) {
             table.adopt(&self.known, *kind, name);
         }
-        let notices = table.notices();
-        let before = self.tables.insert(relation.oid, table).map(|table| table.notices()).unwrap_or_default();
-        notices.into_iter().filter(|notice| !before.contains(notice)).collect()
+        let (notices, oid) = (table.notices(), relation.oid);
+        let before = self.tables.insert(oid, table);
+        let gone = before.iter().zip(self.tables.get(&oid)).flat_map(|(before, now)| now.gone_since(before));
+        let gone: Vec<Notice> = gone.collect();
+        let before = before.map(|table| table.notices()).unwrap_or_default();
+        notices.into_iter().filter(|notice| !before.contains(notice)).chain(gone).collect()
     }
 
     /// Begins a transaction. `table_lsn` has the position of each kind's table.

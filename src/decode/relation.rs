@@ -60,14 +60,40 @@ pub(super) struct SourceColumn {
     pub(super) name: String,
     pub(super) role: Option<Role>,
     pub(super) source_type: SourceType,
+    type_oid: u32,
+    modifier: i32,
+}
+
+/// A column that a source table has got, and its archive has not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewColumn {
+    /// The archive's table.
+    pub kind: Kind,
+    /// The column.
+    pub name: String,
+    /// Its type (`pg_type.oid`).
+    pub type_oid: u32,
+    /// The type's modifier, or -1.
+    pub modifier: i32,
 }
 
 /// Something about a table that its operator should know.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Notice {
-    /// A column has no place in the archive.
-    #[error("column {column:?} of {table} is not archived: the archive has no such column")]
+    /// A column can't have a place in the archive.
+    #[error(
+        "column {column:?} of {table} is not archived: no column of an archive has such a name (no space or one of ,;{{}}()=`. in it, \
+         and it differs from others not in case alone); rename it, or exclude it in [[table]]"
+    )]
     ColumnNotArchived {
+        /// The table with its schema.
+        table: String,
+        /// The column.
+        column: String,
+    },
+    /// A column that the archive has is gone.
+    #[error("{table} has no column {column:?} any more: its rows have nulls in it from now on")]
+    ColumnGone {
         /// The table with its schema.
         table: String,
         /// The column.
@@ -161,6 +187,8 @@ impl Table {
                 role: known.role(target, &name),
                 name,
                 source_type: types.get(&column.type_oid).copied().unwrap_or(source_type),
+                type_oid: column.type_oid,
+                modifier: column.modifier,
             }
         });
         let mut table = Self { name, target, columns: columns.collect(), missing: None };
@@ -185,6 +213,23 @@ impl Table {
         self.missing = self.first_missing();
     }
 
+    /// The columns that the archive lacks, and could have.
+    pub(super) fn new_columns(&self) -> impl Iterator<Item = NewColumn> {
+        let kind = match self.target {
+            Target::Kind(kind, _) => Some(kind),
+            Target::Entities(_) | Target::Nothing => None,
+        };
+        let columns = self.columns.iter().filter(|column| column.role.is_none());
+        let columns =
+            kind.into_iter().flat_map(move |kind| columns.clone().map(move |column| (kind, column)));
+        columns.filter(|(kind, column)| kind.lacks(&column.name)).map(|(kind, column)| NewColumn {
+            kind,
+            name: column.name.clone(),
+            type_oid: column.type_oid,
+            modifier: column.modifier,
+        })
+    }
+
     /// The columns of the archive that must be in the table, with their ranks: where several are unfit, the first is the reason.
     fn needed(&self) -> impl Iterator<Item = (usize, &'static ColumnSpec)> {
         let (kind, by_id) = match self.target {
@@ -198,6 +243,8 @@ impl Table {
             true if by_id => None,
             // The entity is read last: a row that is unfit whatever its entity is needs no look-up.
             true => Some((usize::MAX, column)),
+            // It may go: rows have nulls then.
+            false if column.source_type.is_some() => None,
             false => Some((place.saturating_sub(count), column)),
         })
     }
@@ -210,12 +257,25 @@ impl Table {
             .min_by_key(|missing| missing.rank)
     }
 
+    /// The archive's columns that the table had when it was described before, and has no more.
+    pub(super) fn gone_since(&self, before: &Self) -> impl Iterator<Item = Notice> {
+        let has = |table: &Self, name: &str| table.columns.iter().any(|column| column.name == name);
+        let kind = match self.target {
+            Target::Kind(kind, _) => Some(kind),
+            Target::Entities(_) | Target::Nothing => None,
+        };
+        let archived =
+            kind.map_or(&[][..], Kind::data_columns).iter().filter(|data| data.source_type.is_some());
+        let gone = archived.filter(move |data| has(before, &data.name) && !has(self, &data.name));
+        gone.map(|data| Notice::ColumnGone { table: self.name.clone(), column: data.name.clone() })
+    }
+
     pub(super) fn notices(&self) -> Vec<Notice> {
         // The stream also describes each partition beside its root, so an unknown table is no surprise yet.
         let Target::Kind(kind, _) = self.target else { return Vec::new() };
-        let left_out = &kind.description().left_out;
-        let extra =
-            self.columns.iter().filter(|column| column.role.is_none() && !left_out.contains(&column.name));
+        let is_known = |name: &str| kind.columns().iter().any(|column| column.name == name);
+        let is_unstorable = |name: &str| !kind.leaves_out(name) && !kind.lacks(name) && !is_known(name);
+        let extra = self.columns.iter().filter(|column| is_unstorable(&column.name));
         let extra = extra.map(|column| Notice::ColumnNotArchived {
             table: self.name.clone(),
             column: column.name.clone(),

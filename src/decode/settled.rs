@@ -10,7 +10,7 @@ use super::relation::Table;
 use super::texts;
 use crate::lsn::Lsn;
 use crate::pgoutput::{DecodeError, Tuple};
-use crate::tables::Kind;
+use crate::tables::{ColumnSpec, Compared, Kind};
 
 /// Quarantined rows, by the position of their transaction's commit record, and how many of each there are.
 ///
@@ -27,7 +27,11 @@ impl Settled {
     /// None of these tables' rows yet.
     pub(crate) fn new(kinds: &[Kind]) -> Self {
         let ids = kinds.iter().filter_map(|kind| Some(kind.entity()?.lookup.as_ref()?.id.as_str()));
-        let columns = kinds.iter().flat_map(|kind| kind.columns()).map(|column| column.name.as_str());
+        // A column that came later, or is gone, is not in each of them.
+        let is_common =
+            |column: &&ColumnSpec| column.filled.is_none() && column.compared == Compared::Plainly;
+        let columns = kinds.iter().flat_map(|kind| kind.columns()).filter(is_common);
+        let columns = columns.map(|column| column.name.as_str());
         Self { rows: HashMap::new(), columns: columns.chain(ids).collect() }
     }
 
@@ -68,8 +72,10 @@ impl Settled {
     }
 }
 
-/// The MD5 of a table's name and a row's texts, which come in the order of the columns' names.
-fn digest(source_table: &str, row: serde_json::Map<String, Json>) -> u128 {
+/// The MD5 of a table's name and a row's texts, which come in the order of the columns' names. A null is as good as a column that
+/// was not there yet.
+fn digest(source_table: &str, mut row: serde_json::Map<String, Json>) -> u128 {
+    row.retain(|_, text| !text.is_null());
     // No name has a zero byte.
     let text = format!("{source_table}\0{}", Json::Object(row));
     u128::from_be_bytes(Md5::digest(text).into())

@@ -320,9 +320,15 @@ fn a_surprise_is_told_once_by_name() {
     let mut decoder = Decoder::new("scouter", &Kind::drift());
     let mut columns = PSI.to_vec();
     columns.push(("shade", 25));
+    columns.push(("a shade", 25));
     let told = learn(&mut decoder, &relation(1, "psi_drift", &columns));
-    let notice = Notice::ColumnNotArchived { table: "scouter.psi_drift".into(), column: "shade".into() };
-    assert_eq!(told, [notice]);
+    let notice = Notice::ColumnNotArchived { table: "scouter.psi_drift".into(), column: "a shade".into() };
+    assert_eq!(told, [notice], "the other one can be added");
+    let new = decoder.new_columns(1);
+    assert!(
+        matches!(&new[..], [NewColumn { name, type_oid: 25, modifier: -1, .. }] if name == "shade"),
+        "{new:?}"
+    );
     assert_eq!(learn(&mut decoder, &relation(1, "psi_drift", &columns)), []);
     let told = learn(&mut decoder, &relation(1, "psi_drift", &PSI[..6]));
     assert!(matches!(&told[..], [Notice::ColumnMissing { column, .. }] if column == "bin_count"), "{told:?}");

@@ -21,6 +21,8 @@ pub struct Column<'a> {
     pub name: &'a [u8],
     /// The oid of its type (`pg_type.oid`).
     pub type_oid: u32,
+    /// The modifier of its type (`pg_attribute.atttypmod`), -1 if it has none.
+    pub modifier: i32,
 }
 
 impl<'a> Relation<'a> {
@@ -36,8 +38,8 @@ impl<'a> Relation<'a> {
             reader.u8("a column's flags")?;
             let name = reader.zero_ended("a column's name")?;
             let type_oid = reader.u32("a column's type")?;
-            reader.u32("a column's type modifier")?;
-            columns.push(Column { name, type_oid });
+            let modifier = reader.u32("a column's type modifier")?.cast_signed();
+            columns.push(Column { name, type_oid, modifier });
         }
         reader.finish()?;
         Ok(Self { oid, namespace, name, columns })
@@ -59,8 +61,8 @@ mod tests {
             (relation.oid, relation.namespace, relation.name),
             (0x4001, &b"scouter"[..], &b"psi_drift"[..])
         );
-        let columns =
-            [Column { name: b"created_at", type_oid: 1184 }, Column { name: b"bin_id", type_oid: 23 }];
+        let column = |name, type_oid| Column { name, type_oid, modifier: -1 };
+        let columns = [column(b"created_at", 1184), column(b"bin_id", 23)];
         assert_eq!(relation.columns, columns);
     }
 

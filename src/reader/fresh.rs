@@ -325,7 +325,7 @@ async fn lacking(
     if hours.is_empty() {
         return Ok(Vec::new());
     }
-    let mut present = Multiset::default();
+    let mut present = Multiset::new(kind);
     each_batch(archived(&ranges(&hours))?, "reading what of the fresh rows is archived", |batch| {
         each_digest(kind, batch, |_, digest| {
             if wanted.contains_key(&digest) {
@@ -334,7 +334,7 @@ async fn lacking(
         })
     })
     .await?;
-    let missing = batches.iter().map(|batch| present.missing(kind, batch));
+    let missing = batches.iter().map(|batch| present.missing(batch));
     missing.filter(|batch| batch.as_ref().map_or(true, |batch| batch.num_rows() > 0)).collect()
 }
 

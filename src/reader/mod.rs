@@ -432,9 +432,17 @@ impl Tables {
     }
 
     fn read(&self, kind: Kind, of: fn(&Scans) -> &Arc<dyn TableProvider>) -> Result<DataFrame> {
-        let scans = self.scans.iter().find(|(one, _)| *one == kind);
-        let (_, scans) = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
-        self.session.read_table(Arc::clone(of(scans))).map_err(planning(kind))
+        let scans = self.scans.iter().find(|(one, _)| one.name() == kind.name());
+        let (now, scans) = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
+        let rows = self.session.read_table(Arc::clone(of(scans))).map_err(planning(kind))?;
+        if *now == kind {
+            return Ok(rows);
+        }
+        // The table has got more columns than whoever asks knows of.
+        let columns =
+            kind.columns().iter().filter(|column| now.columns().iter().any(|one| one.name == column.name));
+        let columns: Vec<&str> = columns.map(|column| column.name.as_str()).collect();
+        rows.select_columns(&columns).map_err(planning(kind))
     }
 }
 

@@ -10,9 +10,9 @@ pub(crate) mod recovery;
 mod session;
 mod task;
 mod timing;
+mod wants;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use rand::RngExt;
@@ -25,6 +25,7 @@ pub(crate) use session::Phase;
 use session::{Ended, session};
 pub(crate) use task::Owned;
 use task::{is_stopping, stop};
+use wants::Wants;
 
 /// First and longest pause between sessions.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
@@ -45,7 +46,7 @@ pub(crate) async fn run(
     shutdown: watch::Receiver<()>,
     phase: watch::Sender<Phase>,
 ) -> Result<()> {
-    let wants_text = Arc::new(AtomicBool::new(false));
+    let wants = Arc::new(Wants::default());
     let mut pause = RETRY_PAUSE.0;
     let mut refused_since: Option<Instant> = None;
     // Why the session before this one failed.
@@ -54,7 +55,7 @@ pub(crate) async fn run(
         let started = Instant::now();
         // The session sees the change in its own copy, so that this one still shows it afterwards.
         phase.send_replace(Phase::Opening);
-        let error = match session(&config, &shutdown, &wants_text, &phase).await {
+        let error = match session(&config, &shutdown, &wants, &phase).await {
             Ok(Ended::Whole) => return Ok(()),
             Ok(Ended::Unopened) => return failure.map_or(Ok(()), Err),
             Err(error) => error,

@@ -1,6 +1,5 @@
 //! One hold of the slot: what is made ready before the stream is read, and the tasks that read it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use super::gap;
 use super::history::{History, check_gap, check_timeline, ensure_slot, history, logged_switches};
 use super::recovery;
 use super::task::{Owned, stop};
+use super::wants::Wants;
 use crate::archive::{self, Namer, Storage, Table};
 use crate::config::Config;
 use crate::decode::{Decoder, Settled};
@@ -24,8 +24,8 @@ use crate::lsn::Lsn;
 use crate::postgres::{Encoding, Receiver, ReplicationConnection, ReplicationStream, Session};
 use crate::setup;
 use crate::source::slot::{self, Identity, Slot};
-use crate::source::{self, describe};
-use crate::tables::PerKind;
+use crate::source::{self, describe, growth};
+use crate::tables::{Kind, PerKind};
 use crate::watermark;
 
 /// Chunks (of half a MiB or one frame) between the receiver and the builder.
@@ -75,13 +75,13 @@ const COMMITTER: &str = "the committer";
 pub(super) async fn session(
     config: &Config,
     shutdown: &watch::Receiver<()>,
-    wants_text: &Arc<AtomicBool>,
+    wants: &Arc<Wants>,
     phase: &watch::Sender<Phase>,
 ) -> Result<Ended> {
     let opened = tokio::select! {
         biased;
         () = stop(shutdown) => return Ok(Ended::Unopened),
-        opened = open(config, wants_text) => opened?,
+        opened = open(config, wants) => opened?,
     };
     let Tasks { mut receiver, chunks, mut committer, builder } = opened;
     phase.send_replace(Phase::Streaming);
@@ -127,7 +127,7 @@ fn committer_ended(result: Result<()>) -> Error {
 
 /// Gets the slot, claims the tables, brings the watermarks up to them, adds what the archive lacks, and starts the tasks.
 /// The order matters, see ARCHITECTURE.md ("One writer", "Gaps").
-async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
+async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
     let storage = Storage::open(&config.storage)?;
     // Claims ask for it, too; but by then there may be a slot that keeps the server's log.
@@ -140,7 +140,7 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     let watermarks = sql.run(watermark::read).await?;
     let history = history(config, &mut connection, &watermarks, &identity, found.as_ref()).await?;
     ensure_slot(config, &mut sql, &mut connection, found).await?;
-    let (stream, texts) = start_stream(config, &mut sql, connection, wants_text).await?;
+    let (stream, texts) = start_stream(config, &mut sql, connection, wants).await?;
 
     // Only now nobody else moves the slot or the archive.
     let (slot, holder) = held_slot(config, &mut sql).await?;
@@ -150,12 +150,19 @@ async fn open(config: &Config, wants_text: &Arc<AtomicBool>) -> Result<Tasks> {
     // What follows may take hours; somebody must answer the server meanwhile.
     let mut receiver = stream.spawn(chunk_sender, durable);
     let namer = Arc::new(Namer::new());
-    let prepared = prepare(config, &mut sql, &storage, &namer, &identity, &history, &slot);
-    let tables = tokio::select! {
+    let prepared = async {
+        let claimed = claim(config, &mut sql, &storage, &identity, start, wants).await?;
+        let config = config.describing(kinds_of(config, &claimed));
+        prepare(&config, &mut sql, &storage, (&namer, wants), &identity, &history, (&slot, claimed))
+            .await
+            .map(|tables| (config, tables))
+    };
+    let (config, tables) = tokio::select! {
         biased;
         result = receiver.ended() => return Err(receiver_ended(result)),
-        tables = prepared => tables?,
+        prepared = prepared => prepared?,
     };
+    let config = &config;
 
     let request = sql.run(slot::checkpoint_request).await?;
     let mut decoder = Decoder::new(&config.schema, &config.kinds());
@@ -195,7 +202,7 @@ async fn start_stream(
     config: &Config,
     sql: &mut Session,
     mut connection: ReplicationConnection,
-    wants_text: &Arc<AtomicBool>,
+    wants: &Arc<Wants>,
 ) -> Result<(ReplicationStream, Texts)> {
     let encoding = sql.run(Encoding::of_database).await?;
     let (statement, encoding) = encoding.streamed(&config.publication);
@@ -204,41 +211,63 @@ async fn start_stream(
     }
     let slot = config.slot.as_str();
     let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
-    let is_all = has_unreadable || wants_text.load(Ordering::Relaxed);
+    let is_all = has_unreadable || wants.has_texts();
     let stream = connection.start(slot, &config.publication, is_all).await?;
     let stream = stream.holding(config.row_bytes_max());
-    Ok((stream, Texts { encoding, is_all, wants_all: Arc::clone(wants_text) }))
+    Ok((stream, Texts { encoding, is_all, wants: Arc::clone(wants) }))
 }
 
 fn receiver_ended(result: Result<()>) -> Error {
     result.err().unwrap_or_else(|| Error::Internal("the receiver ended early".to_owned()))
 }
 
-/// Claims the tables and makes them fit for the stream.
-async fn prepare(
+/// Claims the tables; they have the columns then that their sources have by now.
+async fn claim(
     config: &Config,
     sql: &mut Session,
     storage: &Storage,
-    namer: &Arc<Namer>,
     identity: &Identity,
-    history: &History,
-    slot: &Slot,
+    start: Lsn,
+    wants: &Wants,
 ) -> Result<Vec<Table>> {
-    let start = slot.confirmed_flush_lsn;
     let app_id = archive::app_id(&identity.system_identifier, &config.slot);
     // Tells our log entries from those of any other session, and is in each of them.
     let session = format!("{:032x}", rand::rng().random::<u128>());
     // A session that can't write its watermarks must not put a claim into every log before it finds that out: the next one
     // would, too, and so on.
     sql.run(async |client| watermark::can_be_moved(client, &config.slot).await).await?;
+    let (schema, shown) = (config.schema.as_str(), wants.all_columns());
     let mut tables = Vec::new();
     for kind in config.all_kinds() {
-        match Table::claim(storage, kind, &app_id, &session, start).await {
+        let new = async |client: &_| growth::new_columns(client, schema, kind, &shown).await;
+        let new = sql.run(new).await?;
+        match Table::claim_with(storage, kind, &app_id, &session, start, &new).await {
             Ok(table) => tables.push(table),
             Err(error) => foreign::leave_out_broken(config, sql, storage, kind, error).await?,
         }
     }
     tracing::info!(session, "claimed the archive's tables");
+    Ok(tables)
+}
+
+/// What the tables are, now that they are claimed; those that are not to be had are as they were.
+fn kinds_of(config: &Config, claimed: &[Table]) -> Vec<Kind> {
+    let now =
+        |kind: Kind| claimed.iter().map(Table::kind).find(|now| now.name() == kind.name()).unwrap_or(kind);
+    config.kinds().into_iter().map(now).collect()
+}
+
+/// Makes the tables fit for the stream.
+async fn prepare(
+    config: &Config,
+    sql: &mut Session,
+    storage: &Storage,
+    (namer, wants): (&Arc<Namer>, &Arc<Wants>),
+    identity: &Identity,
+    history: &History,
+    (slot, mut tables): (&Slot, Vec<Table>),
+) -> Result<Vec<Table>> {
+    let start = slot.confirmed_flush_lsn;
     let logged = logged_switches(config, &tables, identity).await?;
     match history {
         History::Same { switches } if logged.is_empty() || !config.accept_new_system => {
@@ -280,7 +309,7 @@ async fn prepare(
     let mut incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
     incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
     foreign::drop_damaged(config, sql, &mut tables, &incomplete.mendable).await?;
-    let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, timeline_id };
+    let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, wants, timeline_id };
     let broken = backfill.run(&incomplete).await?;
     foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
     for table in &mut tables {

@@ -21,6 +21,9 @@ const NO_FLAGS: [u8; 8] = [0; 8];
 /// What comes in place of a row's count of values, after the last row.
 const TRAILER: u16 = u16::MAX;
 
+/// Which column of which table a row `a` of `pg_attribute` is, in SQL: the same after it was renamed.
+pub(super) const ATTRIBUTE: &str = "a.attrelid::text || '.' || a.attnum";
+
 /// Whether values of a built-in type are texts (`text`, `varchar`, `bpchar`, `name`).
 pub(super) const fn is_text(type_oid: u32) -> bool {
     matches!(type_oid, 25 | 1043 | 1042 | 19)
@@ -68,6 +71,11 @@ struct SourceColumn {
     /// The type itself.
     own: u32,
     has_known_form: bool,
+    modifier: i32,
+    /// As SQL writes its type.
+    type_name: String,
+    /// As [`ColumnSpec::attribute`](crate::tables::ColumnSpec) has it.
+    attribute: String,
 }
 
 impl Source {
@@ -76,7 +84,8 @@ impl Source {
         let failed = || Error::sql(format!("reading the columns of {}", row.source_table));
         // What the stream sends: generated columns are left out.
         let query = format!(
-            "select w.table_oid, a.attname::text, a.atttypid, {BINARY_FORM}, getdatabaseencoding()::text
+            "select w.table_oid, a.attname::text, a.atttypid, {BINARY_FORM}, getdatabaseencoding()::text, a.atttypmod,
+                    format_type(a.atttypid, a.atttypmod), {ATTRIBUTE}
              from highwater.watermark w join pg_class c on c.oid = w.table_oid
              join pg_attribute a on a.attrelid = w.table_oid join pg_type t on t.oid = a.atttypid
              where w.source_table = $1 and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
@@ -94,6 +103,9 @@ impl Source {
                 type_oid: form.unwrap_or(own),
                 own,
                 has_known_form: form.is_some(),
+                modifier: found.try_get(5).map_err(failed())?,
+                type_name: found.try_get(6).map_err(failed())?,
+                attribute: found.try_get(7).map_err(failed())?,
             });
         }
         Ok(table.map(|(oid, encoding)| {
@@ -128,6 +140,17 @@ impl Source {
         (decoder, notices)
     }
 
+    /// The columns and their types, as SQL writes them.
+    pub(super) fn column_types(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.columns.iter().map(|column| (column.name.as_str(), column.type_name.as_str()))
+    }
+
+    /// Which column of which table that of this name is.
+    pub(super) fn attribute_of(&self, name: &str) -> Option<&str> {
+        let column = self.columns.iter().find(|column| column.name == name);
+        column.map(|column| column.attribute.as_str())
+    }
+
     /// Whether it has a column of this name.
     pub(crate) fn has_column(&self, name: &str) -> bool {
         self.type_of(name).is_some()
@@ -136,10 +159,11 @@ impl Source {
     /// The table as the stream would describe it.
     fn relation(&self) -> Relation<'_> {
         let (namespace, table) = self.name.split_once('.').unwrap_or_default();
-        let columns = self
-            .columns
-            .iter()
-            .map(|column| Column { name: column.name.as_bytes(), type_oid: column.type_oid });
+        let columns = self.columns.iter().map(|column| Column {
+            name: column.name.as_bytes(),
+            type_oid: column.type_oid,
+            modifier: column.modifier,
+        });
         Relation {
             oid: self.oid,
             namespace: namespace.as_bytes(),

@@ -2,14 +2,13 @@
 
 use tokio_postgres::{Client, Row};
 
+use super::copy::ATTRIBUTE;
 use super::lookup::BINARY_FORM;
 use crate::archive::{self, Storage};
 use crate::config::{Config, TableSettings};
+use crate::decode::NewColumn;
 use crate::error::{Error, Result};
-use crate::tables::{ColumnSpec, ColumnType, Description, Kind};
-
-/// What Parquet and Delta, without a mapping of columns, have no names with.
-const NOT_IN_NAMES: &str = " ,;{}()=`.";
+use crate::tables::{ColumnSpec, ColumnType, Compared, Description, Kind, is_storable};
 
 /// Most digits of a number that has a decimal column; more are archived as text.
 const DECIMAL_DIGITS_MAX: i32 = 38;
@@ -106,21 +105,39 @@ fn same(config: &Config, settings: &TableSettings, kind: Kind) -> Result<Kind> {
 }
 
 /// A column of a source table.
-struct Found {
-    name: String,
-    source_type: String,
+pub(super) struct Found {
+    pub(super) name: String,
+    pub(super) source_type: String,
     column_type: ColumnType,
+    /// The built-in type that has the same binary form, or the type itself.
+    pub(super) type_oid: u32,
+    attribute: Option<String>,
 }
 
 impl Found {
+    /// A column that the catalog has no more, of a type with this binary form and this name.
+    pub(super) fn former(new: &NewColumn, form: Option<u32>, source_type: String) -> Self {
+        Self {
+            name: new.name.clone(),
+            source_type,
+            column_type: column_type(form, new.modifier),
+            type_oid: form.unwrap_or(new.type_oid),
+            attribute: None,
+        }
+    }
+
     /// The archive's column for its values.
-    fn archived(&self) -> ColumnSpec {
+    pub(super) fn archived(&self) -> ColumnSpec {
         ColumnSpec {
             // A table that loses a column, or the condition that it is never null, goes on.
             nullable: true,
             name: self.name.clone(),
             column_type: self.column_type,
             source_type: Some(self.source_type.clone()),
+            attribute: self.attribute.clone(),
+            added: false,
+            filled: None,
+            compared: Compared::Plainly,
         }
     }
 }
@@ -152,13 +169,13 @@ async fn from_catalog(config: &Config, client: &Client, settings: &TableSettings
 }
 
 /// The columns of a table that the stream sends: generated ones are left out.
-async fn columns(client: &Client, source: &str) -> Result<Vec<Found>> {
+pub(super) async fn columns(client: &Client, source: &str) -> Result<Vec<Found>> {
     let (schema, table) = source.split_once('.').unwrap_or_default();
     let failed = || Error::sql(format!("reading the columns of {source}"));
     // The modifier of a domain is its base's.
     let query = format!(
         "select a.attname::text, format_type(a.atttypid, a.atttypmod), {BINARY_FORM},
-                coalesce(nullif(a.atttypmod, -1), t.typtypmod, -1)
+                coalesce(nullif(a.atttypmod, -1), t.typtypmod, -1), a.atttypid, {ATTRIBUTE}
          from pg_class c join pg_namespace n on n.oid = c.relnamespace
          join pg_attribute a on a.attrelid = c.oid join pg_type t on t.oid = a.atttypid
          where n.nspname = $1 and c.relname = $2 and c.relkind in ('r', 'p')
@@ -201,7 +218,9 @@ impl Catalog<'_> {
         }
         let kept: Vec<&str> = self.columns.iter().map(|column| column.name.as_str()).collect();
         let kept: Vec<&str> = kept.into_iter().filter(|name| !self.is_excluded(name)).collect();
-        match kept.iter().find(|name| !is_storable(name, &kept)) {
+        let is_alone =
+            |name: &str| kept.iter().filter(|other| other.to_lowercase() == name.to_lowercase()).count() == 1;
+        match kept.iter().find(|name| !is_storable(name) || !is_alone(name)) {
             None => Ok(()),
             Some(wrong) => Err(self.refused(
                 "the column",
@@ -265,12 +284,6 @@ impl Catalog<'_> {
     }
 }
 
-/// Whether readers of Delta tables take a column of this name beside these others.
-fn is_storable(name: &str, all: &[&str]) -> bool {
-    let is_plain = !name.contains(|c: char| NOT_IN_NAMES.contains(c) || c.is_control());
-    is_plain && all.iter().filter(|other| other.to_lowercase() == name.to_lowercase()).count() <= 1
-}
-
 const fn is_sortable(column_type: ColumnType) -> bool {
     matches!(
         column_type,
@@ -280,7 +293,10 @@ const fn is_sortable(column_type: ColumnType) -> bool {
 
 fn found(row: &Row) -> Result<Found, tokio_postgres::Error> {
     let (form, modifier): (Option<u32>, i32) = (row.try_get(2)?, row.try_get(3)?);
+    let own: u32 = row.try_get(4)?;
     Ok(Found {
+        type_oid: form.unwrap_or(own),
+        attribute: Some(row.try_get(5)?),
         name: row.try_get(0)?,
         source_type: row.try_get(1)?,
         column_type: column_type(form, modifier),

@@ -116,7 +116,7 @@ impl Lookup {
         let mut texts = texts.iter().map(Vec::as_slice);
         let (namespace, name) = (texts.next().unwrap_or_default(), texts.next().unwrap_or_default());
         let columns = relation.columns.iter().zip(texts);
-        let columns = columns.map(|(column, name)| Column { name, type_oid: column.type_oid }).collect();
+        let columns = columns.map(|(column, name)| Column { name, ..*column }).collect();
         Ok(decoder.relation(&Relation { oid: relation.oid, namespace, name, columns }))
     }
 

@@ -4,6 +4,7 @@ mod copier;
 mod copy;
 pub(crate) mod coverage;
 pub(crate) mod describe;
+pub(crate) mod growth;
 pub(crate) mod lookup;
 mod partition;
 mod point;

@@ -5,11 +5,12 @@ use tokio_postgres::Client;
 
 use super::copy::is_text;
 use super::time::TimeType;
+use super::unarchived::UnfitColumn;
 use super::{Partition, Source};
 use crate::archive::{HourSums, RowSum};
 use crate::error::{Error, Result};
 use crate::postgres::{Encoding, quote_identifier};
-use crate::tables::{ColumnSpec, ColumnType, EntityTable, Kind, MICROS_PER_HOUR};
+use crate::tables::{ColumnSpec, ColumnType, Compared, EntityTable, Kind, MICROS_PER_HOUR};
 
 /// What a partition holds.
 #[derive(Clone, Debug, Default)]
@@ -80,7 +81,8 @@ impl Source {
     fn sums_query(&self, partition: &Partition, kind: Kind, range: Option<(i64, i64)>) -> String {
         let unfit = || Expression { fits: "false".to_owned(), bytes: "''::bytea".to_owned() };
         let expression = |column| self.expression(kind, column).unwrap_or_else(unfit);
-        let expressions: Vec<Expression> = kind.columns().iter().map(expression).collect();
+        let columns = kind.columns().iter().filter(|column| column.compared != Compared::Not);
+        let expressions: Vec<Expression> = columns.map(expression).collect();
         let joined = |part: fn(&Expression) -> &str, separator: &str| {
             expressions.iter().map(part).collect::<Vec<_>>().join(separator)
         };
@@ -117,7 +119,6 @@ impl Source {
         )
     }
 
-    /// Whether the rows name their entity by `entity_id`; by the decoder's rule.
     /// The table that knows the entities of the rows, if these name them by an id.
     fn lookup(&self, kind: Kind) -> Option<&'static EntityTable> {
         let lookup = kind.entity()?.lookup.as_ref()?;
@@ -131,7 +132,76 @@ impl Source {
 
     /// Whether no row is kept out of the archive by what its columns are.
     pub(crate) fn is_fit(&self, kind: Kind) -> bool {
-        kind.columns().iter().all(|column| self.expression(kind, column).is_some())
+        let mut columns = kind.columns().iter().filter(|column| column.compared != Compared::Not);
+        columns.all(|column| self.expression(kind, column).is_some())
+    }
+
+    /// The kind as its rows are compared with those of this table: what the table has no more is left out, and what was renamed is
+    /// one column.
+    pub(crate) fn compared(&self, kind: Kind) -> Kind {
+        let is_gone = |column: &&ColumnSpec| column.source_type.is_some() && !self.still_has(column);
+        let gone: Vec<&ColumnSpec> = kind.columns().iter().filter(is_gone).collect();
+        let compared = |column: &ColumnSpec| {
+            if gone.contains(&column) {
+                return Compared::Not;
+            }
+            let own = column.source_type.as_ref().and_then(|_| self.attribute_of(&column.name));
+            let is_former = |other: &&&ColumnSpec| {
+                own.is_some() && other.attribute.as_deref() == own && other.column_type == column.column_type
+            };
+            let formers: Vec<String> =
+                gone.iter().filter(is_former).map(|other| other.name.clone()).collect();
+            if formers.is_empty() { Compared::Plainly } else { Compared::Or(formers) }
+        };
+        let columns = kind.columns().iter();
+        let columns = columns.map(|column| ColumnSpec { compared: compared(column), ..column.clone() });
+        kind.with(columns.collect(), kind.description().left_out.clone())
+    }
+
+    /// Whether a column of the archive is the table's of that name, and its values are what they were.
+    fn still_has(&self, column: &ColumnSpec) -> bool {
+        let now = self.column_types().find(|(name, _)| *name == column.name);
+        let (Some((_, now)), Some(before)) = (now, &column.source_type) else { return false };
+        let is_other =
+            column.attribute.as_deref().zip(self.attribute_of(&column.name)).is_some_and(|(was, is)| {
+                let (table, number) = (was.split_once('.'), is.split_once('.'));
+                table.zip(number).is_some_and(|(was, is)| was.0 == is.0 && was.1 != is.1)
+            });
+        !is_other && prints_alike(before, now)
+    }
+
+    /// What keeps rows of a table out of its archive, by what its columns are.
+    pub(crate) fn unfit_columns(&self, kind: Kind) -> Vec<UnfitColumn> {
+        let unfit = |column: &str, problem: String, remedy: String| UnfitColumn {
+            column: column.to_owned(),
+            problem,
+            remedy,
+        };
+        let (table, mut found) = (&self.name, Vec::new());
+        for (name, own) in self.column_types() {
+            let quoted = quote_identifier(name);
+            let archived = kind.columns().iter().find(|column| column.name == name);
+            if let Some((column, before)) =
+                archived.and_then(|column| Some((column, column.source_type.as_ref()?)))
+            {
+                if self.expression(kind, column).is_none() {
+                    let problem = format!("is of type {own}, and its archive was made for {before}");
+                    found.push(unfit(
+                        name,
+                        problem,
+                        format!("alter table {table} alter column {quoted} type {before}"),
+                    ));
+                }
+            } else if kind.lacks(name) {
+                let problem = "is not in the archive yet".to_owned();
+                found.push(unfit(
+                    name,
+                    problem,
+                    "`highwater run`, which adds it; then verify again".to_owned(),
+                ));
+            }
+        }
+        found
     }
 
     fn expression(&self, kind: Kind, column: &ColumnSpec) -> Option<Expression> {
@@ -143,6 +213,7 @@ impl Source {
         };
         let type_oid = type_oid?;
         let value = format!("{table}.{}", quote_identifier(&column.name));
+        let value = value.as_str();
         if column.name == kind.time_column() {
             let send = match TimeType::of(Some(type_oid)) {
                 TimeType::Naive => "timestamp_send",
@@ -150,85 +221,123 @@ impl Source {
                 TimeType::None => return None,
             };
             let bytes = format!("{send}({value})");
-            return Some(Expression { fits: self.time.time_type.is_fit(&value), bytes });
+            return Some(Expression { fits: self.time.time_type.is_fit(value), bytes });
         }
-        let (is_fit, bytes) = self.value(column, type_oid, &value)?;
+        let (is_fit, bytes) = compared_value(column, type_oid, value, self.encoding)?;
         if column.nullable {
+            // What rows from before the column have is null in the archive.
+            let filled = column.filled.as_ref().map(|filled| {
+                let hex: String = filled.iter().map(|byte| format!("{byte:02x}")).collect();
+                format!("when {bytes} = decode('{hex}', 'hex') then int4send(-1) ")
+            });
             return Some(Expression {
                 fits: format!("({value} is null or {is_fit})"),
-                bytes: format!("case when {value} is null then int4send(-1) else {bytes} end"),
+                bytes: format!(
+                    "case when {value} is null then int4send(-1) {}else {bytes} end",
+                    filled.unwrap_or_default()
+                ),
             });
         }
         Some(Expression { fits: format!("({value} is not null and {is_fit})"), bytes })
     }
+}
 
-    /// Whether a value that is there fits, and its bytes.
-    fn value(&self, column: &ColumnSpec, type_oid: u32, value: &str) -> Option<(String, String)> {
-        let always = || "true".to_owned();
-        let sent = |length: u32, bytes: String| format!("int4send({length}) || {bytes}");
-        Some(match (column.column_type, type_oid) {
-            (ColumnType::Timestamp, TIMESTAMPTZ | TIMESTAMP) => {
-                let time = TimeType::of(Some(type_oid));
-                let send = if type_oid == TIMESTAMP { "timestamp_send" } else { "timestamptz_send" };
-                (time.is_fit(value), sent(8, format!("{send}({value})")))
-            }
-            (ColumnType::String, oid) if is_text(oid) || column.source_type.is_some() => {
-                self.text(column, oid, value)?
-            }
-            (ColumnType::Int, oid) if INTEGERS.contains(&oid) => {
-                let bytes = format!("int4send({value}::int4)");
-                let bytes = if column.nullable { sent(4, bytes) } else { bytes };
-                (format!("{value} between -2147483648 and 2147483647"), bytes)
-            }
-            (ColumnType::Long, oid) if INTEGERS.contains(&oid) => {
-                (always(), sent(8, format!("int8send({value}::int8)")))
-            }
-            (ColumnType::Double, FLOAT4 | FLOAT8) => {
-                (always(), sent(8, format!("float8send({value}::float8)")))
-            }
-            (ColumnType::Boolean, BOOL) => (always(), sent(1, format!("boolsend({value})"))),
-            (ColumnType::Date, DATE) => {
-                let fits =
-                    format!("isfinite({value}) and {value} between date '0001-01-01' and date '9999-12-31'");
-                (format!("({fits})"), sent(4, format!("date_send({value})")))
-            }
-            (ColumnType::Binary, BYTEA) => (always(), format!("int4send(octet_length({value})) || {value}")),
-            (ColumnType::Decimal { precision, scale }, NUMERIC) => {
-                let digits = u32::from(precision).saturating_sub(scale.unsigned_abs().into());
-                let fits = format!(
-                    "({value} <> 'NaN' and abs({value}) < power(10::numeric, {digits}) and {value} = round({value}, {scale}))"
-                );
-                let text = format!("convert_to(round({value}, {scale})::text, 'UTF8')");
-                (fits, format!("int4send(octet_length({text})) || {text}"))
-            }
-            _ => return None,
-        })
-    }
+/// Whether the archive has the same for a value of both types, as SQL writes them, after one was made the other.
+fn prints_alike(before: &str, now: &str) -> bool {
+    const FAMILIES: [&[&str]; 4] = [
+        &["smallint", "integer", "bigint"],
+        &["real", "double precision"],
+        &["text", "character varying", "citext", "name"],
+        &["timestamp without time zone", "timestamp with time zone"],
+    ];
+    // Without its modifier, which may be in the middle: `timestamp(3) with time zone`.
+    let plain = |text: &str| match text
+        .split_once('(')
+        .and_then(|(head, rest)| Some((head, rest.split_once(')')?.1)))
+    {
+        Some((head, tail)) => format!("{head}{tail}"),
+        None => text.to_owned(),
+    };
+    let (before, now) = (plain(before), plain(now));
+    let has_both = |family: &&[&str]| family.contains(&before.as_str()) && family.contains(&now.as_str());
+    before == now || FAMILIES.iter().any(has_both)
+}
 
-    fn text(&self, column: &ColumnSpec, type_oid: u32, value: &str) -> Option<(String, String)> {
-        // A cast of `bpchar` would take its blanks off.
-        let text = match type_oid {
-            BPCHAR => format!("textin(bpcharout({value}))"),
-            oid if is_text(oid) => format!("{value}::text"),
-            // One that has a column of its own, by now, is not what it was.
-            INT2 | INT4 | INT8 | FLOAT4 | FLOAT8 | BOOL | DATE | TIMESTAMP | TIMESTAMPTZ | BYTEA => {
-                return None;
-            }
-            // What the type itself writes; a cast to text may be another text.
-            _ if column.source_type.is_some() => format!("format('%s', {value})"),
-            _ => return None,
-        };
-        let (utf8, fits) = match self.encoding {
-            Encoding::Utf8 => (format!("convert_to({text}, 'UTF8')"), "true".to_owned()),
-            // Null where it can't be converted, which would be an error otherwise.
-            Encoding::Unknown | Encoding::Other => {
-                let utf8 = format!("highwater.utf8(convert_to({text}, getdatabaseencoding()))");
-                let fits = format!("{utf8} is not null");
-                (utf8, fits)
-            }
-        };
-        Some((fits, format!("int4send(octet_length({utf8})) || {utf8}")))
-    }
+/// Whether a value that is there fits its column, and its bytes in digests of rows: two expressions in SQL. `None` if no value of the
+/// type fits.
+pub(super) fn compared_value(
+    column: &ColumnSpec,
+    type_oid: u32,
+    value: &str,
+    encoding: Encoding,
+) -> Option<(String, String)> {
+    let always = || "true".to_owned();
+    let sent = |length: u32, bytes: String| format!("int4send({length}) || {bytes}");
+    Some(match (column.column_type, type_oid) {
+        (ColumnType::Timestamp, TIMESTAMPTZ | TIMESTAMP) => {
+            let time = TimeType::of(Some(type_oid));
+            let send = if type_oid == TIMESTAMP { "timestamp_send" } else { "timestamptz_send" };
+            (time.is_fit(value), sent(8, format!("{send}({value})")))
+        }
+        (ColumnType::String, oid) if is_text(oid) || column.source_type.is_some() => {
+            text_value(column, oid, value, encoding)?
+        }
+        (ColumnType::Int, oid) if INTEGERS.contains(&oid) => {
+            let bytes = format!("int4send({value}::int4)");
+            let bytes = if column.nullable { sent(4, bytes) } else { bytes };
+            (format!("{value} between -2147483648 and 2147483647"), bytes)
+        }
+        (ColumnType::Long, oid) if INTEGERS.contains(&oid) => {
+            (always(), sent(8, format!("int8send({value}::int8)")))
+        }
+        (ColumnType::Double, FLOAT4 | FLOAT8) => (always(), sent(8, format!("float8send({value}::float8)"))),
+        (ColumnType::Boolean, BOOL) => (always(), sent(1, format!("boolsend({value})"))),
+        (ColumnType::Date, DATE) => {
+            let fits =
+                format!("isfinite({value}) and {value} between date '0001-01-01' and date '9999-12-31'");
+            (format!("({fits})"), sent(4, format!("date_send({value})")))
+        }
+        (ColumnType::Binary, BYTEA) => (always(), format!("int4send(octet_length({value})) || {value}")),
+        (ColumnType::Decimal { precision, scale }, NUMERIC) => {
+            let digits = u32::from(precision).saturating_sub(scale.unsigned_abs().into());
+            let fits = format!(
+                "({value} <> 'NaN' and abs({value}) < power(10::numeric, {digits}) and {value} = round({value}, {scale}))"
+            );
+            let text = format!("convert_to(round({value}, {scale})::text, 'UTF8')");
+            (fits, format!("int4send(octet_length({text})) || {text}"))
+        }
+        _ => return None,
+    })
+}
+
+fn text_value(
+    column: &ColumnSpec,
+    type_oid: u32,
+    value: &str,
+    encoding: Encoding,
+) -> Option<(String, String)> {
+    // A cast of `bpchar` would take its blanks off.
+    let text = match type_oid {
+        BPCHAR => format!("textin(bpcharout({value}))"),
+        oid if is_text(oid) => format!("{value}::text"),
+        // One that has a column of its own, by now, is not what it was.
+        INT2 | INT4 | INT8 | FLOAT4 | FLOAT8 | BOOL | DATE | TIMESTAMP | TIMESTAMPTZ | BYTEA => {
+            return None;
+        }
+        // What the type itself writes; a cast to text may be another text.
+        _ if column.source_type.is_some() => format!("format('%s', {value})"),
+        _ => return None,
+    };
+    let (utf8, fits) = match encoding {
+        Encoding::Utf8 => (format!("convert_to({text}, 'UTF8')"), "true".to_owned()),
+        // Null where it can't be converted, which would be an error otherwise.
+        Encoding::Unknown | Encoding::Other => {
+            let utf8 = format!("highwater.utf8(convert_to({text}, getdatabaseencoding()))");
+            let fits = format!("{utf8} is not null");
+            (utf8, fits)
+        }
+    };
+    Some((fits, format!("int4send(octet_length({utf8})) || {utf8}")))
 }
 
 // `pg_type.oid` of the types that the decoder takes.
@@ -246,3 +355,26 @@ const BOOL: u32 = 16;
 const DATE: u32 = 1082;
 const BYTEA: u32 = 17;
 const NUMERIC: u32 = 1700;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_widened_type_prints_alike() {
+        for (before, now) in [
+            ("integer", "bigint"),
+            ("numeric(10,2)", "numeric"),
+            ("character varying(5)", "text"),
+            ("timestamp(3) with time zone", "timestamp without time zone"),
+            ("public.mood", "public.mood"),
+        ] {
+            assert!(prints_alike(before, now), "{before} {now}");
+        }
+        for (before, now) in
+            [("json", "jsonb"), ("integer", "text"), ("character(5)", "text"), ("integer", "numeric(10,0)")]
+        {
+            assert!(!prints_alike(before, now), "{before} {now}");
+        }
+    }
+}

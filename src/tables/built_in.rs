@@ -135,10 +135,10 @@ impl Kind {
         [Self::custom(), Self::psi(), Self::spc(), Self::quarantine()]
     }
 
-    /// Whether it comes with the program.
+    /// Whether it comes with the program, even if its source has got more columns.
     #[must_use]
     pub fn is_built_in(self) -> bool {
-        Self::built_in().contains(&self)
+        Self::built_in().iter().any(|kind| kind.name() == self.name())
     }
 
     /// The kind of a drift table, by [`Kind::name`].

@@ -66,13 +66,43 @@ pub struct ColumnSpec {
     /// The type of the source column, as SQL writes it; `None` in the tables that come with the program, which say by
     /// themselves which types they take.
     pub source_type: Option<String>,
+    /// Which column of which table it was when it came into the archive: it stays the same if the column is renamed.
+    pub attribute: Option<String>,
+    /// Whether it came after rows had been archived, which have nulls in it.
+    pub added: bool,
+    /// What rows from before the column have in Postgres, where the archive has nulls: the column was added with a default.
+    /// A value as digests of rows have it.
+    pub filled: Option<Vec<u8>>,
+    /// How it takes part where rows of the archive are compared with those of the source.
+    pub compared: Compared,
+}
+
+/// How a column takes part where rows are compared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Compared {
+    /// As it is.
+    #[default]
+    Plainly,
+    /// Not at all: the source has it no more, or another one of its name, or of another type.
+    Not,
+    /// With the value of the first of these columns that has one, where it is null: the source column had their names before.
+    Or(Vec<String>),
 }
 
 impl ColumnSpec {
     /// A column that always has a value.
     #[must_use]
     pub fn required(name: &str, column_type: ColumnType) -> Self {
-        Self { name: name.to_owned(), column_type, nullable: false, source_type: None }
+        Self {
+            name: name.to_owned(),
+            column_type,
+            nullable: false,
+            source_type: None,
+            attribute: None,
+            added: false,
+            filled: None,
+            compared: Compared::Plainly,
+        }
     }
 
     /// A column that may be null.
@@ -247,6 +277,35 @@ impl Kind {
         &self.0.data_sort
     }
 
+    /// The same table with other columns, and others that are left out.
+    #[must_use]
+    pub fn with(self, columns: Vec<ColumnSpec>, left_out: Vec<String>) -> Self {
+        Self::described(Description { columns, left_out, ..self.description().clone() })
+    }
+
+    /// Whether a column of the source has no place in the archive and need not: it is left out, or names the entity, whose own
+    /// columns take its place.
+    #[must_use]
+    pub fn leaves_out(self, column: &str) -> bool {
+        let is_id = |key: &EntityKey| key.lookup.as_ref().is_some_and(|lookup| lookup.id == column);
+        let description = self.description();
+        description.left_out.iter().any(|other| other == column)
+            || description.entity.as_ref().is_some_and(is_id)
+    }
+
+    /// Whether a column of the source is new: the archive has none of that name, and could have.
+    #[must_use]
+    pub fn lacks(self, column: &str) -> bool {
+        !self.leaves_out(column) && self.may_have(column)
+    }
+
+    /// Whether a column of that name can be added: readers of Delta tables take none with a space or one of `,;{}()=` in its name,
+    /// or a point or a backtick, and none whose name differs from another one's in case alone.
+    fn may_have(self, column: &str) -> bool {
+        let is_other = |other: &ColumnSpec| other.name.to_lowercase() != column.to_lowercase();
+        is_storable(column) && self.columns().iter().all(is_other)
+    }
+
     /// The Arrow schema of the archived table.
     #[must_use]
     pub fn schema(self) -> SchemaRef {
@@ -270,6 +329,13 @@ impl Known {
         let sort_columns = entity.chain(time).chain(&description.sort).cloned().collect();
         Self { description, schema, data_sort, sort_columns }
     }
+}
+
+/// Whether a column may have this name without a mapping of columns (Delta protocol, "Column Mapping"), and Spark SQL needs no
+/// quotes within it.
+#[must_use]
+pub fn is_storable(name: &str) -> bool {
+    !name.contains(|c: char| " ,;{}()=`.".contains(c) || c.is_control())
 }
 
 fn qualified(schema: &str, table: &str) -> String {

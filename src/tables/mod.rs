@@ -10,7 +10,8 @@ mod window;
 
 pub use built_in::{DRIFT_TABLES, ENTITY_TABLE};
 pub use kind::{
-    ColumnSpec, ColumnType, Description, ENTITY_COLUMNS_MAX, EntityKey, EntityTable, Kind, SORT_COLUMNS_MAX,
+    ColumnSpec, ColumnType, Compared, Description, ENTITY_COLUMNS_MAX, EntityKey, EntityTable, Kind,
+    SORT_COLUMNS_MAX, is_storable,
 };
 pub use per_kind::PerKind;
 pub use window::{

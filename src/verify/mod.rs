@@ -32,9 +32,9 @@ use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::sidecar::foreign;
-use crate::source::Point;
 use crate::source::describe;
 use crate::source::slot;
+use crate::source::{Point, Source};
 use crate::tables::{Kind, PerKind};
 use crate::watermark::{self, State, Watermark};
 use hour::{ceil_hour, floor_hour};
@@ -101,9 +101,15 @@ async fn compare(
         repair = Repair::claim(config, &storage, &sound, &app_id, options.repair).await?;
         (archives, _) = archives_of(config, &storage, &mut sql, &chosen, &app_id, point.lsn).await?;
     }
+    // A table has the columns that it has got by now.
+    let now = |kind: Kind| {
+        archives.iter().map(|archived| archived.1).find(|now| now.name() == kind.name()).unwrap_or(kind)
+    };
+    let config = &config.describing(config.kinds().into_iter().map(now).collect());
+    let compared = compared(config, &point, &archives).await?;
     let reach = |kind: Kind| archives.iter().find(|(_, other, ..)| *other == kind).map(|(.., lsn)| *lsn);
     let upto = PerKind::new(config.kinds(), |kind| reach(kind).unwrap_or_default());
-    let tail = Tail::read(config, slot, point.lsn, upto).await?;
+    let tail = Tail::read(config, slot, point.lsn, upto, compared.clone()).await?;
     let now = sql.run(watermark::read).await?;
     let mut report = Report { equal: broken.is_empty(), tables: Vec::new() };
     for (row, error) in broken {
@@ -124,6 +130,7 @@ async fn compare(
                 point: &point,
                 row,
                 kind: *kind,
+                compared: compared.get(*kind).copied().unwrap_or(*kind),
                 files: &snapshot.files,
                 range: options.hours(),
                 accepts_surplus: options.accept_surplus,
@@ -145,6 +152,18 @@ async fn compare(
         report.tables.push(table);
     }
     Ok(report)
+}
+
+/// How the rows of each kind are compared with the tables as the snapshot sees them.
+async fn compared(config: &Config, point: &Point, archives: &[Archived<'_>]) -> Result<PerKind<Kind>> {
+    let mut compared = PerKind::new(config.kinds(), |kind| kind);
+    for (row, kind, ..) in archives {
+        let source = Source::find(&point.client, row).await?;
+        if let (Some(source), Some(place)) = (source, compared.get_mut(*kind)) {
+            *place = source.compared(*kind);
+        }
+    }
+    Ok(compared)
 }
 
 /// Why a table in this state is not compared; whether somebody holds the slot.
@@ -198,7 +217,7 @@ async fn archives_of<'a>(
     for row in chosen {
         let Some(kind) = config.kind(&row.kind) else { continue };
         match archive_of(config, storage, sql, (row, kind), app_id, lsn).await {
-            Ok((snapshot, lsn)) => archives.push((row, kind, snapshot, lsn)),
+            Ok((snapshot, lsn)) => archives.push((row, snapshot.kind, snapshot, lsn)),
             Err(error) if foreign::is_broken(&error) => broken.push((row, error)),
             Err(error) => return Err(error),
         }

@@ -137,9 +137,12 @@ impl TableReport {
     /// Whether all of the table was compared, and nothing of it is in the quarantine alone that should not be.
     #[must_use]
     pub const fn is_whole(&self) -> bool {
-        self.not_compared.is_none()
-            && self.parts_not_compared.is_empty()
-            && (self.unfit_columns.is_empty() || self.quarantine_accepted)
+        self.not_compared.is_none() && self.parts_not_compared.is_empty() && self.is_fit()
+    }
+
+    /// Whether its columns can be archived, or the quarantine will do.
+    pub(super) const fn is_fit(&self) -> bool {
+        self.unfit_columns.is_empty() || self.quarantine_accepted
     }
 
     /// The report of a table of which nothing but what can't be archived is known yet.

@@ -170,10 +170,12 @@ impl<'a> Comparison<'a> {
         let settled = recovery::quarantined(
             table.storage,
             &quarantine.files,
-            (&source.name, table.kind),
-            source.is_fit(table.kind),
+            (&source.name, table.compared),
+            source.is_fit(table.compared),
         )
         .await?;
+        // Rows that are equal but for a column that the source has no more are not copies of each other.
+        let can_remove = repair.is_on() && table.compared == table.kind;
         Ok(Self {
             table,
             source,
@@ -184,7 +186,7 @@ impl<'a> Comparison<'a> {
             tail,
             namer: repair.namer.clone().filter(|_| repair.mode != RepairMode::RemoveDoubles),
             copier: Copier::open(config, &table.point.client).await?,
-            doubles: repair.is_on().then(Doubles::default),
+            doubles: can_remove.then(|| Doubles::new(table.compared)),
             removed: 0,
         })
     }
@@ -222,8 +224,8 @@ impl<'a> Comparison<'a> {
     async fn part(&mut self, range: (i64, i64), is_held: bool, found: &mut Found) -> Result<()> {
         let table = self.table;
         let files: Vec<&TableFile> = table.files.iter().collect();
-        let mut present = Multiset::default();
-        present.read(table.storage, table.kind, &files, &[range]).await?;
+        let mut present = Multiset::new(table.compared);
+        present.read(table.storage, &files, &[range]).await?;
         // What was committed after the snapshot can't be read from it; a later repair finds it.
         found.missing += self.tail.missing(table.kind, range, &mut present);
         let present = Arc::new(Mutex::new(present));
@@ -253,7 +255,7 @@ impl<'a> Comparison<'a> {
 
     /// Removes the doubles of the hours since the last time, in one log entry.
     async fn remove(&mut self, repair: &mut Repair, sql: &mut Session) -> Result<()> {
-        let Some(doubles) = self.doubles.as_mut().map(std::mem::take) else { return Ok(()) };
+        let Some(doubles) = self.doubles.as_mut().map(Doubles::take) else { return Ok(()) };
         if doubles.surplus() > 0 {
             self.removed += repair.remove(self.table, &doubles, sql).await?;
         }
@@ -304,7 +306,7 @@ impl<'a> Comparison<'a> {
         }
         for rows in settled.files().iter().filter(|rows| rows.kind() == table.kind) {
             for batch in rows.record_batches() {
-                archive::each_digest(table.kind, &batch?, |_, digest| found.settled.push(digest))?;
+                archive::each_digest(table.compared, &batch?, |_, digest| found.settled.push(digest))?;
             }
         }
         found.cut += cut(&settled) + cut(&batches);
@@ -369,7 +371,7 @@ async fn take(
             Some(present) => {
                 for batch in rows.record_batches() {
                     let mut present = present.lock().unwrap_or_else(PoisonError::into_inner);
-                    found.missing += present.missing(kind, &batch?)?.num_rows() as u64;
+                    found.missing += present.missing(&batch?)?.num_rows() as u64;
                 }
             }
             None => found.missing += rows.row_count(),

@@ -55,6 +55,7 @@ impl Table<'_> {
             return Ok(());
         };
         let leaves = self.holders(&source).await?;
+        report.unfit_columns.extend(source.unfit_columns(self.kind));
         let sums = self.partition_sums(&source, &leaves, repair).await?;
         let postgres = self.postgres_sums(&sums, tail);
         let archive = match self.archive_sums(&leaves, &postgres).await {
@@ -203,7 +204,7 @@ impl Table<'_> {
             }
             self.point.savepoint().await?;
             let client = &self.point.client;
-            let sums = source.sums(client, leaf, self.kind, (!is_whole).then_some(self.range)).await?;
+            let sums = source.sums(client, leaf, self.compared, (!is_whole).then_some(self.range)).await?;
             done += sums.rows;
             all.push(sums);
             if self.point.end_part(leaf).await? != Fate::Unchanged {
@@ -237,7 +238,7 @@ impl Table<'_> {
             .iter()
             .filter(|file| ranges.iter().any(|(low, high)| file.may_hold(*low, *high)))
             .collect();
-        let mut sums = archive::hour_sums(self.storage, self.kind, &files, first.0, last.1).await?;
+        let mut sums = archive::hour_sums(self.storage, self.compared, &files, first.0, last.1).await?;
         let is_wanted = |hour: i64| {
             let time = hour * MICROS_PER_HOUR;
             let after = ranges.partition_point(|(low, _)| *low <= time);
@@ -302,7 +303,7 @@ impl Table<'_> {
                 sql.run(async |client| watermark::set_lacking(client, &verified, lacks, reason).await)
                     .await?;
             }
-            let is_verified = is_whole && !differs;
+            let is_verified = is_whole && !differs && report.is_fit();
             let mut is_recorded = false;
             if is_verified {
                 is_recorded =

@@ -15,6 +15,8 @@ pub(super) struct Table<'a> {
     pub(super) point: &'a Point,
     pub(super) row: &'a Watermark,
     pub(super) kind: Kind,
+    /// As its rows are compared.
+    pub(super) compared: Kind,
     pub(super) files: &'a [TableFile],
     /// Times that are compared, whole hours.
     pub(super) range: (i64, i64),

@@ -34,6 +34,7 @@ impl Tail {
         slot: TemporarySlot,
         from: Lsn,
         upto: PerKind<Lsn>,
+        compared: PerKind<Kind>,
     ) -> Result<Self> {
         let mut reader = Reader {
             config,
@@ -42,6 +43,7 @@ impl Tail {
             batches: Batches::new(config.window, chrono::Utc::now().timestamp_micros()),
             last: upto.iter().map(|(_, lsn)| *lsn).max().unwrap_or_default(),
             upto,
+            compared,
             in_transaction: false,
             foreign: HashSet::new(),
             encoding: Encoding::Utf8,
@@ -103,6 +105,8 @@ struct Reader<'a> {
     lookup: Lookup,
     batches: Batches,
     upto: PerKind<Lsn>,
+    /// How the rows of each kind are compared.
+    compared: PerKind<Kind>,
     /// The farthest of them.
     last: Lsn,
     in_transaction: bool,
@@ -184,9 +188,10 @@ impl Reader<'_> {
         let batches = std::mem::replace(&mut self.batches, empty);
         for rows in batches.files().iter().filter(|rows| !rows.kind().is_quarantine()) {
             let kind = rows.kind();
+            let compared = self.compared.get(kind).copied().unwrap_or(kind);
             let Some(place) = self.tail.rows.get_mut(kind) else { continue };
             for batch in rows.record_batches() {
-                archive::each_digest(kind, &batch?, |time, digest| place.push((time, digest)))?;
+                archive::each_digest(compared, &batch?, |time, digest| place.push((time, digest)))?;
             }
         }
         let rows: usize = self.tail.rows.iter().map(|(_, rows)| rows.len()).sum();

@@ -84,11 +84,11 @@ async fn a_row_that_is_too_long_is_in_the_quarantine_by_name_and_the_others_are_
     let free = "do $$ declare name text; begin
                     for name in select conname from pg_constraint where conrelid = 'scouter.custom_drift'::regclass and contype = 'u'
                     loop execute format('alter table scouter.custom_drift drop constraint %I', name); end loop; end $$;
-                alter table scouter.custom_drift add column note text";
+                alter table scouter.custom_drift drop column if exists updated_at, add column updated_at text";
     client.batch_execute(free).await.unwrap();
     let long_row = async |metric: &str| {
         let sql = format!(
-            "insert into scouter.custom_drift (created_at, space, name, version, metric, value, note)
+            "insert into scouter.custom_drift (created_at, space, name, version, metric, value, updated_at)
              values (now() - interval '1 hour', 'tests', 'long', '1', {metric}, 7, {{}})"
         );
         // A column that is not archived may be of any length.

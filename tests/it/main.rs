@@ -14,6 +14,7 @@ mod support;
 mod backfill;
 mod big;
 mod check;
+mod columns;
 mod connection;
 mod crash;
 mod described;

@@ -20,12 +20,14 @@ use super::table_file::TableFile;
 use crate::archive::error::encode_error;
 use crate::archive::store::storage::Storage;
 use crate::pgoutput::POSTGRES_EPOCH_MICROS;
-use crate::tables::{ColumnType, Kind};
+use crate::tables::{ColumnSpec, ColumnType, Compared, Kind};
 use crate::{Error, Result};
 
 /// Digests of rows, and how often each occurs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Multiset {
+    /// How the rows are compared.
+    kind: Kind,
     counts: HashMap<u128, Copies, RandomState>,
 }
 
@@ -39,6 +41,12 @@ pub struct Copies {
 }
 
 impl Multiset {
+    /// No rows yet, of a kind that says which columns are compared.
+    #[must_use]
+    pub fn new(kind: Kind) -> Self {
+        Self { kind, counts: HashMap::default() }
+    }
+
     /// Takes in the rows of files (of one version of a table) whose `created_at` lies in one of the ranges: ascending
     /// pairs of a first microsecond since the epoch and the one after the last.
     ///
@@ -48,10 +56,10 @@ impl Multiset {
     pub async fn read(
         &mut self,
         storage: &Storage,
-        kind: Kind,
         files: &[&TableFile],
         ranges: &[(i64, i64)],
     ) -> Result<()> {
+        let kind = self.kind;
         let contains = |time: &i64| {
             let after = ranges.partition_point(|(start, _)| start <= time);
             after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)
@@ -104,11 +112,28 @@ impl Multiset {
     /// # Errors
     ///
     /// [`Error::Internal`] if the batch has other columns than its kind.
-    pub fn missing(&mut self, kind: Kind, batch: &RecordBatch) -> Result<RecordBatch> {
+    pub fn missing(&mut self, batch: &RecordBatch) -> Result<RecordBatch> {
+        let kind = self.kind;
         let mut is_missing = Vec::with_capacity(batch.num_rows());
         digests(kind, batch, |_, digest| {
             is_missing.push(!self.take(digest));
         })?;
+        // The archive may have it from before a column was added, in which the source has given it a value since; or two.
+        let added: Vec<&ColumnSpec> = kind.columns().iter().filter(|column| column.added).collect();
+        for since in (0..added.len()).rev() {
+            if !is_missing.contains(&true) {
+                break;
+            }
+            let later = added.get(since..).unwrap_or_default();
+            // What has been renamed is there under its older name.
+            let is_read =
+                |column: &ColumnSpec| !later.contains(&column) || column.compared != Compared::Plainly;
+            digests_of(kind, batch, is_read, |row, digest| {
+                if let Some(is_missing) = is_missing.get_mut(row).filter(|is_missing| **is_missing) {
+                    *is_missing = !self.take(digest);
+                }
+            })?;
+        }
         filter_record_batch(batch, &BooleanArray::from(is_missing))
             .map_err(encode_error(format!("comparing rows of {}", kind.name())))
     }
@@ -128,37 +153,46 @@ pub fn each_digest(kind: Kind, batch: &RecordBatch, mut take: impl FnMut(i64, u1
 pub(in crate::archive) fn digests(
     kind: Kind,
     batch: &RecordBatch,
+    take: impl FnMut(usize, u128),
+) -> Result<()> {
+    digests_of(kind, batch, |_| true, take)
+}
+
+/// The same, as if the rows had nulls in other columns than these.
+fn digests_of(
+    kind: Kind,
+    batch: &RecordBatch,
+    is_read: impl Fn(&ColumnSpec) -> bool,
     mut take: impl FnMut(usize, u128),
 ) -> Result<()> {
-    let columns = kind.columns();
-    let mut writers = Vec::with_capacity(columns.len());
-    for spec in columns {
-        let column = batch.column_by_name(&spec.name);
-        let writer = column.and_then(|column| match spec.column_type {
-            ColumnType::Timestamp if spec.name == kind.time_column() => {
-                times(kind, batch).ok().map(Column::RowTimes)
+    let mut writers = Vec::with_capacity(kind.columns().len());
+    for spec in kind.columns().iter().filter(|spec| spec.compared != Compared::Not) {
+        if !is_read(spec) {
+            writers.push((vec![Column::Absent], None));
+            continue;
+        }
+        let mut values = vec![Column::of(kind, spec, &spec.name, batch)?];
+        if let Compared::Or(formers) = &spec.compared {
+            for former in formers {
+                values.push(Column::of(kind, spec, former, batch)?);
             }
-            ColumnType::Timestamp => column.as_primitive_opt().map(Column::Times),
-            ColumnType::String => Strings::of(column).map(Column::Strings),
-            ColumnType::Int if !spec.nullable => column.as_primitive_opt().map(Column::Ints),
-            ColumnType::Int => column.as_primitive_opt().map(Column::NullableInts),
-            ColumnType::Long => column.as_primitive_opt().map(Column::Longs),
-            ColumnType::Double => column.as_primitive_opt().map(Column::Doubles),
-            ColumnType::Boolean => column.as_boolean_opt().map(Column::Booleans),
-            ColumnType::Date => column.as_primitive_opt().map(Column::Dates),
-            ColumnType::Binary => column.as_binary_opt::<i32>().map(Column::Binaries),
-            ColumnType::Decimal { .. } => column.as_primitive_opt().map(Column::Decimals),
-        });
-        writers.push(writer.ok_or_else(|| {
-            let found = column.map(|column| column.data_type().to_string());
-            Error::Internal(format!("a batch of {} has {found:?} as its column {}", kind.name(), spec.name))
-        })?);
+        }
+        writers.push((values, spec.filled.as_deref()));
     }
     let mut bytes = Vec::new();
     for row in 0..batch.num_rows() {
         bytes.clear();
-        for column in &writers {
-            column.write(row, &mut bytes);
+        for (values, filled) in &writers {
+            let start = bytes.len();
+            let is_there = |column: &&Column<'_>| values.len() == 1 || !column.is_null(row);
+            if let Some(column) = values.iter().find(is_there).or(values.first()) {
+                column.write(row, &mut bytes);
+            }
+            // Where the archive has a null, since it is older than the column.
+            if filled.is_some() && bytes.get(start..) == *filled {
+                bytes.truncate(start);
+                put(&mut bytes, None);
+            }
         }
         take(row, u128::from_be_bytes(Md5::digest(&bytes).into()));
     }
@@ -167,6 +201,8 @@ pub(in crate::archive) fn digests(
 
 /// A column that can be written row by row.
 enum Column<'a> {
+    /// The file is older than the column.
+    Absent,
     /// Of the rows themselves: always there.
     RowTimes(&'a TimestampMicrosecondArray),
     Times(&'a TimestampMicrosecondArray),
@@ -182,9 +218,52 @@ enum Column<'a> {
     Decimals(&'a Decimal128Array),
 }
 
-impl Column<'_> {
+impl<'a> Column<'a> {
+    /// The column of that name, with values as the specification says.
+    fn of(kind: Kind, spec: &ColumnSpec, name: &str, batch: &'a RecordBatch) -> Result<Self> {
+        let column = batch.column_by_name(name);
+        if column.is_none() && spec.source_type.is_some() {
+            return Ok(Self::Absent);
+        }
+        let writer = column.and_then(|column| match spec.column_type {
+            ColumnType::Timestamp if spec.name == kind.time_column() => {
+                times(kind, batch).ok().map(Column::RowTimes)
+            }
+            ColumnType::Timestamp => column.as_primitive_opt().map(Column::Times),
+            ColumnType::String => Strings::of(column).map(Column::Strings),
+            ColumnType::Int if !spec.nullable => column.as_primitive_opt().map(Column::Ints),
+            ColumnType::Int => column.as_primitive_opt().map(Column::NullableInts),
+            ColumnType::Long => column.as_primitive_opt().map(Column::Longs),
+            ColumnType::Double => column.as_primitive_opt().map(Column::Doubles),
+            ColumnType::Boolean => column.as_boolean_opt().map(Column::Booleans),
+            ColumnType::Date => column.as_primitive_opt().map(Column::Dates),
+            ColumnType::Binary => column.as_binary_opt::<i32>().map(Column::Binaries),
+            ColumnType::Decimal { .. } => column.as_primitive_opt().map(Column::Decimals),
+        });
+        writer.ok_or_else(|| {
+            let found = column.map(|column| column.data_type().to_string());
+            Error::Internal(format!("a batch of {} has {found:?} as its column {name}", kind.name()))
+        })
+    }
+
+    fn is_null(&self, row: usize) -> bool {
+        match self {
+            Self::Absent => true,
+            Self::Strings(strings) => strings.get(row).is_none(),
+            Self::RowTimes(values) | Self::Times(values) => values.is_null(row),
+            Self::Ints(values) | Self::NullableInts(values) => values.is_null(row),
+            Self::Longs(values) => values.is_null(row),
+            Self::Doubles(values) => values.is_null(row),
+            Self::Booleans(values) => values.is_null(row),
+            Self::Dates(values) => values.is_null(row),
+            Self::Binaries(values) => values.is_null(row),
+            Self::Decimals(values) => values.is_null(row),
+        }
+    }
+
     fn write(&self, row: usize, bytes: &mut Vec<u8>) {
         match self {
+            Self::Absent => put(bytes, None),
             Self::RowTimes(times) => bytes.extend(postgres_micros(times.value(row))),
             Self::Ints(numbers) => bytes.extend(numbers.value(row).to_be_bytes()),
             Self::Strings(strings) => put(bytes, strings.get(row).map(str::as_bytes)),
@@ -285,23 +364,23 @@ mod tests {
 
     #[test]
     fn what_is_there_is_used_up_once_each() {
-        let mut present = Multiset::default();
+        let mut present = Multiset::new(Kind::spc());
         let twice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 2, None)]);
         digests(Kind::spc(), &twice, |_, digest| present.add(digest)).unwrap();
         let thrice = spc(&[("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 1, Some(1.0)), ("f", 3, None)]);
-        let missing = present.missing(Kind::spc(), &thrice).unwrap();
+        let missing = present.missing(&thrice).unwrap();
         assert_eq!(missing.num_rows(), 2);
         assert_eq!(all(&missing), all(&spc(&[("f", 1, Some(1.0)), ("f", 3, None)])));
-        assert_eq!(present.missing(Kind::spc(), &twice).unwrap().num_rows(), 2, "only the third is left");
+        assert_eq!(present.missing(&twice).unwrap().num_rows(), 2, "only the third is left");
         assert_eq!((present.row_count(), present.doubles().count()), (0, 0));
     }
 
     #[test]
     fn a_double_is_a_row_of_which_some_were_taken_and_some_are_left() {
-        let mut present = Multiset::default();
+        let mut present = Multiset::new(Kind::spc());
         let rows = spc(&[("f", 1, None), ("f", 1, None), ("f", 1, None), ("f", 2, None), ("f", 3, None)]);
         digests(Kind::spc(), &rows, |_, digest| present.add(digest)).unwrap();
-        present.missing(Kind::spc(), &spc(&[("f", 1, None), ("f", 2, None)])).unwrap();
+        present.missing(&spc(&[("f", 1, None), ("f", 2, None)])).unwrap();
         let doubled = all(&spc(&[("f", 1, None)]))[0];
         let doubles: Vec<_> = present.doubles().collect();
         assert_eq!(doubles, [(doubled, Copies { left: 2, taken: 1 })], "not the one that nobody has taken");

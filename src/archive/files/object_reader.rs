@@ -1,9 +1,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{RecordBatch, new_null_array};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Schema, TimeUnit};
+use arrow::datatypes::{DataType, FieldRef, Schema, TimeUnit};
 use arrow::error::ArrowError;
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -221,6 +221,22 @@ pub async fn check_footers<'a>(
 pub async fn read_through(storage: &Storage, kind: Kind, path: &str) -> crate::Result<()> {
     let context = format!("reading {}{path}", storage.table_url(kind));
     each_batch(&storage.table_store(kind), path, &context, |_| Ok(())).await.map_err(unreadable(kind))
+}
+
+/// The rows with the columns of a kind, in its order and with our types. What a file is older than is null.
+pub(in crate::archive) fn aligned(
+    kind: Kind,
+    batch: RecordBatch,
+) -> std::result::Result<RecordBatch, ArrowError> {
+    let batch = as_ours(batch)?;
+    let schema = kind.schema();
+    let rows = batch.num_rows();
+    let column = |field: &FieldRef| match batch.column_by_name(field.name()) {
+        Some(column) => Arc::clone(column),
+        None => new_null_array(field.data_type(), rows),
+    };
+    let columns = schema.fields().iter().map(column).collect();
+    RecordBatch::try_new(schema, columns)
 }
 
 /// The rows with the types that our own files have: whoever else writes into a table may have texts as views, or times in

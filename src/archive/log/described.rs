@@ -1,12 +1,17 @@
 //! What a table's own log says of it: so a reader needs no settings, and an archive outlives them.
 
+use std::collections::HashMap;
+
+use deltalake_core::table::state::DeltaTableState;
 use serde_json::Value;
 
 use super::open::open_delta;
-use super::properties::{ENTITY, ENTITY_LOOKUP, SORT, SOURCE, SOURCE_TYPE};
+use super::properties::{
+    ADDED, ATTRIBUTE, ENTITY, ENTITY_LOOKUP, EXCLUDE, FILLED, SORT, SOURCE, SOURCE_TYPE, unhex,
+};
 use crate::archive::error::unusable;
 use crate::archive::store::storage::Storage;
-use crate::tables::{ColumnSpec, ColumnType, Description, EntityKey, EntityTable, Kind};
+use crate::tables::{ColumnSpec, ColumnType, Compared, Description, EntityKey, EntityTable, Kind};
 use crate::{Error, Result};
 
 /// The tables of an archive that do not come with the program, by name. What is in a folder of somebody else's is none of ours.
@@ -35,11 +40,37 @@ pub async fn described(storage: &Storage, folder: &str) -> Result<Option<Kind>> 
         return Ok(None);
     }
     let delta = open_delta(storage, kind).await?;
-    let failed = || Error::delta(kind, "reading the log");
-    let state = delta.snapshot().map_err(failed())?;
-    let configuration = state.metadata().configuration();
-    let Some(source) = configuration.get(SOURCE) else { return Ok(None) };
+    let state = delta.snapshot().map_err(Error::delta(kind, "reading the log"))?;
+    let is_ours = state.metadata().configuration().contains_key(SOURCE);
+    if is_ours { as_logged(kind, state).map(Some) } else { Ok(None) }
+}
+
+/// A table as a version of its log has it: it may have got columns. What its source has and the archive leaves out stays as it was.
+pub(in crate::archive) fn as_logged(kind: Kind, state: &DeltaTableState) -> Result<Kind> {
     let schema = serde_json::to_value(state.schema().as_ref()).unwrap_or_default();
+    let fields = schema.get("fields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let configuration = state.metadata().configuration();
+    if kind.is_built_in() {
+        let base = Kind::of_name(kind.name()).unwrap_or(kind);
+        let has = |name: &str| base.columns().iter().any(|column| column.name == name);
+        let added = columns(kind, fields.iter().filter(|field| source_type(field).is_some()))?;
+        let added = added.into_iter().filter(|column| !has(&column.name));
+        let all = base.columns().iter().cloned().chain(added).collect();
+        return Ok(base.with(all, kind.description().left_out.clone()));
+    }
+    match configuration.get(SOURCE) {
+        Some(source) => of_properties(kind, source, configuration, fields),
+        None => Ok(kind),
+    }
+}
+
+/// A table that says by its properties what it is.
+fn of_properties(
+    kind: Kind,
+    source: &str,
+    configuration: &HashMap<String, String>,
+    fields: &[Value],
+) -> Result<Kind> {
     let wrong = |what: &str| unusable(kind, "reading its description", what);
     let list = |key: &str| -> Result<Vec<String>> {
         let Some(text) = configuration.get(key) else { return Ok(Vec::new()) };
@@ -57,34 +88,44 @@ pub async fn described(storage: &Storage, folder: &str) -> Result<Option<Kind>> 
         None => None,
     };
     let entity = list(ENTITY)?;
-    let fields = schema.get("fields").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     // What somebody else has added has no source type; only the time and the entity's columns may lack one.
     let is_ours = |place: usize, field: &Value| place <= entity.len() || source_type(field).is_some();
     let ours = fields.iter().enumerate().filter(|(place, field)| is_ours(*place, field));
-    let columns: Vec<ColumnSpec> = ours
-        .map(|(_, field)| {
-            column(field).ok_or_else(|| wrong(&format!("its column {field} has a type that is not ours")))
-        })
-        .collect::<Result<_>>()?;
+    let columns = columns(kind, ours.map(|(_, field)| field))?;
     let is_placed = |(name, column): (&String, &ColumnSpec)| *name == column.name;
     let is_time = columns.first().is_some_and(|column| column.column_type == ColumnType::Timestamp);
     if !is_time || !entity.iter().zip(columns.iter().skip(1)).all(is_placed) || columns.len() <= entity.len()
     {
         return Err(wrong("its first columns are not a time and those of its entity"));
     }
-    let description = Description {
-        name: folder.to_owned(),
-        source: Some(source.clone()),
+    Ok(Kind::described(Description {
+        name: kind.name().to_owned(),
+        source: Some(source.to_owned()),
         entity: (!entity.is_empty()).then_some(EntityKey { columns: entity, lookup }),
         columns,
         sort: list(SORT)?,
-        left_out: Vec::new(),
+        // What the settings say, if somebody has read them, counts over what they said when the table was made.
+        left_out: match kind.description().source {
+            Some(_) => kind.description().left_out.clone(),
+            None => list(EXCLUDE)?,
+        },
+    }))
+}
+
+fn columns<'a>(kind: Kind, fields: impl Iterator<Item = &'a Value>) -> Result<Vec<ColumnSpec>> {
+    let unknown = |field: &Value| {
+        let detail = format!("its column {field} has a type that is not ours");
+        unusable(kind, "reading its description", &detail)
     };
-    Ok(Some(Kind::described(description)))
+    fields.map(|field| column(field).ok_or_else(|| unknown(field))).collect()
 }
 
 fn source_type(field: &Value) -> Option<&str> {
-    field.get("metadata")?.get(SOURCE_TYPE)?.as_str()
+    metadata(field, SOURCE_TYPE)
+}
+
+fn metadata<'a>(field: &'a Value, key: &str) -> Option<&'a str> {
+    field.get("metadata")?.get(key)?.as_str()
 }
 
 fn column(field: &Value) -> Option<ColumnSpec> {
@@ -111,5 +152,9 @@ fn column(field: &Value) -> Option<ColumnSpec> {
         column_type,
         nullable: field.get("nullable").and_then(Value::as_bool).unwrap_or(true),
         source_type: source_type(field).map(str::to_owned),
+        attribute: metadata(field, ATTRIBUTE).map(str::to_owned),
+        added: metadata(field, ADDED).is_some(),
+        filled: metadata(field, FILLED).and_then(unhex),
+        compared: Compared::Plainly,
     })
 }

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::properties::{SOURCE_TYPE, properties};
+use super::properties::{metadata, properties};
 use crate::archive::files::table_file::TableFile;
 use crate::tables::{ColumnSpec, ColumnType, Kind};
 
@@ -108,23 +108,24 @@ pub(in crate::archive) fn creation(kind: Kind, now_millis: i64) -> Vec<Value> {
 
 /// A kind's schema in Delta's form (Delta protocol, "Schema Serialization Format").
 pub(in crate::archive) fn schema(kind: Kind) -> Value {
-    let field = |column: &ColumnSpec| {
-        let delta_type = match column.column_type {
-            ColumnType::Timestamp => "timestamp".to_owned(),
-            ColumnType::String => "string".to_owned(),
-            ColumnType::Double => "double".to_owned(),
-            ColumnType::Int => "integer".to_owned(),
-            ColumnType::Long => "long".to_owned(),
-            ColumnType::Boolean => "boolean".to_owned(),
-            ColumnType::Date => "date".to_owned(),
-            ColumnType::Binary => "binary".to_owned(),
-            ColumnType::Decimal { precision, scale } => format!("decimal({precision},{scale})"),
-        };
-        let metadata = column.source_type.as_ref().map_or_else(|| json!({}), |own| json!({SOURCE_TYPE: own}));
-        json!({"name": column.name, "type": delta_type, "nullable": column.nullable, "metadata": metadata})
-    };
     let fields: Vec<Value> = kind.columns().iter().map(field).collect();
     json!({"type": "struct", "fields": fields})
+}
+
+/// A column in that form.
+pub(in crate::archive) fn field(column: &ColumnSpec) -> Value {
+    let delta_type = match column.column_type {
+        ColumnType::Timestamp => "timestamp".to_owned(),
+        ColumnType::String => "string".to_owned(),
+        ColumnType::Double => "double".to_owned(),
+        ColumnType::Int => "integer".to_owned(),
+        ColumnType::Long => "long".to_owned(),
+        ColumnType::Boolean => "boolean".to_owned(),
+        ColumnType::Date => "date".to_owned(),
+        ColumnType::Binary => "binary".to_owned(),
+        ColumnType::Decimal { precision, scale } => format!("decimal({precision},{scale})"),
+    };
+    json!({"name": column.name, "type": delta_type, "nullable": column.nullable, "metadata": metadata(column)})
 }
 
 /// What ends the text of a column that must have a value.

@@ -2,16 +2,52 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::tables::{EntityTable, Kind};
+use crate::tables::{ColumnSpec, EntityTable, Kind};
 
 /// The key in a column's metadata of the type that its source column had when it was added, as SQL writes it.
 pub(super) const SOURCE_TYPE: &str = "highwater.source_type";
+
+/// ... of the table's oid and the number of the column in it then (`pg_attribute.attnum`).
+pub(super) const ATTRIBUTE: &str = "highwater.attribute";
+
+/// ... that it came after rows had been archived.
+pub(super) const ADDED: &str = "highwater.added";
+
+/// ... of what rows from before the column have in Postgres, as digests of rows have it, in hexadecimal digits.
+pub(super) const FILLED: &str = "highwater.filled";
 
 // Keys of the table's properties (Delta protocol, "Metadata", `configuration`).
 pub(super) const SOURCE: &str = "highwater.source";
 pub(super) const ENTITY: &str = "highwater.entity";
 pub(super) const ENTITY_LOOKUP: &str = "highwater.entityTable";
 pub(super) const SORT: &str = "highwater.sort";
+pub(super) const EXCLUDE: &str = "highwater.exclude";
+
+/// A column's metadata.
+pub(super) fn metadata(column: &ColumnSpec) -> Map<String, Value> {
+    let mut found = Map::new();
+    let hex = |bytes: &Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let texts = [
+        (SOURCE_TYPE, column.source_type.clone()),
+        (ATTRIBUTE, column.attribute.clone()),
+        (ADDED, column.added.then(|| "true".to_owned())),
+        (FILLED, column.filled.as_ref().map(hex)),
+    ];
+    for (key, text) in texts {
+        found.extend(text.map(|text| (key.to_owned(), Value::String(text))));
+    }
+    found
+}
+
+/// Bytes that are written in hexadecimal digits.
+pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
+    let digits: Vec<u8> = text.chars().map(|c| u8::try_from(c.to_digit(16)?).ok()).collect::<Option<_>>()?;
+    let pairs = digits.chunks(2).map(|pair| match pair {
+        [high, low] => Some(high << 4 | low),
+        _ => None,
+    });
+    pairs.collect()
+}
 
 /// The properties that describe a table beside its columns. Those that come with the program need none.
 pub(super) fn properties(kind: Kind) -> Map<String, Value> {
@@ -26,8 +62,10 @@ pub(super) fn properties(kind: Kind) -> Map<String, Value> {
             put(ENTITY_LOOKUP, json!({"id": id, "table": table, "key": key}).to_string());
         }
     }
-    if !description.sort.is_empty() {
-        put(SORT, json!(description.sort).to_string());
+    for (key, columns) in [(SORT, &description.sort), (EXCLUDE, &description.left_out)] {
+        if !columns.is_empty() {
+            put(key, json!(columns).to_string());
+        }
     }
     found
 }

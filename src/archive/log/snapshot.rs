@@ -1,6 +1,7 @@
 use deltalake_core::kernel::LogicalFileView;
 use deltalake_core::table::state::DeltaTableState;
 
+use super::described::as_logged;
 use super::open::{open_checked, to_lsn};
 use crate::archive::files::table_file::TableFile;
 use crate::archive::store::storage::Storage;
@@ -10,6 +11,8 @@ use crate::{Error, Lsn, Result};
 /// What one version of a table's log says, to be read without writing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
+    /// The table, with the columns that it has got by then.
+    pub kind: Kind,
     /// Position up to which the table is complete for the application that was asked for, if that ever wrote it.
     pub lsn: Option<Lsn>,
     /// The active files.
@@ -28,7 +31,7 @@ impl Snapshot {
         let state = delta.snapshot().map_err(failed())?;
         let txn = state.transaction_version(delta.log_store().as_ref(), app_id).await.map_err(failed())?;
         let lsn = txn.map(|version| to_lsn(kind, version)).transpose()?;
-        Ok(Self { lsn, files: table_files(kind, state) })
+        Ok(Self { kind: as_logged(kind, state)?, lsn, files: table_files(kind, state) })
     }
 }
 

@@ -105,7 +105,7 @@ impl fmt::Debug for Table {
 /// A change of a table that is one log entry.
 #[derive(Debug, Default)]
 pub(in crate::archive) struct Change {
-    operation: &'static str,
+    pub(super) operation: &'static str,
     pub(in crate::archive) adds: Vec<TableFile>,
     /// Paths that the change replaces, and ones that it relies on; it is void if one of them is no longer active.
     pub(in crate::archive) removes: Vec<String>,
@@ -120,6 +120,8 @@ pub(in crate::archive) struct Change {
     /// [`Totals::doubles_removed`] after it, if it removes some.
     pub(in crate::archive) doubles_removed: Option<u64>,
     pub(in crate::archive) note: Map<String, Value>,
+    /// The table's metadata from then on (Delta protocol, "Change Metadata"), if it changes.
+    pub(super) metadata: Option<Value>,
 }
 
 /// What the entries after our version were.
@@ -369,6 +371,7 @@ impl Table {
         actions.extend(change.marks.iter().map(|(app_id, version)| entry::txn(app_id, *version, now)));
         let doubles = change.doubles_removed.and_then(|count| i64::try_from(count).ok());
         actions.extend(doubles.map(|count| entry::txn(entry::DOUBLES_REMOVED, count, now)));
+        actions.extend(change.metadata.iter().map(|metadata| json!({"metaData": metadata})));
         let removed = change.removes.iter().filter_map(|path| self.files.get(path));
         actions.extend(removed.map(|file| file.remove(now, !change.is_merge)));
         actions.extend(change.adds.iter().map(|file| file.add(!change.is_merge)));

@@ -6,6 +6,7 @@ use futures::TryStreamExt;
 use object_store::ObjectStore;
 use object_store::path::Path;
 
+use super::described::as_logged;
 use super::entry::Entry;
 use super::foreign::read_entry;
 use super::open::{check_entry, open_checked};
@@ -48,6 +49,7 @@ impl View {
         if log.try_next().await.map_err(failed)?.is_some() {
             let delta = open_checked(storage, kind).await?;
             let state = delta.snapshot().map_err(Error::delta(kind, "reading the log"))?;
+            view.kind = as_logged(kind, state)?;
             view.version = Some(state.version());
             view.replace(&[], table_files(kind, state));
         }
@@ -66,6 +68,9 @@ impl View {
         let mut newer = Self { looked_at: Instant::now(), ..self.clone() };
         for next in version + 1.. {
             let Some(entry) = self.entry(next).await? else { break };
+            if entry.columns.is_some() {
+                return Self::read(&self.storage, self.kind).await;
+            }
             newer.replace(&entry.removes, entry.adds);
             newer.version = Some(next);
         }
@@ -78,7 +83,7 @@ impl View {
         self.version
     }
 
-    /// The kind of the table's rows.
+    /// The kind of the table's rows, with the columns that it has got by that version.
     #[must_use]
     pub const fn kind(&self) -> Kind {
         self.kind

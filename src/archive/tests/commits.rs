@@ -57,8 +57,8 @@ async fn rows_of_ranges_are_counted_and_taken_in() {
     assert_eq!(counts.first_key_value(), Some((&(NOON / MINUTE), &12)));
 
     let rows_of = async |ranges: &[(i64, i64)]| {
-        let mut found = Multiset::default();
-        found.read(&place.storage, Kind::psi(), &files, ranges).await.unwrap();
+        let mut found = Multiset::new(Kind::psi());
+        found.read(&place.storage, &files, ranges).await.unwrap();
         found.row_count()
     };
     assert_eq!(rows_of(&[]).await, 0);

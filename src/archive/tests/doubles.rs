@@ -6,25 +6,25 @@ const HOUR: (i64, i64) = (NOON, NOON + MICROS_PER_HOUR);
 /// What a repair finds to be double, of what the source has.
 async fn doubles(place: &Place, table: &Table, source: &RecordBatch) -> Doubles {
     let files: Vec<&TableFile> = table.files().collect();
-    let mut present = Multiset::default();
-    present.read(&place.storage, Kind::psi(), &files, &[HOUR]).await.unwrap();
-    assert_eq!(present.missing(Kind::psi(), source).unwrap().num_rows(), 0);
-    let mut doubles = Doubles::default();
+    let mut present = Multiset::new(Kind::psi());
+    present.read(&place.storage, &files, &[HOUR]).await.unwrap();
+    assert_eq!(present.missing(source).unwrap().num_rows(), 0);
+    let mut doubles = Doubles::new(Kind::psi());
     doubles.extend(HOUR, present.doubles());
     doubles
 }
 
 async fn archived(place: &Place, table: &Table) -> Multiset {
     let files: Vec<&TableFile> = table.files().collect();
-    let mut rows = Multiset::default();
-    rows.read(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await.unwrap();
+    let mut rows = Multiset::new(Kind::psi());
+    rows.read(&place.storage, &files, &[(i64::MIN, i64::MAX)]).await.unwrap();
     rows
 }
 
 async fn assert_holds(place: &Place, table: &Table, expected: &[(i64, &str, i32)]) {
     let mut rows = archived(place, table).await;
     assert_eq!((rows.row_count(), table.totals().row_count), (expected.len() as u64, expected.len() as u64));
-    assert_eq!(rows.missing(Kind::psi(), &psi(expected)).unwrap().num_rows(), 0);
+    assert_eq!(rows.missing(&psi(expected)).unwrap().num_rows(), 0);
 }
 
 fn entity(name: &str) -> Entity {

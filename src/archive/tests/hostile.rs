@@ -60,11 +60,11 @@ async fn read_all(place: &Place, path: &str) -> Vec<Error> {
     let view = View::read(&place.storage, Kind::psi()).await.unwrap();
     let files: Vec<&TableFile> = view.files().filter(|file| file.path == path).collect();
     let paths = [path.to_owned()];
-    let mut present = Multiset::default();
+    let mut present = Multiset::new(Kind::psi());
     let read = [
         read_through(&place.storage, Kind::psi(), path).await,
         entity_stats(&place.storage, Kind::psi(), &paths).await.map(drop),
-        present.read(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await,
+        present.read(&place.storage, &files, &[(i64::MIN, i64::MAX)]).await,
         minute_counts(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await.map(drop),
         hour_sums(&place.storage, Kind::psi(), &files, 0, i64::MAX / 2).await.map(drop),
     ];

@@ -1,5 +1,6 @@
 //! The archive against real stores: a local disk, and S3 as moto plays it.
 
+mod columns;
 mod commits;
 mod doubles;
 mod encoding;
@@ -219,7 +220,7 @@ fn futures_can_be_spawned(storage: &Storage, namer: &Namer, plan: &MergePlan, ta
     spawnable(&merge(storage, namer, plan));
     spawnable(&entity_stats(storage, Kind::psi(), &[]));
     spawnable(&async move {
-        table.write_without(&Namer::new(), &Doubles::default()).await?;
+        table.write_without(&Namer::new(), &Doubles::new(Kind::psi())).await?;
         table.maintain().await;
         table.commit(&[], Lsn(1), &note()).await?;
         table.vacuum(&Namer::new(), Duration::ZERO).await

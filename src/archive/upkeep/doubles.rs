@@ -24,7 +24,7 @@ use crate::archive::files::columns::{EntityColumns, times};
 use crate::archive::files::digest::{Copies, digests};
 use crate::archive::files::encode::writer_options;
 use crate::archive::files::name::Namer;
-use crate::archive::files::object_reader::{as_ours, each_batch_of, group_times, open};
+use crate::archive::files::object_reader::{aligned, each_batch_of, group_times, open};
 use crate::archive::files::stats::FileStats;
 use crate::archive::files::table_file::TableFile;
 use crate::archive::files::upload::DataFile;
@@ -33,8 +33,10 @@ use crate::tables::{Entity, Kind};
 use crate::{Error, Result, failpoint};
 
 /// Rows of which the archive has copies too many, by digest.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Doubles {
+    /// How the rows are compared.
+    kind: Kind,
     /// How many copies are too many (`left`), and how many have to stay (`taken`).
     copies: HashMap<u128, Copies, RandomState>,
     surplus: u64,
@@ -44,6 +46,12 @@ pub struct Doubles {
 }
 
 impl Doubles {
+    /// None yet, of a kind that says which columns are compared.
+    #[must_use]
+    pub fn new(kind: Kind) -> Self {
+        Self { kind, copies: HashMap::default(), surplus: 0, all: 0, ranges: Vec::new() }
+    }
+
     /// Takes in the doubles of a time that is later than those before.
     pub fn extend(&mut self, range: (i64, i64), doubles: impl IntoIterator<Item = (u128, Copies)>) {
         let before = self.surplus;
@@ -59,6 +67,12 @@ impl Doubles {
             Some(last) if last.1 >= range.0 => last.1 = last.1.max(range.1),
             _ => self.ranges.push(range),
         }
+    }
+
+    /// Gives them, and begins anew.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        std::mem::replace(self, Self::new(self.kind))
     }
 
     /// How many copies are too many.
@@ -191,7 +205,7 @@ impl Table {
         }
         let mut rows = rows.into_iter().flatten();
         each_batch_of(open.with_row_groups(wanted), None, &context, |batch| {
-            digests(kind, batch, |_, digest| {
+            digests(doubles.kind, batch, |_, digest| {
                 let row = rows.next().unwrap_or(u64::MAX);
                 if doubles.copies.contains_key(&digest) {
                     copies.push((row, digest));
@@ -225,7 +239,7 @@ impl Table {
         let mut batches = open.build().map_err(parquet_error(context.clone()))?;
         let mut read = 0;
         while let Some(batch) = batches.try_next().await.map_err(parquet_error(context.clone()))? {
-            let batch = in_order(kind, batch).map_err(encode_error(context.clone()))?;
+            let batch = aligned(kind, batch).map_err(encode_error(context.clone()))?;
             let stays: BooleanArray =
                 (read..).take(batch.num_rows()).map(|row| Some(!dropped.contains(&row))).collect();
             read += batch.num_rows() as u64;
@@ -245,15 +259,6 @@ impl Table {
         }
         output.finish(self).await
     }
-}
-
-/// The columns of a batch in our order, with our types.
-fn in_order(kind: Kind, batch: RecordBatch) -> std::result::Result<RecordBatch, arrow::error::ArrowError> {
-    let batch = as_ours(batch)?;
-    let schema = kind.schema();
-    let indices = schema.fields().iter().map(|field| batch.schema().index_of(field.name()));
-    let batch = batch.project(&indices.collect::<std::result::Result<Vec<_>, _>>()?)?;
-    RecordBatch::try_new(schema, batch.columns().to_vec())
 }
 
 fn row_count(group: &RowGroupMetaData) -> u64 {

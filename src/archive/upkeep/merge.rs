@@ -22,7 +22,7 @@ use crate::archive::files::encode::{Packer, Step, writer_options};
 use crate::archive::files::footer;
 use crate::archive::files::name::Namer;
 use crate::archive::files::name::{ObjectName, Span};
-use crate::archive::files::object_reader::ObjectReader;
+use crate::archive::files::object_reader::{ObjectReader, aligned};
 use crate::archive::files::stats::StatsBuilder;
 use crate::archive::files::table_file::TableFile;
 use crate::archive::files::upload::DataFile;
@@ -278,9 +278,10 @@ impl Sources {
         Ok(sources)
     }
 
-    /// Rows of a batch. A quarantined row, or one of a described table, may be megabytes of text, and a column holds 2 GiB.
+    /// Rows of a batch. A quarantined row, or one of a table with columns of its own, may be megabytes of text, and a column holds 2 GiB.
     fn batch_rows(&self) -> usize {
-        if self.kind.is_built_in() && !self.kind.is_quarantine() { 8192 } else { 256 }
+        let is_short = Kind::drift().contains(&self.kind);
+        if is_short { 8192 } else { 256 }
     }
 
     /// Reads the source's next batch, if it has one.
@@ -293,8 +294,7 @@ impl Sources {
             if batch.num_rows() == 0 {
                 continue;
             }
-            let batch = RecordBatch::try_new(self.kind.schema(), batch.columns().to_vec())
-                .map_err(encode_error(self.context.clone()))?;
+            let batch = aligned(self.kind, batch).map_err(encode_error(self.context.clone()))?;
             let columns =
                 self.kind.sort_columns().iter().filter_map(|name| batch.column_by_name(name).cloned());
             let rows = self.converter.convert_columns(&columns.collect::<Vec<_>>());

@@ -31,6 +31,7 @@ use crate::sidecar::committer::StorageRetry;
 use crate::sidecar::foreign;
 use crate::sidecar::gap::{self, Incomplete};
 use crate::sidecar::recovery;
+use crate::sidecar::wants::Wants;
 use crate::source::coverage;
 use crate::source::slot;
 use crate::source::{Copier, Fate, Partition, Point, Source};
@@ -38,12 +39,13 @@ use crate::tables::Kind;
 use crate::watermark::Watermark;
 
 /// What a backfill works with: the session's own tables, while it holds the slot and does not decode yet.
-pub(crate) struct Backfill<'a> {
+pub(super) struct Backfill<'a> {
     pub(crate) config: &'a Config,
     pub(crate) storage: &'a Storage,
     pub(crate) namer: &'a Arc<Namer>,
     pub(crate) tables: &'a mut [Table],
     pub(crate) sql: &'a mut Session,
+    pub(crate) wants: &'a Wants,
     /// Tells positions of one history from those of another.
     pub(crate) timeline_id: i32,
 }

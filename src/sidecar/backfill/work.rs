@@ -29,6 +29,8 @@ const STRIDE_MAX: NonZeroU32 = NonZeroU32::new(256).unwrap();
 pub(super) struct Work<'a> {
     point: &'a Point,
     kind: Kind,
+    /// ... as its rows are compared.
+    compared: Kind,
     pub(super) source: &'a Source,
     entities: Lookup,
     decoder: Decoder,
@@ -79,15 +81,23 @@ impl<'a> Work<'a> {
         for notice in notices {
             tracing::warn!("{notice}");
         }
+        let new = decoder.new_columns(source.oid);
+        if backfill.wants.columns(new) {
+            let detail = format!("{} has got new columns; it is read once the archive has them", source.name);
+            return Err(Error::Slot { slot: config.slot.clone(), detail, transient: true });
+        }
+        let compared = source.compared(kind);
         let quarantine = table_of(backfill.tables, Kind::quarantine())?;
-        let is_fit = source.is_fit(kind);
+        let is_fit = source.is_fit(compared);
         let settled =
-            recovery::quarantined(backfill.storage, quarantine.files(), (&source.name, kind), is_fit).await?;
+            recovery::quarantined(backfill.storage, quarantine.files(), (&source.name, compared), is_fit)
+                .await?;
         decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
         let rate = config.backfill_rows_per_second;
         Ok(Self {
             point,
             kind,
+            compared,
             source,
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
             decoder,
@@ -329,8 +339,8 @@ impl<'a> Work<'a> {
             return Ok(None);
         }
         let files: Vec<&TableFile> = table_of(backfill.tables, self.kind)?.files().collect();
-        let mut present = Multiset::default();
-        present.read(backfill.storage, self.kind, &files, &slice.ranges).await?;
+        let mut present = Multiset::new(self.compared);
+        present.read(backfill.storage, &files, &slice.ranges).await?;
         Ok(Some(Arc::new(Mutex::new(present))))
     }
 

@@ -92,8 +92,7 @@ fn encode_files(
             let missing = batch.and_then(|batch| match present {
                 // A quarantined row was compared before it got here.
                 Some(present) if !kind.is_quarantine() => {
-                    let missing =
-                        present.lock().unwrap_or_else(PoisonError::into_inner).missing(kind, &batch)?;
+                    let missing = present.lock().unwrap_or_else(PoisonError::into_inner).missing(&batch)?;
                     left_out += (batch.num_rows() - missing.num_rows()) as u64;
                     Ok(missing)
                 }

@@ -18,10 +18,11 @@
 //! committed before that position has been handed on to the committer or was not ours, and since the
 //! committer works in order, the position may be recorded after whatever is queued there.
 
+mod shapes;
+
 use std::collections::HashSet;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -29,6 +30,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::committer::{Range, Work};
 use super::timing::{has_room_at, now, time_to_cut};
+use super::wants::Wants;
 use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, Inserted};
@@ -39,7 +41,6 @@ use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::source::lookup::Lookup;
 use crate::source::slot::{self, REQUEST_PREFIX};
 use crate::tables::{Kind, PerKind, WindowWidth};
-use crate::watermark;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
 /// part of the log that the server can remove being 16 MiB: far more than our own recording writes, so that
@@ -93,6 +94,7 @@ pub(crate) struct Builder {
     quarantined: u64,
     slot: String,
     publication: String,
+    schema: String,
     kinds: Vec<Kind>,
     /// Tables that are none of ours.
     foreign: HashSet<u32>,
@@ -106,8 +108,8 @@ pub(crate) struct Texts {
     pub(crate) encoding: Encoding,
     /// All values come as text.
     pub(crate) is_all: bool,
-    /// Whether they are to, from the next session on.
-    pub(crate) wants_all: Arc<AtomicBool>,
+    /// What the next session is to do otherwise.
+    pub(crate) wants: Arc<Wants>,
 }
 
 impl Builder {
@@ -143,6 +145,7 @@ impl Builder {
             quarantined: 0,
             slot: config.slot.clone(),
             publication: config.publication.clone(),
+            schema: config.schema.clone(),
             kinds: config.kinds(),
             foreign: HashSet::new(),
             texts,
@@ -279,14 +282,7 @@ impl Builder {
                 Ok(())
             }
             Message::Commit(commit) => self.commit(commit).await,
-            Message::Relation(relation) => {
-                // It may be part of a drift table by now.
-                self.foreign.remove(&relation.oid);
-                for notice in self.lookup.relation(&mut self.decoder, &relation, self.texts.encoding).await? {
-                    tracing::warn!("{notice}");
-                }
-                self.check_readable(relation.oid)
-            }
+            Message::Relation(relation) => self.relation(&relation).await,
             Message::Logical(logical) => {
                 // Anybody's other messages come this way, too.
                 self.asked |= logical.is_transactional
@@ -312,7 +308,7 @@ impl Builder {
                     if !self.adopt(insert.relation).await? {
                         break;
                     }
-                    self.check_readable(insert.relation)?;
+                    self.check_columns(insert.relation)?;
                 }
                 asked => self.lookup.answer(&mut self.decoder, asked).await?,
             }
@@ -385,6 +381,7 @@ impl Builder {
     /// inside a transaction.
     async fn answer(&mut self) -> Result<()> {
         let Some(wanted) = self.wanted.take() else { return Ok(()) };
+        self.check_catalog().await?;
         self.answer_at = Instant::now() + ANSWER_INTERVAL;
         self.cut().await?;
         // A checkpoint may have passed it meanwhile; everything before that was handed on, too.
@@ -422,50 +419,6 @@ impl Builder {
     fn replace_batches(&mut self) -> Box<Batches> {
         self.decoder.forget_unresolved();
         Box::new(std::mem::replace(&mut self.batches, Batches::new(self.window, now())))
-    }
-
-    /// A row of a table that has no drift table's name. A partition that is published as itself, or a drift table that
-    /// was renamed, is known by its oid: its rows are archived. Returns whether it is one.
-    #[cold]
-    async fn adopt(&mut self, relation: u32) -> Result<bool> {
-        if self.foreign.contains(&relation) {
-            return Ok(false);
-        }
-        let root =
-            self.lookup.sql().run(async |client| watermark::archived_root(client, relation).await).await?;
-        let publication = &self.publication;
-        let table = self.decoder.table_name(relation).unwrap_or_default();
-        let kind =
-            root.as_ref().and_then(|(_, kind)| self.kinds.iter().find(|known| known.name() == kind).copied());
-        let (Some((root, _)), Some(kind)) = (&root, kind) else {
-            tracing::warn!(
-                "table {table} is in publication {publication}, but is not archived: it only costs WAL there"
-            );
-            self.foreign.insert(relation);
-            return Ok(false);
-        };
-        tracing::warn!(
-            "rows of {table} are archived as those of {root}; `highwater check` says what is not as it should be"
-        );
-        self.decoder.adopt(relation, kind, root);
-        Ok(true)
-    }
-
-    /// A column of a type that nobody here can read goes to the quarantine, where a person is to read it: so the server must
-    /// write it as text. It does that for all values or for none, and text is slower.
-    fn check_readable(&self, relation: u32) -> Result<()> {
-        if self.texts.is_all || !self.decoder.has_unreadable(relation) {
-            return Ok(());
-        }
-        self.texts.wants_all.store(true, Ordering::Relaxed);
-        let table = self.decoder.table_name(relation).unwrap_or_default();
-        Err(Error::Slot {
-            slot: self.slot.clone(),
-            detail: format!(
-                "{table} has a column of a type that is not archived; the stream begins anew, with its values as text"
-            ),
-            transient: true,
-        })
     }
 
     fn tell_quarantined(&mut self) {
