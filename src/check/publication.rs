@@ -6,7 +6,7 @@ use super::tables::Table;
 use super::{Report, identifier, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::tables::{DRIFT_TABLES, ENTITY_TABLE};
+use crate::tables::{DRIFT_TABLES, ENTITY_TABLE, Kind};
 
 const PUBLICATION: &str = "
     select oid, puballtables, pubinsert, pubupdate or pubdelete, pubtruncate, pubviaroot,
@@ -181,7 +181,11 @@ async fn ours(client: &Client, config: &Config) -> Result<Vec<String>> {
                                     and has_table_privilege(to_regclass('highwater.watermark'), 'select'), false)";
     let may_read = client.query_one(may_read, &[]).await.and_then(|row| row.try_get(0));
     if may_read.map_err(Error::sql(CONTEXT))? {
-        let archived = client.query("select source_table from highwater.watermark", &[]).await;
+        // Also by the names that they have by now.
+        let query = "select source_table from highwater.watermark
+                     union select n.nspname || '.' || c.relname from highwater.watermark w
+                           join pg_class c on c.oid = w.table_oid join pg_namespace n on n.oid = c.relnamespace";
+        let archived = client.query(query, &[]).await;
         for row in archived.map_err(Error::sql(CONTEXT))? {
             names.push(row.try_get(0).map_err(Error::sql(CONTEXT))?);
         }
@@ -222,8 +226,13 @@ async fn check_member(
         is_good = false;
     }
     // A list that only leaves out what is not archived saves traffic and loses nothing.
-    let absent: Vec<_> =
-        table.needed.iter().filter(|need| !columns.iter().any(|name| name == *need)).collect();
+    let full = format!("{}.{}", config.schema, table.name);
+    let kind =
+        Kind::drift().into_iter().find(|kind| kind.source_table(&config.schema).as_ref() == Some(&full));
+    let is_archived = |name: &&str| kind.is_some_and(|kind| !kind.leaves_out(name));
+    let all = table.columns.iter().filter(|column| !column.is_generated).map(|column| column.name.as_str());
+    let wanted = table.needed.iter().copied().chain(all.filter(is_archived));
+    let absent: Vec<&str> = wanted.filter(|need| !columns.iter().any(|name| name == need)).collect();
     if let ([first, ..], false) = (absent.as_slice(), columns.is_empty()) {
         report.error(
             "publication-columns",

@@ -24,19 +24,19 @@ pub(super) struct Table {
     may_select: bool,
     is_filtered: bool,
     pub(super) is_owner: bool,
-    columns: Vec<Column>,
+    pub(super) columns: Vec<Column>,
     has_known_shape: bool,
     /// The columns that must be in the publication.
     pub(super) needed: Vec<&'static str>,
 }
 
 #[derive(Debug)]
-struct Column {
-    name: String,
+pub(super) struct Column {
+    pub(super) name: String,
     /// The built-in type that has the same binary form, if there is one.
     type_oid: u32,
     type_name: String,
-    is_generated: bool,
+    pub(super) is_generated: bool,
 }
 
 /// What a column is used as.

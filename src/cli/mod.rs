@@ -119,7 +119,7 @@ enum Command {
     /// Have the sidecar compare every row of a table with the archive, and add what is missing
     Resync(ResyncFlags),
     /// Read the history of a model, in bins of time
-    Query(QueryFlags),
+    Query(Box<QueryFlags>),
     /// List the models of the archive, with their times and rows
     Entities,
     /// Ask the archive in SQL (DataFusion's dialect)

@@ -16,25 +16,43 @@ use super::time::time;
 use super::{OutputFormat, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::reader::{Archive, BinWidth, BinnedQuery};
+use crate::reader::{Archive, BinWidth, BinnedQuery, Stat, TableQuery};
 use crate::tables::{Entity, Kind};
 
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub(super) struct QueryFlags {
-    /// What to read
-    kind: QueryKind,
+    /// What to read: custom (mean of each metric, with a standard deviation to both sides), psi (proportions of each feature's
+    /// bins), spc (mean of each feature); or any table, with --value
+    #[arg(value_name = "TABLE")]
+    table: String,
 
     /// Space of the model
     #[arg(long)]
-    space: String,
+    space: Option<String>,
 
     /// Name of the model
     #[arg(long)]
-    name: String,
+    name: Option<String>,
 
     /// Version of the model
     #[arg(long)]
-    version: String,
+    version: Option<String>,
+
+    /// The column whose values are asked for; the table may then be any, and the model may be left out
+    #[arg(long, value_name = "COLUMN")]
+    value: Option<String>,
+
+    /// For each value of this column; may be repeated
+    #[arg(long, value_name = "COLUMN", requires = "value")]
+    by: Vec<String>,
+
+    /// Only rows for which this is true, such as \"status >= 500\"
+    #[arg(long = "where", value_name = "SQL", requires = "value")]
+    condition: Option<String>,
+
+    /// What of the values, such as mean,min,max
+    #[arg(long, value_name = "STATS", value_delimiter = ',', default_value = "mean", requires = "value")]
+    stat: Vec<StatName>,
 
     /// Only rows from this time on: RFC 3339, a date, or -30d for 30 days ago
     #[arg(long, value_name = "TIME", value_parser = time, allow_hyphen_values = true)]
@@ -53,7 +71,7 @@ pub(super) struct QueryFlags {
     points: u32,
 
     /// Also read the rows from Postgres that are not archived yet: the answer is complete up to now
-    #[arg(long)]
+    #[arg(long, conflicts_with = "value")]
     fresh: bool,
 
     /// Draw the answer: in the terminal, or into a file that ends in .svg or .png
@@ -62,22 +80,55 @@ pub(super) struct QueryFlags {
     plot: Option<Option<PathBuf>>,
 
     /// Only this metric (or feature); may be repeated
-    #[arg(long, visible_alias = "feature", value_name = "NAME")]
+    #[arg(long, visible_alias = "feature", value_name = "NAME", conflicts_with = "value")]
     metric: Vec<String>,
 }
 
-/// The kinds that have binned queries.
+/// What of a bin's values is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum QueryKind {
-    /// Mean of each metric, with a standard deviation to both sides
+pub(super) enum StatName {
+    Mean,
+    Min,
+    Max,
+    Count,
+    Sum,
+}
+
+impl From<StatName> for Stat {
+    fn from(name: StatName) -> Self {
+        match name {
+            StatName::Mean => Self::Mean,
+            StatName::Min => Self::Min,
+            StatName::Max => Self::Max,
+            StatName::Count => Self::Count,
+            StatName::Sum => Self::Sum,
+        }
+    }
+}
+
+/// The kinds that have queries of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum QueryKind {
     Custom,
-    /// Proportions of each feature's bins
     Psi,
-    /// Mean of each feature
     Spc,
 }
 
 impl QueryKind {
+    fn of(table: &str) -> Result<Self> {
+        match table {
+            "custom" => Ok(Self::Custom),
+            "psi" => Ok(Self::Psi),
+            "spc" => Ok(Self::Spc),
+            other => Err(Error::Setting {
+                setting: "the table".to_owned(),
+                value: other.to_owned(),
+                accepted: "custom, psi or spc; or any table of the archive with --value, the column that is asked for"
+                    .to_owned(),
+            }),
+        }
+    }
+
     fn kind(self) -> Kind {
         match self {
             Self::Custom => Kind::custom(),
@@ -89,8 +140,20 @@ impl QueryKind {
 
 impl QueryFlags {
     fn query(&self) -> Result<BinnedQuery> {
-        let entity =
-            Entity { space: self.space.clone(), name: self.name.clone(), version: self.version.clone() };
+        let part = |flag: &str, value: &Option<String>| {
+            value.clone().ok_or_else(|| Error::Setting {
+                setting: flag.to_owned(),
+                value: "missing".to_owned(),
+                accepted:
+                    "given: a model is a --space, a --name and a --version (`highwater entities` lists them)"
+                        .to_owned(),
+            })
+        };
+        let entity = Entity {
+            space: part("--space", &self.space)?,
+            name: part("--name", &self.name)?,
+            version: part("--version", &self.version)?,
+        };
         let (start, end) = (self.from, self.to.unwrap_or_else(Utc::now));
         let query = match self.bin {
             Some(width) => BinnedQuery::new(entity, start, end, BinWidth::new(width)?),
@@ -98,19 +161,56 @@ impl QueryFlags {
         };
         Ok(query?.of_series(self.metric.clone()))
     }
+
+    /// The question of a column of any table.
+    fn table_query(&self, value: &str) -> Result<TableQuery> {
+        let (start, end) = (self.from, self.to.unwrap_or_else(Utc::now));
+        let width = match self.bin {
+            Some(width) => BinWidth::new(width)?,
+            None => BinWidth::at_most(self.points, start.timestamp_micros(), end.timestamp_micros())?,
+        };
+        let quoted = |value: &String| value.replace('\'', "''");
+        let entity = [("space", &self.space), ("name", &self.name), ("version", &self.version)];
+        let entity = entity.into_iter().filter_map(|(column, value)| Some((column, value.as_ref()?)));
+        let conditions = entity.map(|(column, value)| format!("\"{column}\" = '{}'", quoted(value)));
+        let conditions =
+            conditions.chain(self.condition.iter().map(|condition| format!("(\n{condition}\n)")));
+        let conditions: Vec<String> = conditions.collect();
+        let query = TableQuery::new(self.table.as_str(), value, start, end, width)?
+            .by(self.by.clone())
+            .stats(self.stat.iter().copied().map(Stat::from));
+        Ok(if conditions.is_empty() { query } else { query.only(conditions.join(" and ")) })
+    }
+}
+
+/// Prints what a column of any table is like, or draws it.
+async fn of_table(config: &Config, flags: &QueryFlags, value: &str, style: Style) -> Result<()> {
+    let query = flags.table_query(value)?;
+    let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+    match &flags.plot {
+        Some(file) => {
+            let found = archive.binned_table(&query).await?;
+            Picture::table(&query, flags.by.as_slice(), found)?.draw(file.as_deref())
+        }
+        None => print_frame(archive.table_frame(&query).await?, style).await,
+    }
 }
 
 /// Prints a binned query's answer.
 pub(super) async fn query(config: &Config, flags: &QueryFlags, style: Style) -> Result<()> {
+    if let Some(value) = &flags.value {
+        return of_table(config, flags, value, style).await;
+    }
+    let kind = QueryKind::of(&flags.table)?;
     let query = flags.query()?;
     let mut archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
     if flags.fresh {
         archive = archive.with_database(config.clone());
     }
     if style.format() == OutputFormat::Json || flags.plot.is_some() {
-        return collect(&archive, &query, flags).await;
+        return collect(&archive, &query, kind, flags).await;
     }
-    let frame = match flags.kind {
+    let frame = match kind {
         QueryKind::Custom => archive.custom_frame(&query).await?,
         QueryKind::Psi => archive.psi_frame(&query).await?,
         QueryKind::Spc => archive.spc_frame(&query).await?,
@@ -119,17 +219,17 @@ pub(super) async fn query(config: &Config, flags: &QueryFlags, style: Style) -> 
     // Before anything is printed it must be known whether there is anything.
     let batches = frame.collect().await.map_err(Error::query("running the query"))?;
     let is_empty = batches.iter().all(|batch: &RecordBatch| batch.num_rows() == 0);
-    known(&archive, flags, &query, is_empty).await?;
+    known(&archive, kind, &query, is_empty).await?;
     print_rows(&schema, stream::iter(batches.into_iter().map(Ok)), style).await
 }
 
 /// Prints the answer as a document, or draws it.
-async fn collect(archive: &Archive, query: &BinnedQuery, flags: &QueryFlags) -> Result<()> {
+async fn collect(archive: &Archive, query: &BinnedQuery, kind: QueryKind, flags: &QueryFlags) -> Result<()> {
     let file = flags.plot.as_ref().map(Option::as_deref);
-    match flags.kind {
+    match kind {
         QueryKind::Custom => {
             let found = archive.binned_custom(query).await?;
-            known(archive, flags, query, found.metrics.is_empty()).await?;
+            known(archive, kind, query, found.metrics.is_empty()).await?;
             match file {
                 Some(file) => Picture::custom(query, found)?.draw(file),
                 None => print_json(&found),
@@ -137,7 +237,7 @@ async fn collect(archive: &Archive, query: &BinnedQuery, flags: &QueryFlags) -> 
         }
         QueryKind::Psi => {
             let found = archive.binned_psi(query).await?;
-            known(archive, flags, query, found.is_empty()).await?;
+            known(archive, kind, query, found.is_empty()).await?;
             match file {
                 Some(file) => Picture::psi(query, found)?.draw(file),
                 None => print_json(&found),
@@ -145,7 +245,7 @@ async fn collect(archive: &Archive, query: &BinnedQuery, flags: &QueryFlags) -> 
         }
         QueryKind::Spc => {
             let found = archive.binned_spc(query).await?;
-            known(archive, flags, query, found.features.is_empty()).await?;
+            known(archive, kind, query, found.features.is_empty()).await?;
             match file {
                 Some(file) => Picture::spc(query, found)?.draw(file),
                 None => print_json(&found),
@@ -155,8 +255,8 @@ async fn collect(archive: &Archive, query: &BinnedQuery, flags: &QueryFlags) -> 
 }
 
 /// An empty answer must not hide a mistyped name.
-async fn known(archive: &Archive, flags: &QueryFlags, query: &BinnedQuery, is_empty: bool) -> Result<()> {
-    if is_empty { archive.check_entity(flags.kind.kind(), query.entity()).await } else { Ok(()) }
+async fn known(archive: &Archive, kind: QueryKind, query: &BinnedQuery, is_empty: bool) -> Result<()> {
+    if is_empty { archive.check_entity(kind.kind(), query.entity()).await } else { Ok(()) }
 }
 
 fn print_json(found: &impl Serialize) -> Result<()> {
@@ -165,28 +265,8 @@ fn print_json(found: &impl Serialize) -> Result<()> {
 
 /// Prints which entities the archive has, with their times and rows.
 pub(super) async fn entities(config: &Config, style: Style) -> Result<()> {
-    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
-    let of_kind = |kind: Kind| {
-        let columns = kind.entity_columns().iter().map(|column| quoted(column));
-        // Of more than three the first three tell, of fewer the rest is empty.
-        let names: Vec<String> = columns.chain((0..3).map(|_| "''".to_owned())).take(3).collect();
-        format!(
-            "select '{0}' as kind, {names} as space, {1} as name, {2} as version, min({time}) as first, max({time}) as last, \
-             count(*) as rows from {table} group by {all}",
-            kind.name(),
-            names.get(1).map_or("''", String::as_str),
-            names.get(2).map_or("''", String::as_str),
-            names = names.first().map_or("''", String::as_str),
-            time = quoted(kind.time_column()),
-            table = quoted(kind.name()),
-            all = names.iter().filter(|name| *name != "''").cloned().collect::<Vec<_>>().join(", "),
-        )
-    };
     let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
-    let kinds = archive.kinds().into_iter().filter(|kind| kind.entity().is_some());
-    let tables: Vec<String> = kinds.map(of_kind).collect();
-    let query = format!("{} order by kind, space, name, version", tables.join(" union all "));
-    print_frame(archive.sql(&query).await?, style).await
+    print_frame(archive.entities_frame().await?, style).await
 }
 
 /// Prints the rows of a frame as they come.

@@ -40,7 +40,7 @@ pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
 pub use table::TableSettings;
 
 use crate::error::{Error, Result};
-use crate::tables::{Kind, WindowWidth};
+use crate::tables::{Kind, SCOUTER_TABLES, WindowWidth};
 use setting::setting_error;
 
 /// What [`Config::max_lag`] may be. Below a tenth of a second there is no time to archive anything; above a
@@ -191,7 +191,10 @@ impl Config {
     pub(crate) fn retention_days_of(&self, source_table: &str) -> u32 {
         let is_it = |table: &&TableSettings| table.qualified(&self.schema) == source_table;
         let own = self.tables.iter().find(is_it).and_then(|table| table.retention_days);
-        own.unwrap_or(self.retention_days)
+        let name = source_table.strip_prefix(&format!("{}.", self.schema));
+        let scouter = SCOUTER_TABLES.iter().find(|table| Some(table.name) == name);
+        // Not less than Scouter itself.
+        own.unwrap_or_else(|| self.retention_days.max(scouter.map_or(0, |table| table.retention_days)))
     }
 
     /// The same settings, of whose tables it is known what they are; of those that come with the program, where they have more

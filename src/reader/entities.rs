@@ -44,6 +44,12 @@ pub(super) fn frame(kind: Kind, rows: DataFrame) -> QueryResult<DataFrame> {
     rows.aggregate(names, values)?.sort(keys.map(|key| col(key).sort(true, false)).to_vec())
 }
 
+/// The same, with the name of the table.
+pub(super) fn named(kind: Kind, rows: DataFrame) -> QueryResult<DataFrame> {
+    let all = ["space", "name", "version", "first", "last", "rows"].map(col);
+    frame(kind, rows)?.select([lit(kind.name()).alias("kind")].into_iter().chain(all).collect::<Vec<_>>())
+}
+
 /// Collects what [`frame`] describes.
 pub(super) async fn collect(kind: Kind, frame: DataFrame) -> Result<Vec<EntitySummary>> {
     let mut found = Vec::new();

@@ -21,21 +21,19 @@ mod query;
 pub mod scouter;
 mod spc;
 mod sql;
+mod table;
 #[cfg(test)]
 mod tests;
+mod version;
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use arrow::array::RecordBatch;
-use broken::Broken;
-use datafusion::catalog::TableProvider;
 use datafusion::dataframe::DataFrame;
-use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnv;
-use datafusion::logical_expr::Expr;
-use datafusion::prelude::SessionContext;
+use datafusion::logical_expr::{Expr, col};
 use futures::future::join_all;
 
 pub use bin::BinWidth;
@@ -44,8 +42,10 @@ pub use entities::EntitySummary;
 pub use psi::FeatureBinProportions;
 pub use query::BinnedQuery;
 pub use spc::{SpcFeature, SpcFeatures};
+pub use table::{Stat, TableBins, TableQuery, TableSeries};
+use version::{Found, Tables, find, planning};
 
-use crate::archive::{self, Scan, Storage, View};
+use crate::archive::{self, Storage, View};
 use crate::config::{Config, ObjectStorageSettings};
 use crate::tables::{Entity, Kind};
 use crate::{Error, Result};
@@ -91,26 +91,6 @@ struct Shared {
     tables: RwLock<Arc<Tables>>,
     /// One refresh at a time.
     refreshing: tokio::sync::Mutex<()>,
-}
-
-/// One version of each table.
-struct Tables {
-    views: Vec<Found>,
-    scans: Vec<(Kind, Scans)>,
-    session: SessionContext,
-    read_at: Instant,
-}
-
-/// A table, or what is wrong with it: that is the answer of its queries, and those of others have theirs.
-type Found = Result<View, Arc<Broken>>;
-
-/// A table's files.
-#[derive(Clone)]
-struct Scans {
-    /// As SQL sees them.
-    plain: Arc<dyn TableProvider>,
-    /// For binned queries, which look at the texts of many rows and hand out few.
-    viewed: Arc<dyn TableProvider>,
 }
 
 impl fmt::Debug for Archive {
@@ -278,6 +258,40 @@ impl Archive {
         spc::frame(rows, query).map_err(planning(Kind::spc()))
     }
 
+    /// What the values of a table's column are like in each bin, by what other columns say, as numbers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Query`] if there is no such table or column, or the condition is none; otherwise as [`Archive::binned_custom`].
+    pub async fn binned_table(&self, query: &TableQuery) -> Result<TableBins> {
+        let kind = self.kind_of(query.table())?;
+        table::collect(kind, self.table_frame(query).await?, query).await
+    }
+
+    /// What [`Archive::binned_table`] collects, to go on with: the start of each bin under the name of the table's time, the columns
+    /// of `by`, and one for each stat, with the types that these have. Sorted by the columns of `by`, then by time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_table`].
+    pub async fn table_frame(&self, query: &TableQuery) -> Result<DataFrame> {
+        let kind = self.kind_of(query.table())?;
+        let tables = self.tables().await?;
+        let rows = table::chosen(&tables.session, kind, tables.table(kind)?, query).await?;
+        table::frame(kind, rows, query)
+    }
+
+    /// The table of that name, with the columns that it has in this version.
+    fn kind_of(&self, name: &str) -> Result<Kind> {
+        let kinds = self.kinds();
+        kinds.iter().find(|kind| kind.name() == name).copied().ok_or_else(|| Error::Query {
+            detail: format!(
+                "the archive has no table {name:?}; it has {}",
+                kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
+            ),
+        })
+    }
+
     /// A query in SQL over the tables `custom`, `psi`, `spc` and `quarantine`, in DataFusion's dialect. It can't write.
     ///
     /// A text of more than 100,000 bytes, 200 operators or 500 keywords in an expression, 100 tables or 70 queries in one is refused, and so are recursion and the
@@ -313,6 +327,28 @@ impl Archive {
     pub async fn entities(&self, kind: Kind) -> Result<Vec<EntitySummary>> {
         let rows = self.table(kind).await?;
         entities::collect(kind, entities::frame(kind, rows).map_err(planning(kind))?).await
+    }
+
+    /// What all tables hold, by entity: columns `kind`, `space`, `name`, `version` (of an entity of more names the first three, of
+    /// one of fewer the rest is empty), `first`, `last`, `rows`, sorted by the first four.
+    ///
+    /// # Errors
+    ///
+    /// As [`Archive::binned_custom`].
+    pub async fn entities_frame(&self) -> Result<DataFrame> {
+        let tables = self.tables().await?;
+        let of_kind = |kind: Kind| {
+            let frame = tables.table(kind).map(|rows| entities::named(kind, rows))?;
+            frame.map_err(planning(kind))
+        };
+        let mut kinds = self.kinds().into_iter().filter(|kind| kind.entity().is_some());
+        let first = kinds.next().ok_or_else(|| Error::Internal("no table has entities".to_owned()))?;
+        let mut all = of_kind(first)?;
+        for kind in kinds {
+            all = all.union(of_kind(kind)?).map_err(planning(kind))?;
+        }
+        let keys = ["kind", "space", "name", "version"];
+        all.sort(keys.map(|key| col(key).sort(true, false)).to_vec()).map_err(planning(first))
     }
 
     /// Tells an entity that the archive has never seen from one without rows in a range.
@@ -369,7 +405,7 @@ impl Archive {
         let Some(before) = before else { return Ok(Some(archived)) };
         before.check_storage(&self.shared.storage).await?;
         let of_entity = |ranges: &[(i64, i64)]| {
-            let within = ranges.iter().copied().map(query::is_within).reduce(Expr::or);
+            let within = ranges.iter().map(|range| query::is_within("created_at", *range)).reduce(Expr::or);
             let wanted = query::is_of(query.entity());
             let wanted = within.map_or(wanted.clone(), |within| wanted.and(within));
             tables.table(kind)?.filter(wanted).map_err(planning(kind))
@@ -398,71 +434,7 @@ impl Archive {
     }
 }
 
-impl Tables {
-    fn new(views: Vec<Found>, runtime: &Arc<RuntimeEnv>, memory_bytes: usize) -> Result<Self> {
-        let session = archive::session(Arc::clone(runtime), memory_bytes);
-        sql::restrict(&session);
-        let mut scans = Vec::new();
-        for found in &views {
-            let (kind, of_kind) = match found {
-                Ok(view) => {
-                    let kind = view.kind();
-                    let scan = Scan::new(kind, view.files()).map_err(planning(kind))?;
-                    (kind, Scans { viewed: Arc::new(scan.with_text_views()), plain: Arc::new(scan) })
-                }
-                Err(broken) => {
-                    let (plain, viewed) = (Arc::clone(broken) as _, Arc::clone(broken) as _);
-                    (broken.kind(), Scans { plain, viewed })
-                }
-            };
-            session.register_table(kind.name(), Arc::clone(&of_kind.plain)).map_err(planning(kind))?;
-            scans.push((kind, of_kind));
-        }
-        Ok(Self { views, scans, session, read_at: Instant::now() })
-    }
-
-    /// All rows, as SQL sees them.
-    fn table(&self, kind: Kind) -> Result<DataFrame> {
-        self.read(kind, |scans| &scans.plain)
-    }
-
-    /// Rows to be binned: their texts are views.
-    fn rows(&self, kind: Kind, condition: Expr) -> Result<DataFrame> {
-        self.read(kind, |scans| &scans.viewed)?.filter(condition).map_err(planning(kind))
-    }
-
-    fn read(&self, kind: Kind, of: fn(&Scans) -> &Arc<dyn TableProvider>) -> Result<DataFrame> {
-        let scans = self.scans.iter().find(|(one, _)| one.name() == kind.name());
-        let (now, scans) = scans.ok_or_else(|| Error::Internal(format!("{} is not open", kind.name())))?;
-        let rows = self.session.read_table(Arc::clone(of(scans))).map_err(planning(kind))?;
-        if *now == kind {
-            return Ok(rows);
-        }
-        // The table has got more columns than whoever asks knows of.
-        let columns =
-            kind.columns().iter().filter(|column| now.columns().iter().any(|one| one.name == column.name));
-        let columns: Vec<&str> = columns.map(|column| column.name.as_str()).collect();
-        rows.select_columns(&columns).map_err(planning(kind))
-    }
-}
-
-/// A table, as far as it can be read. What is wrong with the storage is wrong with all tables.
-async fn find(storage: &Storage, kind: Kind) -> Result<Found> {
-    match View::read(storage, kind).await {
-        Ok(view) => Ok(Ok(view)),
-        Err(error @ Error::Delta { .. }) => {
-            tracing::warn!("{}; the other tables can be read", error.chain());
-            Ok(Err(Arc::new(Broken::new(kind, error.chain()))))
-        }
-        Err(error) => Err(error),
-    }
-}
-
 /// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up.
 async fn all_of<T>(reads: impl IntoIterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
     join_all(reads).await.into_iter().collect()
-}
-
-fn planning(kind: Kind) -> impl FnOnce(DataFusionError) -> Error {
-    Error::query(format!("preparing to read {}", kind.name()))
 }

@@ -1,6 +1,6 @@
 use arrow::datatypes::DataType;
 use chrono::{DateTime, SecondsFormat, Utc};
-use datafusion::common::ScalarValue;
+use datafusion::common::{Column, ScalarValue};
 use datafusion::functions::core::expr_fn::coalesce;
 use datafusion::logical_expr::{Expr, cast, col, lit};
 
@@ -72,7 +72,7 @@ impl BinnedQuery {
 
     /// The condition for a row of the kind.
     pub(super) fn condition(&self, kind: Kind) -> Expr {
-        let is_wanted = is_of(&self.entity).and(is_within(self.range));
+        let is_wanted = is_of(&self.entity).and(is_within("created_at", self.range));
         if self.series.is_empty() {
             return is_wanted;
         }
@@ -100,9 +100,10 @@ pub(super) fn plain(name: &str) -> Expr {
 }
 
 /// The condition for a time, in microseconds since the epoch: the first one, and the one after the last.
-pub(super) fn is_within((start, end): (i64, i64)) -> Expr {
+pub(super) fn is_within(column: &str, (start, end): (i64, i64)) -> Expr {
     let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
-    col("created_at").gt_eq(time(start)).and(col("created_at").lt(time(end)))
+    let column = || Expr::Column(Column::new_unqualified(column));
+    column().gt_eq(time(start)).and(column().lt(time(end)))
 }
 
 /// The condition for a row of the entity.
@@ -113,7 +114,8 @@ pub(super) fn is_of(entity: &Entity) -> Expr {
         .and(col("version").eq(lit(&entity.version)))
 }
 
-fn range(start: DateTime<Utc>, end: DateTime<Utc>) -> Result<(i64, i64)> {
+/// The range of the times from `start` up to `end`, in microseconds since the epoch.
+pub(super) fn range(start: DateTime<Utc>, end: DateTime<Utc>) -> Result<(i64, i64)> {
     if start < end {
         return Ok((ceil_micros(start), ceil_micros(end)));
     }

@@ -105,7 +105,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
     // A slot keeps the server's log until rows are archived, so it is not made for a storage that can't take them.
     let storage = Storage::open(&config.storage)?;
     storage.prove_once().await?;
-    let config = &describe::with_tables(config, &client, Some(&storage)).await?;
+    let config = &describe::with_all_tables(config, &client, Some(&storage)).await?;
     let ownership = Ownership::read(&client, &list_tables(&client, config).await?).await?;
     let mut replication = ReplicationConnection::connect(&config.source).await?;
     let identity = slot::identify(&mut replication).await?;
@@ -161,7 +161,7 @@ pub async fn setup(config: &Config) -> Result<Report> {
 pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Report> {
     let mut report = Report::default();
     let mut client = open(config).await?;
-    let config = &describe::with_tables(config, &client, None).await?;
+    let config = &describe::with_all_tables(config, &client, None).await?;
     let ownership = Ownership::read(&client, &list_tables(&client, config).await?).await?;
     if !ownership.is_owner() {
         return Err(ownership.refusal("making schema highwater"));
@@ -190,7 +190,7 @@ pub async fn setup_as_owner(config: &Config, sidecar_role: &str) -> Result<Repor
 pub async fn owner_script(config: &Config, sidecar_role: Option<&str>) -> Result<String> {
     let client = sql::connect(&config.source).await?;
     check_server(&client).await?;
-    let config = &describe::with_tables(config, &client, None).await?;
+    let config = &describe::with_all_tables(config, &client, None).await?;
     let tables = list_tables(&client, config).await?;
     let ownership = Ownership::read(&client, &tables).await?;
     let own = if ownership.is_owner() { SIDECAR_ROLE } else { &ownership.user };

@@ -6,7 +6,7 @@
 
 use tokio_postgres::Client;
 
-use super::describe::{self, Found};
+use super::columns::{Found, columns};
 use super::lookup::BINARY_FORM;
 use super::sums::compared_value;
 use crate::decode::NewColumn;
@@ -28,7 +28,7 @@ pub(crate) async fn new_columns(
 ) -> Result<Vec<ColumnSpec>> {
     let Some(source) = kind.source_table(schema) else { return Ok(Vec::new()) };
     let mut new = Vec::new();
-    for found in describe::columns(client, &source).await?.iter().filter(|found| kind.lacks(&found.name)) {
+    for found in columns(client, &source).await?.iter().filter(|found| kind.lacks(&found.name)) {
         let mut column = found.archived();
         column.filled = filled(client, &source, found, &column).await?;
         new.push(column);

@@ -1,8 +1,10 @@
 //! The drift tables as one snapshot has them: which tables hold their rows, and reading these, whole or by time.
 
+mod columns;
 mod copier;
 mod copy;
 pub(crate) mod coverage;
+mod defaults;
 pub(crate) mod describe;
 pub(crate) mod growth;
 pub(crate) mod lookup;

@@ -170,38 +170,31 @@ impl Source {
         !is_other && prints_alike(before, now)
     }
 
-    /// What keeps rows of a table out of its archive, by what its columns are.
+    /// The columns of which a value may not fit in the archive, because they are no longer of the type that it was made for.
     pub(crate) fn unfit_columns(&self, kind: Kind) -> Vec<UnfitColumn> {
-        let unfit = |column: &str, problem: String, remedy: String| UnfitColumn {
-            column: column.to_owned(),
-            problem,
-            remedy,
+        let table = &self.name;
+        let unfit = |(name, own): (&str, &str)| {
+            let column = kind.columns().iter().find(|column| column.name == name)?;
+            let before = column.source_type.as_ref().filter(|_| self.expression(kind, column).is_none())?;
+            let column = quote_identifier(name);
+            Some(UnfitColumn {
+                column: name.to_owned(),
+                problem: format!("is of type {own}, and its archive was made for {before}"),
+                remedy: format!("alter table {table} alter column {column} type {before}"),
+            })
         };
-        let (table, mut found) = (&self.name, Vec::new());
-        for (name, own) in self.column_types() {
-            let quoted = quote_identifier(name);
-            let archived = kind.columns().iter().find(|column| column.name == name);
-            if let Some((column, before)) =
-                archived.and_then(|column| Some((column, column.source_type.as_ref()?)))
-            {
-                if self.expression(kind, column).is_none() {
-                    let problem = format!("is of type {own}, and its archive was made for {before}");
-                    found.push(unfit(
-                        name,
-                        problem,
-                        format!("alter table {table} alter column {quoted} type {before}"),
-                    ));
-                }
-            } else if kind.lacks(name) {
-                let problem = "is not in the archive yet".to_owned();
-                found.push(unfit(
-                    name,
-                    problem,
-                    "`highwater run`, which adds it; then verify again".to_owned(),
-                ));
-            }
-        }
-        found
+        self.column_types().filter_map(unfit).collect()
+    }
+
+    /// The columns that the archive lacks, and is to get with the next row or checkpoint.
+    pub(crate) fn columns_to_come(&self, kind: Kind) -> Vec<UnfitColumn> {
+        let new = self.column_types().map(|(name, _)| name).filter(|name| kind.lacks(name));
+        let new = new.map(|name| UnfitColumn {
+            column: name.to_owned(),
+            problem: "is not in the archive yet".to_owned(),
+            remedy: "let `highwater run` add it, and verify again".to_owned(),
+        });
+        new.collect()
     }
 
     fn expression(&self, kind: Kind, column: &ColumnSpec) -> Option<Expression> {

@@ -13,6 +13,37 @@ pub const DRIFT_TABLES: [&str; 3] = ["custom_drift", "psi_drift", "spc_drift"];
 /// Columns that every drift table has for its own bookkeeping.
 const BOOKKEEPING_COLUMNS: [&str; 3] = ["id", "updated_at", "archived"];
 
+/// A table of Scouter's that is only appended to, beside its drift tables.
+#[derive(Clone, Copy, Debug)]
+pub struct ScouterTable {
+    /// Its name.
+    pub name: &'static str,
+    /// Whether its rows name a model, by an `entity_id`.
+    pub has_entity: bool,
+    /// A column that rows of one entity and time are sorted by.
+    pub sort: &'static str,
+    /// Days that Scouter itself keeps a row.
+    pub retention_days: u32,
+}
+
+/// Scouter's append-only tables, by their present names and those of before 2026-04. They change in [`OWN_COLUMNS`] alone.
+pub const SCOUTER_TABLES: [ScouterTable; 6] = [
+    ScouterTable { name: "agent_eval_task", has_entity: true, sort: "task_id", retention_days: 90 },
+    ScouterTable { name: "agent_eval_workflow", has_entity: true, sort: "id", retention_days: 90 },
+    ScouterTable { name: "genai_eval_task", has_entity: true, sort: "task_id", retention_days: 90 },
+    ScouterTable { name: "genai_eval_workflow", has_entity: true, sort: "id", retention_days: 90 },
+    ScouterTable {
+        name: "observability_metric",
+        has_entity: true,
+        sort: "request_count",
+        retention_days: 60,
+    },
+    ScouterTable { name: "trace_baggage", has_entity: false, sort: "key", retention_days: 30 },
+];
+
+/// What Scouter writes into rows later, for itself.
+pub const OWN_COLUMNS: [&str; 2] = ["updated_at", "archived"];
+
 struct BuiltIn {
     custom: Kind,
     psi: Kind,

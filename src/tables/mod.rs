@@ -8,7 +8,7 @@ mod kind;
 mod per_kind;
 mod window;
 
-pub use built_in::{DRIFT_TABLES, ENTITY_TABLE};
+pub use built_in::{DRIFT_TABLES, ENTITY_TABLE, OWN_COLUMNS, SCOUTER_TABLES, ScouterTable};
 pub use kind::{
     ColumnSpec, ColumnType, Compared, Description, ENTITY_COLUMNS_MAX, EntityKey, EntityTable, Kind,
     SORT_COLUMNS_MAX, is_storable,

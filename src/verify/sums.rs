@@ -56,6 +56,7 @@ impl Table<'_> {
         };
         let leaves = self.holders(&source).await?;
         report.unfit_columns.extend(source.unfit_columns(self.kind));
+        report.unfit_columns.extend(source.columns_to_come(self.kind));
         let sums = self.partition_sums(&source, &leaves, repair).await?;
         let postgres = self.postgres_sums(&sums, tail);
         let archive = match self.archive_sums(&leaves, &postgres).await {
@@ -253,7 +254,7 @@ impl Table<'_> {
     fn is_held(&self, bounds: &[(i64, i64)], purged: Option<i64>, hour: i64) -> bool {
         let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
         if bounds.is_empty() {
-            let retention = i64::from(self.config.retention_days) * MICROS_PER_DAY;
+            let retention = i64::from(self.config.retention_days_of(&self.row.source_table)) * MICROS_PER_DAY;
             let cutoff = chrono::Utc::now().timestamp_micros() - retention;
             return start >= purged.map_or(cutoff, |purged| purged.max(cutoff));
         }

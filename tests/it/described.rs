@@ -263,6 +263,90 @@ async fn entities_are_named_in_the_row_or_by_an_id_with_what_else_the_entity_tab
     drop(sidecar);
 }
 
+/// Scouter's append-only tables need no section: with the names and the uid of the model, and without what it writes later.
+#[tokio::test(flavor = "multi_thread")]
+async fn scouter_s_other_tables_are_archived_without_a_word() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let client = stage.connect().await;
+    client.batch_execute(SCOUTER).await.unwrap();
+    let done = stage.launch().must(&["setup"]);
+    for table in ["agent_eval_task", "agent_eval_workflow", "trace_baggage", "observability_metric"] {
+        assert!(
+            done.contains(&format!("made the watermark of scouter.{table}: it holds rows")),
+            "{table}: {done}"
+        );
+    }
+    assert!(
+        done.contains("set the retention of scouter.agent_eval_task to 90 days"),
+        "as Scouter keeps it: {done}"
+    );
+    let sidecar = stage.launch().start();
+    stage.streaming().await;
+    client
+        .batch_execute(
+            "insert into scouter.agent_eval_task (created_at, start_time, record_uid, entity_id, task_id, task_type, passed, value, operator, expected,
+                                                  actual, condition, stage)
+             select now(), now(), 'r' || n, 1, 'late', 'llm', true, n, '=', '{}', '{}', false, 1 from generate_series(1, 20) n;
+             update scouter.agent_eval_task set archived = true, updated_at = now()",
+        )
+        .await
+        .unwrap();
+    archived(&client).await;
+    let tasks = archived_rows(&stage.storage().join("agent_eval_task"));
+    assert_eq!(tasks.len(), 50);
+    assert!(tasks.iter().all(|row| row.contains("uid-1") && row.contains("agent")), "{:?}", tasks.first());
+    let output = stage.launch().output(&["verify", "--format", "json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (output.status.code(), report["tables"].as_array().map(Vec::len)),
+        (Some(0), Some(7)),
+        "{report:#}"
+    );
+    let sql = "select count(*) as rows, sum(pass_rate) as rate from agent_eval_workflow where uid = 'uid-1'";
+    let answer: Value =
+        serde_json::from_str(&stage.launch().must(&["sql", sql, "--format", "json"])).unwrap();
+    assert_eq!((&answer[0]["rows"], &answer[0]["rate"]), (&Value::from(30), &Value::from(15.0)), "{answer}");
+    // Under its new name it is the same table still.
+    client.batch_execute("alter table scouter.agent_eval_task rename to genai_eval_task").await.unwrap();
+    let again = stage.launch().must(&["setup"]);
+    assert!(!again.contains("made the watermark of scouter.genai_eval_task"), "{again}");
+    let checked = String::from_utf8_lossy(&stage.launch().output(&["check"]).stdout).into_owned();
+    assert!(!checked.contains("is in the publication, but is not archived"), "{checked}");
+    drop(sidecar);
+}
+
+/// As Scouter's migrations make them.
+const SCOUTER: &str = "
+    insert into scouter.drift_entities (space, name, version, uid) values ('shop', 'agent', '1', 'uid-1');
+    create table scouter.agent_eval_task (
+        created_at timestamptz not null, start_time timestamptz not null, end_time timestamptz, record_uid text not null, entity_id integer not null,
+        task_id text not null, task_type text not null, passed boolean not null, value double precision not null, assertion jsonb, operator text not null,
+        expected jsonb not null, actual jsonb not null, message text, condition boolean not null, stage integer not null,
+        updated_at timestamptz not null default now(), archived boolean default false, primary key (record_uid, task_id, created_at))
+        partition by range (created_at);
+    create table scouter.agent_eval_task_default partition of scouter.agent_eval_task default;
+    create table scouter.agent_eval_workflow (
+        id bigint not null, created_at timestamptz not null, record_uid text not null, entity_id integer not null, total_tasks integer not null,
+        passed_tasks integer not null, failed_tasks integer not null, pass_rate double precision not null, duration_ms bigint, execution_plan jsonb not null,
+        updated_at timestamptz not null default now(), archived boolean default false, primary key (created_at, id)) partition by range (created_at);
+    create table scouter.agent_eval_workflow_default partition of scouter.agent_eval_workflow default;
+    create table scouter.observability_metric (
+        created_at timestamptz not null, request_count integer not null, error_count integer not null, route_metrics jsonb not null,
+        updated_at timestamptz default now(), entity_id integer not null, unique (created_at, entity_id));
+    create table scouter.trace_baggage (
+        created_at timestamptz not null, trace_id bytea not null, scope text, key text, value text not null,
+        primary key (created_at, trace_id, scope, key));
+    insert into scouter.agent_eval_task (created_at, start_time, record_uid, entity_id, task_id, task_type, passed, value, operator, expected, actual,
+                                         condition, stage)
+    select now() - n * interval '1 hour', now(), 'r' || n, 1, 't' || n % 3, 'llm', n % 2 = 0, n, '=', '{}', jsonb_build_object('n', n), true, 0
+    from generate_series(1, 30) n;
+    insert into scouter.agent_eval_workflow (id, created_at, record_uid, entity_id, total_tasks, passed_tasks, failed_tasks, pass_rate, execution_plan)
+    select n, now() - n * interval '1 hour', 'r' || n, 1, 2, 1, 1, 0.5, '[]' from generate_series(1, 30) n;
+    insert into scouter.observability_metric (created_at, request_count, error_count, route_metrics, entity_id)
+    select now() - n * interval '1 hour', n, 0, '{}', 1 from generate_series(1, 10) n;
+    insert into scouter.trace_baggage
+    select now() - n * interval '1 hour', decode(md5(n::text), 'hex'), 's', 'k', 'v' || n from generate_series(1, 10) n";
+
 /// A table that is described later is copied, and leaves the others alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_may_be_described_later() {

@@ -132,7 +132,9 @@ async fn tables_added_to_the_publication_later() {
         )
         .await
         .unwrap();
-    let _sidecar = stage.start().await;
+    let sidecar = stage.start().await;
+    // By then it has looked at what is to be copied.
+    sidecar.says("archiving slot", DEADLINE).await;
     client
         .batch_execute(
             "alter table psi_drift set schema scouter;

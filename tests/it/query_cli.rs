@@ -42,8 +42,83 @@ async fn the_history_is_printed_in_every_format() {
     tables_csv_and_arrow_have_the_same_rows(&stage);
     plots_are_drawn(&stage);
     entities_and_sql(&stage);
+    a_column_of_any_table_is_binned(&stage);
     mistakes_are_named(&stage);
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+/// What of any table's column, by what, and where.
+fn a_column_of_any_table_is_binned(stage: &Stage) {
+    let asked = |more: &[&str]| {
+        let common = ["--from", "2026-11-01", "--to", "2026-11-02", "--bin", "1h"];
+        said(stage, &[&["query"], more, &common[..]].concat())
+    };
+    let rows = |more: &[&str]| -> Value {
+        let (code, out, errors) = asked(&[more, &["--format", "json"]].concat());
+        assert_eq!(code, Some(0), "{errors}");
+        serde_json::from_str(&out).unwrap()
+    };
+    assert_eq!(
+        rows(&["custom", "--value", "value", "--by", "metric", "--stat", "mean,min,max,count,sum"]),
+        json!([
+            {"created_at": "2026-11-01T00:00:00Z", "metric": "accuracy", "mean": 1.0, "min": 0.0, "max": 2.0, "count": 3, "sum": 3.0},
+            {"created_at": "2026-11-01T01:00:00Z", "metric": "accuracy", "mean": 4.0, "min": 3.0, "max": 5.0, "count": 3, "sum": 12.0},
+        ])
+    );
+    // Of an integer the sum is one; a null does not count.
+    assert_eq!(
+        rows(&[
+            "psi",
+            "--value",
+            "bin_count",
+            "--stat",
+            "sum,count",
+            "--where",
+            "bin_id > 0 -- only",
+            "--space",
+            "shop"
+        ]),
+        json!([{"created_at": "2026-11-01T00:00:00Z", "sum": 3, "count": 1}])
+    );
+    assert_eq!(
+        rows(&["spc", "--value", "value", "--stat", "count"]),
+        json!([{"created_at": "2026-11-01T00:00:00Z", "count": 1}])
+    );
+    assert_eq!(
+        rows(&["spc", "--value", "feature", "--stat", "max"]),
+        json!([{"created_at": "2026-11-01T00:00:00Z", "max": "age"}])
+    );
+    assert_eq!(rows(&["custom", "--value", "value", "--name", "it's"]), json!([]));
+    let (code, out, errors) = asked(&["custom", "--value", "value", "--stat", "mean,min,max", "--plot"]);
+    assert!(code == Some(0) && out.contains("custom: mean, min, max of value"), "{out}{errors}");
+    for (more, expected) in [
+        (
+            &["none", "--value", "value"][..],
+            "the archive has no table \"none\"; it has custom, psi, spc, quarantine",
+        ),
+        (
+            &["custom", "--value", "worth"],
+            "custom has no column \"worth\"; it has created_at, space, name, version, metric, value",
+        ),
+        (&["custom", "--value", "metric"], "there is no mean of metric, which holds no numbers"),
+        (&["custom", "--value", "value", "--by", "mean"], "the answer would have two columns \"mean\""),
+        (&["custom", "--value", "value", "--where", "true) union (select 1"], "found: union"),
+        (
+            &["custom", "--value", "value", "--where", "repeat(metric, 5) = ''"],
+            "the function repeat is not there",
+        ),
+        (&["spc"], "--space is \"missing\", but must be given"),
+        (
+            &["events"],
+            "the table is \"events\", but must be custom, psi or spc; or any table of the archive with --value",
+        ),
+    ] {
+        let (code, _, errors) = asked(more);
+        assert!(
+            code != Some(0) && errors.to_lowercase().contains(&expected.to_lowercase()),
+            "{more:?}: {errors}"
+        );
+    }
 }
 
 fn json_is_what_scouter_s_clients_read(stage: &Stage) {

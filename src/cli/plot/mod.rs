@@ -12,7 +12,10 @@ use chrono::{DateTime, Utc};
 use super::columns::cell;
 use super::print;
 use crate::error::{Error, Result};
-use crate::reader::{BinnedMetricStats, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
+use crate::reader::{
+    BinWidth, BinnedMetricStats, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures, Stat,
+    TableBins, TableQuery,
+};
 
 /// Panels of one picture: more can't be looked at together.
 const PANELS_MAX: usize = 24;
@@ -52,7 +55,7 @@ impl Picture {
             let bounds = metric.stats.iter().map(bound).collect();
             Panel::Line(Line { name: metric.metric, times: metric.created_at, values, bounds: Some(bounds) })
         });
-        Self::new("custom", query, panels.collect())
+        Self::of_model("custom", query, panels.collect())
     }
 
     pub(super) fn spc(query: &BinnedQuery, found: SpcFeatures) -> Result<Self> {
@@ -60,30 +63,54 @@ impl Picture {
             let values = feature.values.into_iter().map(drawable).collect();
             Panel::Line(Line { name, times: feature.created_at, values, bounds: None })
         });
-        Self::new("spc", query, panels.collect())
+        Self::of_model("spc", query, panels.collect())
     }
 
     pub(super) fn psi(query: &BinnedQuery, found: Vec<FeatureBinProportions>) -> Result<Self> {
-        Self::new("psi", query, found.into_iter().map(Panel::Shares).collect())
+        Self::of_model("psi", query, found.into_iter().map(Panel::Shares).collect())
     }
 
-    fn new(kind: &str, query: &BinnedQuery, mut panels: Vec<Panel>) -> Result<Self> {
+    /// A panel for each series: the first of the stats, and the smallest and largest value around it where these were asked for, too.
+    pub(super) fn table(query: &TableQuery, by: &[String], found: TableBins) -> Result<Self> {
+        let panels = found.series.into_iter().map(|series| {
+            let named = by.iter().zip(&series.by);
+            let named = named.map(|(column, value)| format!("{column} {}", value.as_deref().unwrap_or("-")));
+            let name = named.collect::<Vec<_>>().join(", ");
+            let values = |stat: Stat| {
+                let values = series.stats.get(stat.name())?.iter();
+                Some(values.map(|value| drawable(value.unwrap_or(f64::NAN))).collect::<Vec<_>>())
+            };
+            let bounds = values(Stat::Min).zip(values(Stat::Max));
+            let bounds = bounds.map(|(low, high)| low.into_iter().zip(high).collect());
+            let first = query.asked().first().and_then(|stat| values(*stat)).unwrap_or_default();
+            let name = if name.is_empty() { found.value.clone() } else { name };
+            Panel::Line(Line { name, times: series.created_at.clone(), values: first, bounds })
+        });
+        let stats: Vec<&str> = query.asked().iter().map(|stat| stat.name()).collect();
+        let what = format!("{}: {} of {}", found.table, stats.join(", "), found.value);
+        Self::new(&what, query.width(), query.range(), panels.collect())
+    }
+
+    fn of_model(kind: &str, query: &BinnedQuery, panels: Vec<Panel>) -> Result<Self> {
+        let entity = query.entity();
+        let what = format!("{kind}: {} {} {}", entity.space, entity.name, entity.version);
+        Self::new(&what, query.width(), query.range(), panels)
+    }
+
+    fn new(what: &str, width: BinWidth, (start, end): (i64, i64), mut panels: Vec<Panel>) -> Result<Self> {
         if panels.len() > PANELS_MAX {
             let detail = format!(
-                "{} series don't fit into a picture: choose up to {PANELS_MAX} with --metric",
+                "{} series don't fit into a picture: choose up to {PANELS_MAX} (--metric, or --where)",
                 panels.len()
             );
             return Err(Error::Query { detail });
         }
-        let (width, (start, end)) = (query.width(), query.range());
         let time = |micros| DateTime::from_timestamp_micros(micros).unwrap_or_default();
         let range =
             (time(width.start_of(start)), time(width.start_of(end - 1).saturating_add(width.micros())));
-        let entity = query.entity();
         let length = std::time::Duration::from_micros(width.micros().unsigned_abs());
         let length = humantime::format_duration(length);
-        let title = format!("{kind}: {} {} {}, bins of {length}", entity.space, entity.name, entity.version);
-        let title = cell(&title, NAME_MAX);
+        let title = cell(&format!("{what}, bins of {length}"), NAME_MAX);
         for panel in &mut panels {
             match panel {
                 Panel::Line(line) => line.name = cell(&line.name, NAME_MAX),
@@ -186,7 +213,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::reader::{BinWidth, BinnedMetric, BinnedMetricStats, SpcFeature};
+    use crate::reader::{BinnedMetric, SpcFeature};
     use crate::tables::Entity;
 
     fn query() -> BinnedQuery {
