@@ -196,7 +196,7 @@ async fn check_archive(client: &Client, config: &Config, report: &mut Report) ->
                 report.error(
                     "column",
                     column,
-                    format!("{problem}: its rows go to the quarantine, and none is purged"),
+                    format!("{problem}, so that no row of the table is purged"),
                     remedy,
                 );
             }

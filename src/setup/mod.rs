@@ -13,6 +13,7 @@ mod owner;
 mod publication;
 mod retention;
 
+use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
@@ -330,16 +331,17 @@ pub(crate) async fn check_schema(client: &Client) -> Result<()> {
         Err(error) => return Err(Error::sql("reading the version of schema highwater")(error)),
     };
     let newest = owner::newest();
-    if found < newest {
-        return Err(Error::Setting {
-            setting: "schema highwater".to_owned(),
-            value: format!("version {found}"),
-            accepted: format!(
-                "version {newest}: run `highwater setup`, which migrates it (or says who has to)"
-            ),
-        });
-    }
-    Ok(())
+    let way = match found.cmp(&newest) {
+        Ordering::Equal => return Ok(()),
+        Ordering::Less => "run `highwater setup`, which migrates it (or says who has to)",
+        // Its archive may have what this program doesn't know of.
+        Ordering::Greater => "run the newer `highwater` that has migrated it",
+    };
+    Err(Error::Setting {
+        setting: "schema highwater".to_owned(),
+        value: format!("version {found}"),
+        accepted: format!("version {newest}: {way}"),
+    })
 }
 
 /// The drift tables that exist, and the entity table if one of them needs it, with what their rows are in.

@@ -183,7 +183,16 @@ impl Source {
                 remedy: format!("alter table {table} alter column {column} type {before}"),
             })
         };
-        self.column_types().filter_map(unfit).collect()
+        // What can't have a place in the archive would be gone with its partition.
+        let is_known = |name: &str| kind.columns().iter().any(|column| column.name == name);
+        let is_homeless = |name: &str| !is_known(name) && !kind.lacks(name) && !kind.leaves_out(name);
+        let homeless =
+            self.column_types().filter(|(name, _)| is_homeless(name)).map(|(name, _)| UnfitColumn {
+                column: name.to_owned(),
+                problem: "has a name that no column of the archive can have".to_owned(),
+                remedy: format!("rename it, or exclude it in [[table]] of {table}"),
+            });
+        self.column_types().filter_map(unfit).chain(homeless).collect()
     }
 
     /// The columns that the archive lacks, and is to get with the next row or checkpoint.

@@ -136,6 +136,12 @@ async fn compare_one(config: &Config, due: &Due) -> Result<Option<Duration>, Str
         }
         // It is still due: what was written anew is read back.
         Some(_) if is_mended(found) => Ok(None),
+        Some(_)
+            if !found.quarantine_accepted
+                && let [unfit, ..] = found.unfit_columns.as_slice() =>
+        {
+            Err(format!("column {} {}: {}", unfit.column, unfit.problem, unfit.remedy))
+        }
         Some(_) if !found.differences.is_empty() => {
             tell_difference(found, partition);
             Ok(Some(DIFFERENT_PAUSE))

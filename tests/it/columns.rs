@@ -266,6 +266,20 @@ async fn a_type_that_the_archive_can_not_hold_is_told_and_nothing_is_purged() {
     let output = launch.output(&["purge"]);
     let left: i64 = client.query_one("select count(*) from public.events", &[]).await.unwrap().get(0);
     assert_eq!(left, 20, "{}", String::from_utf8_lossy(&output.stdout));
+    // Nor can it have every name.
+    client
+        .batch_execute("alter table public.events add column \"a b\" text, add column \"N\" text")
+        .await
+        .unwrap();
+    let (table, _) = verify(&launch, &[]);
+    let names: Vec<&str> = table["unfit_columns"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|unfit| unfit["column"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["n", "a b", "N"], "{table:#}");
+    client.batch_execute("alter table public.events drop column \"a b\", drop column \"N\"").await.unwrap();
     client
         .batch_execute("delete from public.events where id >= 10; alter table public.events alter column n type bigint using n::bigint")
         .await
