@@ -143,7 +143,8 @@ async fn check_next_partitions(client: &Client, config: &Config, report: &mut Re
     let query = "
         select c.oid::regclass::text, nullif(p.partdefid, 0)::regclass::text,
                has_table_privilege(nullif(p.partdefid, 0), 'select') is true,
-               (select max(u.range_end) from highwater.purge_units(c.oid) u where u.is_attached) <= now() + interval '1 day'
+               (select max(u.range_end) from highwater.purge_units(c.oid) u where u.is_attached) <= now() + interval '1 day',
+               quote_ident(coalesce(to_jsonb(w)->>'time_column', 'created_at'))
         from highwater.watermark w join pg_class c on c.oid = w.table_oid join pg_partitioned_table p on p.partrelid = c.oid
         where w.slot_name = $1 and p.partstrat = 'r' order by 1";
     for row in client.query(query, &[&config.slot]).await.map_err(failed())? {
@@ -164,8 +165,8 @@ async fn check_next_partitions(client: &Client, config: &Config, report: &mut Re
             );
         }
         let Some(default) = default.filter(|_| row.try_get(2).unwrap_or(false)) else { continue };
-        let fills =
-            format!("select exists (select from {default} where created_at > now() - interval '1 day')");
+        let time: String = row.try_get(4).map_err(failed())?;
+        let fills = format!("select exists (select from {default} where {time} > now() - interval '1 day')");
         if client.query_one(&fills, &[]).await.and_then(|row| row.try_get(0)).map_err(failed())? {
             let message = format!(
                 "rows of today go to its default partition {default}: none was made for them in time"

@@ -46,7 +46,7 @@ pub(super) struct QueryFlags {
     #[arg(long, value_name = "COLUMN", requires = "value")]
     by: Vec<String>,
 
-    /// Only rows for which this is true, such as \"status >= 500\"
+    /// Only rows for which this is true, such as "status >= 500"
     #[arg(long = "where", value_name = "SQL", requires = "value")]
     condition: Option<String>,
 

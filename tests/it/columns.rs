@@ -268,7 +268,7 @@ async fn a_type_that_the_archive_can_not_hold_is_told_and_nothing_is_purged() {
     assert_eq!(left, 20, "{}", String::from_utf8_lossy(&output.stdout));
     // Nor can it have every name.
     client
-        .batch_execute("alter table public.events add column \"a b\" text, add column \"N\" text")
+        .batch_execute("alter table public.events add column \"a b\" text, add column \"N\" text, add column \"Twin\" text, add column twin text")
         .await
         .unwrap();
     let (table, _) = verify(&launch, &[]);
@@ -278,8 +278,8 @@ async fn a_type_that_the_archive_can_not_hold_is_told_and_nothing_is_purged() {
         .iter()
         .map(|unfit| unfit["column"].as_str().unwrap())
         .collect();
-    assert_eq!(names, ["n", "a b", "N"], "{table:#}");
-    client.batch_execute("alter table public.events drop column \"a b\", drop column \"N\"").await.unwrap();
+    assert_eq!(names, ["n", "a b", "N", "twin"], "{table:#}");
+    client.batch_execute("alter table public.events drop column \"a b\", drop column \"N\", drop column \"Twin\", drop column twin").await.unwrap();
     client
         .batch_execute("delete from public.events where id >= 10; alter table public.events alter column n type bigint using n::bigint")
         .await

@@ -127,18 +127,20 @@ impl Table {
             serde_json::from_str(schema).map_err(|_| failed("its schema can't be read"))?;
         let fields = schema.get_mut("fields").and_then(Value::as_array_mut);
         let fields = fields.ok_or_else(|| failed("its schema has no fields"))?;
-        let is_taken = |name: &str| {
-            let is_it = |field: &Value| field.get("name").and_then(Value::as_str) == Some(name);
-            fields.iter().any(is_it)
-        };
+        // Nobody opens a table again whose columns differ in case alone, also not two that are new.
+        let names = fields.iter().filter_map(|field| field.get("name").and_then(Value::as_str));
+        let mut names: Vec<String> = names.map(str::to_lowercase).collect();
         new.retain(|column| {
-            let is_taken = is_taken(&column.name);
+            let name = column.name.to_lowercase();
+            let is_taken = names.contains(&name);
             if is_taken {
                 tracing::error!(
                     table = kind.name(),
-                    "column {:?} is not archived: somebody else has added a column of that name to the archive",
+                    "column {:?} is not archived: the archive has one of that name, or one that differs in case alone",
                     column.name
                 );
+            } else {
+                names.push(name);
             }
             !is_taken
         });
