@@ -65,7 +65,7 @@ const FRESH_ATTEMPTS_MAX: u32 = 5;
 /// use highwater::Archive;
 /// use highwater::config::ObjectStorageSettings;
 /// use highwater::reader::BinnedQuery;
-/// use highwater::record::Entity;
+/// use highwater::tables::Entity;
 ///
 /// # async fn example() -> highwater::Result<()> {
 /// let archive = Archive::open(&ObjectStorageSettings::new("s3://bucket/drift", "eu-west-1")?).await?;
