@@ -38,7 +38,7 @@ pub(crate) fn run(reading: &str, uri: &str, slot: &str, end: Lsn) {
 
 async fn receive(config: &SourceConfig, slot: &str, end: Lsn) {
     let connection = ReplicationConnection::connect(config).await.expect("a connection");
-    let stream = connection.start(slot, PUBLICATION, false).await.expect("a stream");
+    let stream = connection.start(slot, &[PUBLICATION], false).await.expect("a stream");
     // As long as the sidecar's.
     let (sender, mut chunks) = mpsc::channel(8);
     let (durable, watched) = watch::channel(Lsn::ZERO);

@@ -62,7 +62,11 @@ fn decode(chunk: &Chunk, input: &Input) -> Batches {
             }
             Message::Begin(begin) => decoder.begin(begin, &positions),
             Message::Relation(relation) => drop(decoder.relation(&relation)),
-            Message::Commit(_) | Message::Logical(_) | Message::Other(_) => {}
+            Message::Commit(_)
+            | Message::Update(_)
+            | Message::Delete(_)
+            | Message::Logical(_)
+            | Message::Other(_) => {}
         }
     }
     batches

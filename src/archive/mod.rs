@@ -17,6 +17,7 @@ pub use files::digest::{Copies, Multiset, each_digest};
 pub use files::encode::{EncodedFile, encode};
 pub use files::entities::{EntityStats, QuarantinedText, each_quarantined, entity_stats};
 pub use files::hours::{HourSums, MinuteCounts, RowSum, hour_sums, minute_counts, sums_of};
+pub(crate) use files::latest::latest;
 pub use files::name::{Namer, ObjectName};
 pub use files::object_reader::{check_footers, read_through};
 pub(crate) use files::scan::{MEMORY_BYTES, Scan, runtime, session};

@@ -4,7 +4,7 @@ use tokio_postgres::{Client, Row};
 
 use super::tables::Table;
 use super::{Report, identifier, qualified};
-use crate::config::Config;
+use crate::config::{Changes, Config};
 use crate::error::{Error, Result};
 use crate::tables::{DRIFT_TABLES, ENTITY_TABLE, Kind};
 
@@ -54,6 +54,9 @@ pub(super) async fn check(
     tables: &[Table],
     report: &mut Report,
 ) -> Result<()> {
+    if config.tables.iter().any(|table| table.changes == Changes::Versions) {
+        check_versions(client, &config.versions_publication(), report).await?;
+    }
     let name = config.publication.as_str();
     let Some(row) = client.query_opt(PUBLICATION, &[&name]).await.map_err(Error::sql(CONTEXT))? else {
         report_missing(config, tables, report);
@@ -67,6 +70,29 @@ pub(super) async fn check(
     is_good &= report_others(client, config, &publication, tables, report).await?;
     if is_good {
         report.ok("publication", name, format!("publishes the inserts of {} tables", tables.len()));
+    }
+    Ok(())
+}
+
+/// The publication of the tables of which each version of a row is archived.
+async fn check_versions(client: &Client, name: &str, report: &mut Report) -> Result<()> {
+    let query =
+        "select pubinsert and pubupdate and pubdelete, pubviaroot from pg_publication where pubname = $1";
+    let Some(row) = client.query_opt(query, &[&name]).await.map_err(Error::sql(CONTEXT))? else {
+        report.error("publication", name, "does not exist", "run `highwater setup`");
+        return Ok(());
+    };
+    let quoted = identifier(name);
+    if !row.try_get(0).map_err(Error::sql(CONTEXT))? {
+        let message = "does not publish all inserts, updates and deletes: versions of rows are missed";
+        let remedy = format!("alter publication {quoted} set (publish = 'insert, update, delete');");
+        report.error("publication-options", name, message, remedy);
+    } else if !row.try_get(1).map_err(Error::sql(CONTEXT))? {
+        let message = "does not publish via the partition root: rows of new or dropped partitions are missed";
+        let remedy = format!("alter publication {quoted} set (publish_via_partition_root = true);");
+        report.error("publication-options", name, message, remedy);
+    } else {
+        report.ok("publication", name, "publishes inserts, updates and deletes");
     }
     Ok(())
 }

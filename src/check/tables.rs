@@ -5,7 +5,7 @@ use tokio_postgres::types::Type;
 
 use super::server::Server;
 use super::{Report, identifier, qualified};
-use crate::config::Config;
+use crate::config::{Changes, Config};
 use crate::error::{Error, Result};
 use crate::source::describe;
 use crate::source::lookup::BINARY_FORM;
@@ -184,8 +184,11 @@ async fn report_described(
             select c.oid, c.relpersistence::text, has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select'),
                    exists (select from pg_publication_tables t where t.pubname = $2 and t.schemaname = n.nspname and t.tablename = c.relname)
             from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname || '.' || c.relname = $1";
-        let Some(row) =
-            client.query_opt(query, &[&name, &config.publication]).await.map_err(Error::sql(CONTEXT))?
+        let publication = match settings.changes {
+            Changes::Inserts => config.publication.clone(),
+            Changes::Versions => config.versions_publication(),
+        };
+        let Some(row) = client.query_opt(query, &[&name, &publication]).await.map_err(Error::sql(CONTEXT))?
         else {
             continue;
         };
@@ -204,7 +207,7 @@ async fn report_described(
             report.error(
                 "publication-table",
                 &object,
-                "is not in the publication: its rows are missed",
+                format!("is not in publication {publication}: its rows are missed"),
                 "run `highwater setup`",
             );
         } else {

@@ -37,7 +37,7 @@ pub use raw::{FILE_NAME, Layers, RawSettings};
 pub use setting::Setting;
 pub use source::{DEFAULT_URI, SourceConfig};
 pub use storage::{LocalAccess, ObjectStorageSettings, StorageType};
-pub use table::TableSettings;
+pub use table::{Changes, TableSettings};
 
 use crate::error::{Error, Result};
 use crate::tables::{Kind, SCOUTER_TABLES, WindowWidth};
@@ -63,6 +63,9 @@ pub const MEMORY_BYTES_MIN: usize = 16 << 20;
 
 /// The longest identifier of PostgreSQL, in bytes (`NAMEDATALEN` less one).
 pub const IDENTIFIER_BYTES_MAX: usize = 63;
+
+/// What the name of the publication of updates and deletes has behind that of the other.
+pub const VERSIONS_SUFFIX: &str = "_versions";
 
 /// Every setting, ready to use. The fields are public for those who embed Highwater; who sets them by
 /// hand calls [`Config::check`] afterwards.
@@ -201,6 +204,17 @@ impl Config {
     /// columns.
     pub(crate) fn describing(&self, described: Vec<Kind>) -> Self {
         Self { described, ..self.clone() }
+    }
+
+    /// The publication of the tables of which each version of a row is archived. Updates need one of their own: a table without a
+    /// replica identity could not be updated any more.
+    pub(crate) fn versions_publication(&self) -> String {
+        format!("{}{VERSIONS_SUFFIX}", self.publication)
+    }
+
+    /// Whether there are tables of which each version of a row is archived.
+    pub(crate) fn keeps_versions(&self) -> bool {
+        self.kinds().into_iter().any(Kind::keeps_versions)
     }
 
     /// The archived table of that name.

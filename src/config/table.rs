@@ -23,6 +23,18 @@ pub struct TableSettings {
     pub exclude: Vec<String>,
     /// Days that Postgres keeps a row; `None` for those of all tables.
     pub retention_days: Option<u32>,
+    /// Whether rows are only added, or change.
+    pub changes: Changes,
+}
+
+/// What happens to the rows of a table, as far as it is archived.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Changes {
+    /// They are added, and stay as they are.
+    #[default]
+    Inserts,
+    /// They are updated and deleted, too: each version is archived.
+    Versions,
 }
 
 impl TableSettings {
@@ -33,7 +45,7 @@ impl TableSettings {
     }
 }
 
-const KEYS: [&str; 7] = ["source", "folder", "time", "entity", "sort", "exclude", "retention"];
+const KEYS: [&str; 8] = ["source", "folder", "time", "entity", "sort", "exclude", "retention", "changes"];
 const ENTITY_KEYS: [&str; 4] = ["id", "table", "key", "columns"];
 
 /// Folders that the archive has in any case.
@@ -110,7 +122,13 @@ impl Place<'_> {
                 Some(days.ok_or_else(|| self.error("retention", &shown(value), "days, at least 1"))?)
             }
         };
+        let changes = match self.text(table, "changes")?.as_deref() {
+            None | Some("inserts") => Changes::Inserts,
+            Some("versions") => Changes::Versions,
+            Some(other) => return Err(self.error("changes", other, "inserts or versions")),
+        };
         Ok(TableSettings {
+            changes,
             source,
             folder,
             time: self.text(table, "time")?.unwrap_or_else(|| "created_at".to_owned()),
@@ -198,13 +216,14 @@ mod tests {
         let found = tables(
             "slot = 'a'\n[[table]]\nsource = 'log.events'\n\n[[table]]\nsource = 'scouter.agent_eval_task'\nfolder = 'tasks'\n\
              time = 'start_time'\nsort = ['task_id']\nexclude = ['archived']\nretention = 90\n\
-             entity = { id = 'entity_id', table = 'drift_entities', columns = ['space', 'name', 'version', 'uid'] }",
+             entity = { id = 'entity_id', table = 'drift_entities', columns = ['space', 'name', 'version', 'uid'] }\n\
+             changes = 'versions'",
         );
         let [events, tasks] = found.unwrap().try_into().unwrap();
         assert_eq!((events.folder.as_str(), events.time.as_str()), ("events", "created_at"));
-        assert_eq!((events.entity, events.retention_days), (None, None));
+        assert_eq!((events.entity, events.retention_days, events.changes), (None, None, Changes::Inserts));
         assert_eq!((tasks.folder.as_str(), tasks.time.as_str()), ("tasks", "start_time"));
-        assert_eq!(tasks.retention_days, Some(90));
+        assert_eq!((tasks.retention_days, tasks.changes), (Some(90), Changes::Versions));
         let entity = tasks.entity.unwrap();
         assert_eq!(entity.columns.len(), 4);
         assert_eq!(entity.lookup.unwrap().key, "id");
@@ -229,6 +248,10 @@ mod tests {
             (
                 "source = 'a.b'\nentity = { id = 'x' }",
                 "entity.table of [[table]] a.b in h.toml is \"missing\"",
+            ),
+            (
+                "source = 'a.b'\nchanges = 'all'",
+                "changes of [[table]] a.b in h.toml is \"all\", but must be inserts or versions",
             ),
             ("source = 'a.b'\nsort = ['x', 'x']", "a list of names of columns, each once"),
             ("source = 'a.b'\nsort = ['x', 'y', 'z']", "2 columns at most"),

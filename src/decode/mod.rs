@@ -17,6 +17,7 @@ mod relation;
 mod row;
 mod settled;
 mod source_type;
+mod transaction;
 mod unfit;
 mod value;
 
@@ -24,18 +25,19 @@ use std::collections::HashMap;
 
 use serde_json::Value as Json;
 
-use crate::batch::{Batches, Cell, QuarantinedRow};
+use crate::batch::Batches;
 use crate::lsn::Lsn;
-use crate::pgoutput::{Begin, DecodeError, Insert, Relation, Tuple, Value};
-use crate::tables::{Entity, EntityKey, Kind, PerKind};
+use crate::pgoutput::{Begin, DecodeError, Delete, Insert, Relation, Tuple, Update, Value};
+use crate::tables::{CHANGE, Change, Entity, EntityKey, Kind, PerKind};
 use charset::Charset;
 pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
 use relation::{Known, Role, Table, Target};
 pub use relation::{NewColumn, Notice};
-use row::{Outcome, Rejection, Row, checked};
+use row::{Outcome, Rejection, Row, Scratch, checked};
 pub(crate) use settled::Settled;
 use source_type::SourceType;
+use transaction::Transaction;
 use unfit::Unfit;
 
 /// Turns the stream's rows into batches.
@@ -53,20 +55,7 @@ pub struct Decoder {
     transaction: Transaction,
     settled: Settled,
     adopted: HashMap<u32, (Kind, String)>,
-    /// The data of the row that is being decoded.
-    cells: Vec<Cell>,
-}
-
-/// The last microsecond of the archive's calendar.
-const COMMIT_MICROS_MAX: i64 = 253_402_300_799_999_999;
-
-/// The transaction whose rows are being decoded.
-#[derive(Clone, Debug)]
-struct Transaction {
-    final_lsn: Lsn,
-    commit_micros: i64,
-    /// Whether the table of each kind already has it.
-    archived: PerKind<bool>,
+    scratch: Scratch,
 }
 
 /// What became of a row.
@@ -115,10 +104,10 @@ impl Decoder {
             tables: HashMap::new(),
             entities: known.keys.iter().map(|_| EntityCache::default()).collect(),
             asked_entities: 0,
-            transaction: Transaction { final_lsn: Lsn::ZERO, commit_micros: 0, archived },
+            transaction: Transaction::new(archived),
             settled: Settled::default(),
             adopted: HashMap::new(),
-            cells: Vec::new(),
+            scratch: Scratch::default(),
             known,
         }
     }
@@ -183,23 +172,20 @@ impl Decoder {
 
     /// Begins a transaction. `table_lsn` has the position of each kind's table.
     pub fn begin(&mut self, begin: Begin, table_lsn: &PerKind<Lsn>) {
-        self.begin_with(begin, |kind| table_lsn.get(kind).copied().unwrap_or_default());
+        self.transaction.begin(begin, |kind| table_lsn.get(kind).copied().unwrap_or_default());
     }
 
-    fn begin_with(&mut self, begin: Begin, lsn: impl Fn(Kind) -> Lsn) {
-        self.transaction.final_lsn = begin.final_lsn;
-        // The quarantine's files are named by it.
-        self.transaction.commit_micros = begin.commit_micros.clamp(0, COMMIT_MICROS_MAX);
-        for (kind, is_archived) in self.transaction.archived.iter_mut() {
-            *is_archived = begin.final_lsn < lsn(kind);
-        }
+    /// What the transaction deletes from here on is archived, and is a purge of ours: rows stay as they are in the archive.
+    pub(crate) fn purge(&mut self) {
+        self.transaction.is_purge = true;
     }
 
-    /// Begins the copy of a table: none of its rows is skipped, but for those of them that are in the quarantine, which
-    /// must have the position [`Lsn::ZERO`]. `micros` is the time that newly quarantined ones get.
-    pub(crate) fn begin_copy(&mut self, micros: i64, quarantined: Settled) {
+    /// Begins the copy of a table at this position: none of its rows is skipped, but for those of them that are in the quarantine,
+    /// which must have the position [`Lsn::ZERO`]. `micros` is the time that newly quarantined ones get.
+    pub(crate) fn begin_copy(&mut self, at: Lsn, micros: i64, quarantined: Settled) {
+        self.transaction.copied_at = Some(at);
         let begin = Begin { final_lsn: Lsn::ZERO, commit_micros: micros, xid: 0 };
-        self.begin_with(begin, |kind| if kind.is_quarantine() { Lsn(1) } else { Lsn::ZERO });
+        self.transaction.begin(begin, |kind| if kind.is_quarantine() { Lsn(1) } else { Lsn::ZERO });
         self.settled = quarantined;
     }
 
@@ -217,6 +203,12 @@ impl Decoder {
         if let Some(table) = self.tables.get_mut(&relation) {
             table.adopt(&self.known, kind, name);
         }
+    }
+
+    /// Whether rows of a table are archived, or taught of entities, as far as is known.
+    #[must_use]
+    pub fn is_ours(&self, relation: u32) -> bool {
+        self.tables.get(&relation).is_some_and(|table| table.target != Target::Nothing)
     }
 
     /// The name, with its schema, of a table that the stream has described.
@@ -260,6 +252,29 @@ impl Decoder {
         self.entities.iter_mut().for_each(EntityCache::forget_unresolved);
     }
 
+    /// Whether an update has made another row of one: its key or its time was changed, so what was before is to be deleted first. Of a
+    /// table that keeps no versions none has.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::insert`].
+    pub fn has_moved(&self, update: &Update<'_>) -> Result<bool, InsertError> {
+        let Some(table) = self.tables.get(&update.relation) else { return Ok(false) };
+        let Some(old) = update.old.filter(|_| table.kind().is_some_and(Kind::keeps_versions)) else {
+            return Ok(false);
+        };
+        for ((column, old), new) in
+            table.columns.iter().zip(checked(old, table)?).zip(checked(update.tuple, table)?)
+        {
+            let (old, new) = (old?, new?);
+            let identifies = column.is_key || column.role == Some(Role::Time);
+            if identifies && old != new && new != Value::Unchanged {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Appends a row to the batches.
     ///
     /// # Errors
@@ -267,12 +282,52 @@ impl Decoder {
     /// The bytes are not a row of a known table.
     #[inline]
     pub fn insert(&mut self, insert: &Insert<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
+        self.change(Change::Insert, insert, false, batches)
+    }
+
+    /// Appends what an update has made of a row, if versions of it are kept.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::insert`].
+    pub fn update(&mut self, update: &Update<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
+        let row = Insert { relation: update.relation, tuple: update.tuple };
+        self.change(Change::Update, &row, update.old.is_none(), batches)
+    }
+
+    /// Appends that a row is gone, if versions of it are kept.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::insert`].
+    pub fn delete(&mut self, delete: &Delete<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
+        let row = Insert { relation: delete.relation, tuple: delete.old };
+        self.change(Change::Delete, &row, false, batches)
+    }
+
+    /// Appends a version of a row; `is_alone` if nothing tells what it was before.
+    #[inline]
+    fn change(
+        &mut self,
+        change: Change,
+        insert: &Insert<'_>,
+        is_alone: bool,
+        batches: &mut Batches,
+    ) -> Result<Inserted, InsertError> {
         let table = self.tables.get(&insert.relation).ok_or(InsertError::UnknownRelation(insert.relation))?;
         let kind = match table.target {
             Target::Nothing => return Ok(Inserted::NotArchived),
-            Target::Entities(number) => return self.learn(number, insert),
+            Target::Entities(number) if change == Change::Insert => return self.learn(number, insert),
+            Target::Entities(_) => return Ok(Inserted::Done),
             Target::Kind(kind, _) => kind,
         };
+        let version = kind.keeps_versions().then(|| self.transaction.version(kind, change, is_alone));
+        if version.is_none() && change != Change::Insert {
+            return Ok(Inserted::Done);
+        }
+        if change == Change::Delete && self.transaction.is_purge {
+            return Ok(Inserted::Done);
+        }
         if self.transaction.has(kind) {
             return Ok(Inserted::Done);
         }
@@ -289,8 +344,8 @@ impl Decoder {
                 return Ok(Inserted::Done);
             }
         }
-        let row = Row { kind, table, charset: &self.charset };
-        match row.push(insert.tuple, &mut self.cells, &mut self.entities, batches)? {
+        let row = Row { kind, table, charset: &self.charset, version };
+        match row.push(insert.tuple, &mut self.scratch, &mut self.entities, batches)? {
             Outcome::Pushed => {
                 self.charset.trim();
                 Ok(Inserted::Done)
@@ -309,7 +364,11 @@ impl Decoder {
                 if asks(&mut self.charset, table, insert.tuple, |_| true)? {
                     return Ok(Inserted::UnknownText);
                 }
-                let quarantined = self.transaction.quarantined(table, insert.tuple, reason, &self.charset)?;
+                let mut texts = texts(table, insert.tuple, &self.charset, |_| true)?;
+                if let Some(version) = version {
+                    texts.insert(CHANGE.to_owned(), Json::from(version.change.name()));
+                }
+                let quarantined = self.transaction.quarantined(table, texts, reason);
                 batches.push_quarantine(quarantined);
                 self.charset.trim();
                 Ok(Inserted::Quarantined)
@@ -346,30 +405,6 @@ impl Decoder {
             self.learn_entity(number, id, Ok(names));
         }
         Ok(Inserted::Done)
-    }
-}
-
-impl Transaction {
-    fn has(&self, kind: Kind) -> bool {
-        self.archived.get(kind).copied().unwrap_or(false)
-    }
-
-    #[cold]
-    fn quarantined(
-        &self,
-        table: &Table,
-        tuple: Tuple<'_>,
-        reason: String,
-        charset: &Charset,
-    ) -> Result<QuarantinedRow, DecodeError> {
-        let row = texts(table, tuple, charset, |_| true)?;
-        Ok(QuarantinedRow {
-            quarantined_at: self.commit_micros,
-            source_table: table.name.clone(),
-            reason,
-            row: Json::Object(row).to_string(),
-            lsn: self.final_lsn,
-        })
     }
 }
 

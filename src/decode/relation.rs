@@ -59,6 +59,8 @@ pub(super) enum Shape {
 pub(super) struct SourceColumn {
     pub(super) name: String,
     pub(super) role: Option<Role>,
+    /// Whether it tells rows apart that have versions.
+    pub(super) is_key: bool,
     pub(super) source_type: SourceType,
     type_oid: u32,
     modifier: i32,
@@ -161,10 +163,15 @@ impl Known {
                     }
                     Shape::ById(_) => {}
                 }
-                kind.data_columns().iter().position(|data| data.name == column).map(Role::Data)
+                let is_it = |data: &ColumnSpec| data.name == column && !kind.is_change_column(column);
+                kind.data_columns().iter().position(is_it).map(Role::Data)
             }
         }
     }
+}
+
+fn is_key(target: Target, column: &str) -> bool {
+    matches!(target, Target::Kind(kind, _) if kind.row_key().iter().any(|key| key == column))
 }
 
 impl Table {
@@ -185,6 +192,7 @@ impl Table {
             let source_type = SourceType::of(column.type_oid);
             SourceColumn {
                 role: known.role(target, &name),
+                is_key: is_key(target, &name),
                 name,
                 source_type: types.get(&column.type_oid).copied().unwrap_or(source_type),
                 type_oid: column.type_oid,
@@ -202,6 +210,19 @@ impl Table {
         matches!(self.target, Target::Kind(..)) && self.columns.iter().any(is_unreadable)
     }
 
+    /// Whether its rows name their entities by an id.
+    pub(super) const fn is_by_id(&self) -> bool {
+        matches!(self.target, Target::Kind(_, Shape::ById(_)))
+    }
+
+    /// The kind of its rows, if these are archived.
+    pub(super) const fn kind(&self) -> Option<Kind> {
+        match self.target {
+            Target::Kind(kind, _) => Some(kind),
+            Target::Entities(_) | Target::Nothing => None,
+        }
+    }
+
     /// Takes the table for that of a kind, of that name, whatever it is called.
     pub(super) fn adopt(&mut self, known: &Known, kind: Kind, name: &str) {
         let has = |name: &str| self.columns.iter().any(|column| column.name == name);
@@ -209,16 +230,14 @@ impl Table {
         name.clone_into(&mut self.name);
         for column in &mut self.columns {
             column.role = known.role(self.target, &column.name);
+            column.is_key = is_key(self.target, &column.name);
         }
         self.missing = self.first_missing();
     }
 
     /// The columns that the archive lacks, and could have.
     pub(super) fn new_columns(&self) -> impl Iterator<Item = NewColumn> {
-        let kind = match self.target {
-            Target::Kind(kind, _) => Some(kind),
-            Target::Entities(_) | Target::Nothing => None,
-        };
+        let kind = self.kind();
         let columns = self.columns.iter().filter(|column| column.role.is_none());
         let columns =
             kind.into_iter().flat_map(move |kind| columns.clone().map(move |column| (kind, column)));
@@ -232,19 +251,19 @@ impl Table {
 
     /// The columns of the archive that must be in the table, with their ranks: where several are unfit, the first is the reason.
     fn needed(&self) -> impl Iterator<Item = (usize, &'static ColumnSpec)> {
-        let (kind, by_id) = match self.target {
-            Target::Kind(kind, shape) => (Some(kind), shape != Shape::Named),
-            Target::Entities(_) | Target::Nothing => (None, false),
-        };
+        let (kind, by_id) = (self.kind(), self.is_by_id());
         let columns = kind.map_or(&[][..], Kind::columns).iter().enumerate();
+        let is_ours = move |name: &str| kind.is_some_and(|kind| kind.is_change_column(name));
+        let is_key = move |name: &String| kind.is_some_and(|kind| kind.row_key().contains(name));
         let count = kind.map_or(0, |kind| kind.entity_columns().len());
         let entity = 1..=count;
         columns.filter_map(move |(place, column)| match entity.contains(&place) {
             true if by_id => None,
             // The entity is read last: a row that is unfit whatever its entity is needs no look-up.
             true => Some((usize::MAX, column)),
+            false if is_ours(&column.name) => None,
             // It may go: rows have nulls then.
-            false if column.source_type.is_some() => None,
+            false if column.source_type.is_some() && !is_key(&column.name) => None,
             false => Some((place.saturating_sub(count), column)),
         })
     }
@@ -260,12 +279,11 @@ impl Table {
     /// The archive's columns that the table had when it was described before, and has no more.
     pub(super) fn gone_since(&self, before: &Self) -> impl Iterator<Item = Notice> {
         let has = |table: &Self, name: &str| table.columns.iter().any(|column| column.name == name);
-        let kind = match self.target {
-            Target::Kind(kind, _) => Some(kind),
-            Target::Entities(_) | Target::Nothing => None,
-        };
-        let archived =
-            kind.map_or(&[][..], Kind::data_columns).iter().filter(|data| data.source_type.is_some());
+        let kind = self.kind();
+        let is_key = move |name: &String| kind.is_some_and(|kind| kind.row_key().contains(name));
+        let archived = kind.map_or(&[][..], Kind::data_columns).iter();
+        // Of a column that must be there another notice tells.
+        let archived = archived.filter(move |data| data.source_type.is_some() && !is_key(&data.name));
         let gone = archived.filter(move |data| has(before, &data.name) && !has(self, &data.name));
         gone.map(|data| Notice::ColumnGone { table: self.name.clone(), column: data.name.clone() })
     }
@@ -273,9 +291,7 @@ impl Table {
     pub(super) fn notices(&self) -> Vec<Notice> {
         // The stream also describes each partition beside its root, so an unknown table is no surprise yet.
         let Target::Kind(kind, _) = self.target else { return Vec::new() };
-        let is_known = |name: &str| kind.columns().iter().any(|column| column.name == name);
-        let is_unstorable = |name: &str| !kind.leaves_out(name) && !kind.lacks(name) && !is_known(name);
-        let extra = self.columns.iter().filter(|column| is_unstorable(&column.name));
+        let extra = self.columns.iter().filter(|column| kind.has_no_place_for(&column.name));
         let extra = extra.map(|column| Notice::ColumnNotArchived {
             table: self.name.clone(),
             column: column.name.clone(),

@@ -7,8 +7,9 @@ use super::relation::{Role, Shape, Table, Target};
 use super::unfit::Unfit;
 use super::value;
 use crate::batch::{Batches, Cell, EntityId};
-use crate::pgoutput::{Tuple, Values};
-use crate::tables::{ENTITY_COLUMNS_MAX, Kind};
+use crate::lsn::Lsn;
+use crate::pgoutput::{Tuple, Value, Values};
+use crate::tables::{Change, ENTITY_COLUMNS_MAX, Kind};
 
 /// The column that keeps a row out of its table, and why.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +50,28 @@ pub(super) struct Row<'a> {
     pub(super) kind: Kind,
     pub(super) table: &'a Table,
     pub(super) charset: &'a Charset,
+    /// Of a table that keeps versions.
+    pub(super) version: Option<Version>,
+}
+
+/// A version of a row, as the archive has it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Version {
+    pub(super) change: Change,
+    pub(super) lsn: Lsn,
+    pub(super) sequence: i64,
+    pub(super) committed_at: Option<i64>,
+    /// The row may have had another time before, and nobody says which.
+    pub(super) may_have_moved: bool,
+}
+
+/// What the rows that are decoded share.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// The data of the row.
+    cells: Vec<Cell>,
+    /// The names of its columns whose values were not sent, with commas between them.
+    unchanged: Vec<u8>,
 }
 
 impl<'a> Row<'a> {
@@ -58,11 +81,11 @@ impl<'a> Row<'a> {
     pub(super) fn push(
         self,
         tuple: Tuple<'_>,
-        cells: &mut Vec<Cell>,
+        scratch: &mut Scratch,
         entities: &mut [EntityCache],
         batches: &mut Batches,
     ) -> Result<Outcome<'a>, InsertError> {
-        let fields = match self.read(tuple, cells, batches)? {
+        let fields = match self.read(tuple, scratch, batches)? {
             Ok(fields) => fields,
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
@@ -71,23 +94,32 @@ impl<'a> Row<'a> {
             Ok(Err((number, id))) => return Ok(Outcome::UnknownEntity(number, id)),
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
-        batches.push(self.kind, entity, fields.time, cells);
+        if let Some(version) = self.version {
+            scratch.say(self.kind, version, batches);
+        }
+        batches.push(self.kind, entity, fields.time, &scratch.cells);
         Ok(Outcome::Pushed)
+    }
+
+    fn is_delete(self) -> bool {
+        self.version.is_some_and(|version| version.change == Change::Delete)
     }
 
     #[inline]
     fn read<'v>(
         self,
         tuple: Tuple<'v>,
-        cells: &mut Vec<Cell>,
+        scratch: &mut Scratch,
         batches: &mut Batches,
     ) -> Result<Result<Fields<'v>, Rejection<'a>>, InsertError>
     where
         'a: 'v,
     {
         let data = self.kind.data_columns();
+        let Scratch { cells, unchanged } = scratch;
         cells.clear();
         cells.resize(data.len(), Cell::Null);
+        unchanged.clear();
         let missing = self.table.missing.as_ref();
         let mut rejection = missing.map(|missing| Rejection {
             rank: missing.rank,
@@ -99,6 +131,11 @@ impl<'a> Row<'a> {
                 rejection = Some(Rejection { rank, column, why });
             }
         };
+        if self.version.is_some_and(|version| version.may_have_moved) {
+            reject(0, self.kind.time_column(), Unfit::NoRowBefore);
+        }
+        // What identifies a row that is gone is all that the log need have of it.
+        let is_delete = self.is_delete();
         let mut fields = Fields { time: 0, names: [&[]; ENTITY_COLUMNS_MAX], id: None };
         let mut values = checked(tuple, self.table)?;
         for column in &self.table.columns {
@@ -112,11 +149,22 @@ impl<'a> Row<'a> {
                 },
                 Role::Data(place) => {
                     let Some((spec, cell)) = data.get(place).zip(cells.get_mut(place)) else { continue };
+                    if column.is_key && value == Value::Null {
+                        reject(1 + place, &column.name, Unfit::Null);
+                    }
+                    if value == Value::Unchanged && self.version.is_some() && !column.is_key {
+                        if !unchanged.is_empty() {
+                            unchanged.push(b',');
+                        }
+                        unchanged.extend(column.name.as_bytes());
+                        continue;
+                    }
                     match value::cell(value, column.source_type, spec, self.charset, batches) {
                         Ok(value) => *cell = value,
                         Err(why) => reject(1 + place, &column.name, why),
                     }
                 }
+                Role::EntityId | Role::Entity(_) if is_delete && value == Value::Null => {}
                 Role::EntityId => match value::integer(value, column.source_type) {
                     Ok(id) => fields.id = Some(id),
                     Err(why) => reject(ENTITY_RANK, &column.name, why),
@@ -149,6 +197,12 @@ impl<'a> Row<'a> {
         batches: &mut Batches,
     ) -> Result<Result<EntityId, (usize, i64)>, Rejection<'a>> {
         let reject = |column, why| Rejection { rank: ENTITY_RANK, column, why };
+        let count = self.kind.entity_columns().len();
+        if self.is_delete() && fields.id.is_none() && self.table.is_by_id() {
+            let none = [&[][..]; ENTITY_COLUMNS_MAX];
+            let entity = batches.entity(none.get(..count).unwrap_or(&none));
+            return entity.map(Ok).ok_or_else(|| reject(self.id_column(), Unfit::Missing));
+        }
         if let Target::Kind(_, Shape::ById(number)) = self.table.target {
             let column = self.id_column();
             let (Some(cache), Some(id)) = (entities.get_mut(number), fields.id) else {
@@ -160,7 +214,6 @@ impl<'a> Row<'a> {
                 entity::Lookup::Unknown => Ok(Err((number, id))),
             };
         }
-        let count = self.kind.entity_columns().len();
         if count == 0 {
             return Ok(Ok(EntityId::NONE));
         }
@@ -191,6 +244,25 @@ impl<'a> Row<'a> {
         let id = id.and_then(|(value, column)| value::integer(value.ok()?, column.source_type).ok());
         let why = id.and_then(|id| entities.get(number)?.why(id));
         why.map_or_else(|| Unfit::UnknownEntity.to_string(), str::to_owned)
+    }
+}
+
+impl Scratch {
+    /// Puts in what a version says of itself.
+    fn say(&mut self, kind: Kind, version: Version, batches: &mut Batches) {
+        let Some([change, lsn, sequence, committed_at, unchanged]) = kind.change_places() else { return };
+        let names = (!self.unchanged.is_empty()).then(|| batches.text(&self.unchanged)).flatten();
+        for (place, cell) in [
+            (change, Cell::from(batches.text(version.change.name().as_bytes()))),
+            (lsn, Cell::Long(version.lsn.0.cast_signed())),
+            (sequence, Cell::Long(version.sequence)),
+            (committed_at, version.committed_at.map_or(Cell::Null, Cell::Long)),
+            (unchanged, Cell::from(names)),
+        ] {
+            if let Some(place) = self.cells.get_mut(place) {
+                *place = cell;
+            }
+        }
     }
 }
 

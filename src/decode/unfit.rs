@@ -5,6 +5,12 @@ pub(super) enum Unfit {
     Missing,
     #[error("is null")]
     Null,
+    #[error("was not sent, since the update has not changed it")]
+    NotSent,
+    #[error(
+        "may have changed: the update came without the row as it was; alter the table and its partitions: replica identity full"
+    )]
+    NoRowBefore,
     #[error("is infinity")]
     Infinity,
     #[error("is -infinity")]

@@ -23,7 +23,7 @@ pub(super) fn text(value: Value<'_>, source_type: SourceType) -> Result<&[u8], U
 pub(super) fn optional_text(value: Value<'_>, source_type: SourceType) -> Result<Option<&[u8]>, Unfit> {
     match (value, source_type) {
         (Value::Null, _) => Ok(None),
-        (Value::Unchanged, _) => Err(Unfit::Missing),
+        (Value::Unchanged, _) => Err(Unfit::NotSent),
         (Value::Long(length), _) => Err(Unfit::Long(length)),
         (Value::Text(bytes) | Value::Binary(bytes), SourceType::Text) => Ok(Some(bytes)),
         _ => Err(Unfit::Type(source_type.oid())),
@@ -82,7 +82,7 @@ pub(super) fn cell(
 fn present(value: Value<'_>, source_type: SourceType, wanted: SourceType) -> Result<(&[u8], bool), Unfit> {
     match value {
         Value::Null => Err(Unfit::Null),
-        Value::Unchanged => Err(Unfit::Missing),
+        Value::Unchanged => Err(Unfit::NotSent),
         Value::Long(length) => Err(Unfit::Long(length)),
         Value::Binary(_) | Value::Text(_) if source_type != wanted => Err(Unfit::Type(source_type.oid())),
         Value::Binary(bytes) => Ok((bytes, true)),
@@ -173,7 +173,7 @@ pub(super) fn timestamp(value: Value<'_>, source_type: SourceType) -> Result<i64
         },
         Value::Text(bytes) => timestamp_text(std::str::from_utf8(bytes).map_err(|_| Unfit::Malformed)?)?,
         Value::Null => return Err(Unfit::Null),
-        Value::Unchanged => return Err(Unfit::Missing),
+        Value::Unchanged => return Err(Unfit::NotSent),
         Value::Long(length) => return Err(Unfit::Long(length)),
     };
     if is_in_calendar(micros) { Ok(micros) } else { Err(Unfit::OutsideCalendar) }
@@ -213,7 +213,7 @@ pub(super) fn integer(value: Value<'_>, source_type: SourceType) -> Result<i64, 
         },
         Value::Text(bytes) => parse(bytes),
         Value::Null => Err(Unfit::Null),
-        Value::Unchanged => Err(Unfit::Missing),
+        Value::Unchanged => Err(Unfit::NotSent),
         Value::Long(length) => Err(Unfit::Long(length)),
     }
 }
@@ -229,7 +229,7 @@ pub(super) fn int(value: Value<'_>, source_type: SourceType) -> Result<i32, Unfi
 pub(super) fn optional_double(value: Value<'_>, source_type: SourceType) -> Result<Option<f64>, Unfit> {
     match (value, source_type) {
         (Value::Null, _) => Ok(None),
-        (Value::Unchanged, _) => Err(Unfit::Missing),
+        (Value::Unchanged, _) => Err(Unfit::NotSent),
         (Value::Long(length), _) => Err(Unfit::Long(length)),
         (Value::Binary(bytes), SourceType::Float8) => array(bytes).map(f64::from_be_bytes).map(Some),
         (Value::Binary(bytes), SourceType::Float4) => {

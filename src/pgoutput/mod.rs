@@ -33,10 +33,13 @@ pub enum Message<'a> {
     Relation(Relation<'a>),
     /// A row.
     Insert(Insert<'a>),
+    /// A row has other values.
+    Update(Update<'a>),
+    /// A row is gone.
+    Delete(Delete<'a>),
     /// What somebody wrote into the log by `pg_logical_emit_message`.
     Logical(Logical<'a>),
-    /// A message that no insert-only archive needs (types, origins), or one that the publication should not send (update,
-    /// delete, truncate): its tag.
+    /// A message that the archive does not need (types, origins), or that a publication should not send (truncate): its tag.
     Other(u8),
 }
 
@@ -82,6 +85,27 @@ pub struct Insert<'a> {
     pub tuple: Tuple<'a>,
 }
 
+/// New values of a row of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Update<'a> {
+    /// The table's oid, as an earlier [`Message::Relation`] gave it.
+    pub relation: u32,
+    /// What the row was before: all of its values, or, if these have changed, those of its replica identity, with nulls in place of the
+    /// others. `None` where the log has neither.
+    pub old: Option<Tuple<'a>>,
+    /// The row's values.
+    pub tuple: Tuple<'a>,
+}
+
+/// The end of a row of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delete<'a> {
+    /// The table's oid, as an earlier [`Message::Relation`] gave it.
+    pub relation: u32,
+    /// What the row was: all of its values, or those of its replica identity, with nulls in place of the others.
+    pub old: Tuple<'a>,
+}
+
 impl<'a> Message<'a> {
     /// Reads one message.
     ///
@@ -99,7 +123,9 @@ impl<'a> Message<'a> {
             b'C' => parse_commit(reader).map(Self::Commit),
             b'R' => Relation::parse(reader).map(Self::Relation),
             b'M' => parse_logical(reader).map(Self::Logical),
-            tag @ (b'Y' | b'O' | b'U' | b'D' | b'T') => Ok(Self::Other(tag)),
+            b'U' => parse_update(reader).map(Self::Update),
+            b'D' => parse_delete(reader).map(Self::Delete),
+            tag @ (b'Y' | b'O' | b'T') => Ok(Self::Other(tag)),
             tag => Err(DecodeError::UnknownTag { field: "message", tag }),
         }
     }
@@ -110,6 +136,28 @@ fn parse_insert(mut reader: Reader<'_>) -> Result<Insert<'_>, DecodeError> {
     let relation = reader.u32("the insert's relation")?;
     match reader.u8("the insert's tuple tag")? {
         b'N' => Ok(Insert { relation, tuple: Tuple::parse(reader)? }),
+        tag => Err(DecodeError::UnknownTag { field: "tuple", tag }),
+    }
+}
+
+fn parse_update(mut reader: Reader<'_>) -> Result<Update<'_>, DecodeError> {
+    let relation = reader.u32("the update's relation")?;
+    let mut old = None;
+    let mut tag = reader.u8("the update's tuple tag")?;
+    if matches!(tag, b'K' | b'O') {
+        old = Some(Tuple::parse_first(&mut reader)?);
+        tag = reader.u8("the update's tuple tag")?;
+    }
+    match tag {
+        b'N' => Ok(Update { relation, old, tuple: Tuple::parse(reader)? }),
+        tag => Err(DecodeError::UnknownTag { field: "tuple", tag }),
+    }
+}
+
+fn parse_delete(mut reader: Reader<'_>) -> Result<Delete<'_>, DecodeError> {
+    let relation = reader.u32("the delete's relation")?;
+    match reader.u8("the delete's tuple tag")? {
+        b'K' | b'O' => Ok(Delete { relation, old: Tuple::parse(reader)? }),
         tag => Err(DecodeError::UnknownTag { field: "tuple", tag }),
     }
 }
@@ -176,6 +224,24 @@ mod tests {
     }
 
     #[test]
+    fn reads_what_a_row_was_and_what_it_is() {
+        let values = |tuple: Tuple<'_>| tuple.values().map(|value| format!("{value:?}")).collect::<Vec<_>>();
+        let key = b"U\0\0\x40\x01K\0\x02t\0\0\0\x01anN\0\x02t\0\0\0\x01bu";
+        let Ok(Message::Update(update)) = Message::parse(key) else { panic!("an update") };
+        assert_eq!(update.relation, 0x4001);
+        assert_eq!(update.old.map(values), Some(vec!["Ok(Text([97]))".to_owned(), "Ok(Null)".to_owned()]));
+        assert_eq!(values(update.tuple), ["Ok(Text([98]))", "Ok(Unchanged)"]);
+        let Ok(Message::Update(update)) = Message::parse(b"U\0\0\x40\x01N\0\x01n") else {
+            panic!("an update")
+        };
+        assert_eq!((update.old, values(update.tuple)), (None, vec!["Ok(Null)".to_owned()]));
+        let Ok(Message::Delete(delete)) = Message::parse(b"D\0\0\x40\x01O\0\x01n") else {
+            panic!("a delete")
+        };
+        assert_eq!(values(delete.old), ["Ok(Null)"]);
+    }
+
+    #[test]
     fn every_truncation_and_every_surplus_byte_is_an_error() {
         for message in [BEGIN, COMMIT, LOGICAL] {
             for end in 0..message.len() {
@@ -198,6 +264,10 @@ mod tests {
     fn an_unknown_tag_is_an_error() {
         assert_eq!(Message::parse(b"S123"), Err(DecodeError::UnknownTag { field: "message", tag: b'S' }));
         assert_eq!(Message::parse(b"Tanything"), Ok(Message::Other(b'T')));
+        for wrong in [&b"U\0\0\0\x01N"[..], b"U\0\0\0\x01X\0\0", b"D\0\0\0\x01N\0\0", b"U\0\0\0\x01K\0\x01n"]
+        {
+            assert!(Message::parse(wrong).is_err(), "{wrong:?}");
+        }
         assert!(Message::parse(b"").is_err());
     }
 }

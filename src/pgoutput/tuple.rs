@@ -20,7 +20,7 @@ pub struct Tuple<'a> {
 pub enum Value<'a> {
     /// SQL null.
     Null,
-    /// An out-of-line value that an update did not touch; never in an insert.
+    /// An out-of-line value that an update did not touch, and the log does not have; never in an insert.
     Unchanged,
     /// The output of the type's text function.
     Text(&'a [u8]),
@@ -35,6 +35,18 @@ impl<'a> Tuple<'a> {
     pub(super) fn parse(mut reader: Reader<'a>) -> Result<Self, DecodeError> {
         let column_count = reader.u16("the column count")?;
         Ok(Self { column_count, bytes: reader.rest(), copied: None })
+    }
+
+    /// Reads a row that another one follows: its values are passed over.
+    pub(super) fn parse_first(reader: &mut Reader<'a>) -> Result<Self, DecodeError> {
+        let column_count = reader.u16("the column count")?;
+        let all = reader.rest();
+        let mut values = Values { remaining: column_count, reader: *reader, copied: None, done: false };
+        for _ in 0..column_count {
+            values.read()?;
+        }
+        let length = all.len() - values.reader.rest().len();
+        Ok(Self { column_count, bytes: reader.take(length, "a row's values")?, copied: None })
     }
 
     /// A row of a binary copy (manual, `COPY`, "Binary Format"), whose values come without a tag: it says of each column

@@ -23,8 +23,8 @@ pub(super) const HELD_BYTES_MAX: usize = 16 << 20;
 
 /// What is in front of the plugin's message in an `XLogData`: kind, two positions and a time.
 const DATA_HEAD_BYTES: usize = 25;
-/// What is in front of the values of an insert: tag, relation, tuple tag and column count.
-const INSERT_HEAD_BYTES: usize = 8;
+/// What is in front of the rows of an insert, update or delete: tag and relation.
+const CHANGE_HEAD_BYTES: usize = 5;
 /// What is read of an error that is too long to be held.
 pub(super) const ERROR_BYTES: usize = 8 << 10;
 
@@ -269,12 +269,12 @@ impl Long {
                     return Ok(None);
                 };
                 match (*kind, *message) {
-                    (XLOG_DATA, b'I') => {
-                        let row = LongRow::new(Layout::Streamed, place + INSERT_HEAD_BYTES, whole);
+                    (XLOG_DATA, b'I' | b'U' | b'D') => {
+                        let row = LongRow::new(Layout::Streamed, place + CHANGE_HEAD_BYTES, whole);
                         Ok(Some(Self::Row(row)))
                     }
-                    // What anybody may write into the log; nothing of ours is that long. And changes that are not archived.
-                    (XLOG_DATA, b'M' | b'U' | b'D') => Ok(Some(Self::Other(whole))),
+                    // What anybody may write into the log; nothing of ours is that long.
+                    (XLOG_DATA, b'M') => Ok(Some(Self::Other(whole))),
                     (kind, message) => Err(refuse(format!(
                         "a frame of type {:?} and {whole} bytes, beginning with {:?}",
                         char::from(kind),
@@ -388,7 +388,7 @@ mod tests {
         let message = [b"M\x01\0\0\0\0\0\0\0\x01x\0\0\x01\x86\xa0", long.as_slice()].concat();
         let row = [b"I\0\0\0\x01N\0\x02nt\0\x01\x86\xa0", long.as_slice()].concat();
         let notice = [b"N\0\x01\x86\xa4", long.as_slice()].concat();
-        let update = [b"U", long.as_slice()].concat();
+        let update = [b"U\0\0\0\x01K\0\x01nN\0\x01t\0\x01\x86\xa0", long.as_slice()].concat();
         let stream = [DATA, &data(&message), ASKS, &data(&row), &notice, &data(&update), QUIET].concat();
         for step in [1, 1_000, 30_000, stream.len()] {
             let (mut cutter, mut inbox) = (Cutter::new(HELD), BytesMut::new());
@@ -406,7 +406,13 @@ mod tests {
                 }
                 assert!(inbox.len() <= HELD, "{} bytes are held", inbox.len());
             }
-            let expected = [&b"hi"[..], b"0/10", b"I\0\0\0\x01N\0\x02nL\0\x01\x86\xa0", b"0/11"];
+            let expected = [
+                &b"hi"[..],
+                b"0/10",
+                b"I\0\0\0\x01N\0\x02nL\0\x01\x86\xa0",
+                b"U\0\0\0\x01K\0\x01nN\0\x01L\0\x01\x86\xa0",
+                b"0/11",
+            ];
             assert_eq!(found, expected, "in pieces of {step} bytes");
             assert_eq!(asked, 1);
         }

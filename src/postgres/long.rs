@@ -14,18 +14,24 @@ const KEPT_BYTES_MAX: usize = 8 << 20;
 /// How a row's values are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
-    /// In an insert of the stream: each behind a tag.
+    /// In a change of the stream, behind its relation: one or two rows, each behind a tag and the count of its values, each of these
+    /// behind a tag.
     Streamed,
     /// In a binary copy: each behind its length.
     Copied,
 }
 
+/// What is in front of a streamed row's values: a tag, and their count.
+const ROW_HEAD_BYTES: usize = 3;
+
 /// A message with a row, of which a part has arrived.
 #[derive(Debug)]
 pub(super) struct LongRow {
     layout: Layout,
-    /// Bytes in front of the first value, the message's header among them, that have not arrived yet.
+    /// Bytes in front of the first row or value, the message's header among them, that have not arrived yet.
     head: usize,
+    /// Values of a streamed row that have not arrived yet.
+    values: u16,
     /// Bytes of the message that were not taken yet.
     left: usize,
     /// How many of these are left out.
@@ -36,6 +42,8 @@ pub(super) struct LongRow {
 /// What comes next in a row.
 enum Next {
     Keep(usize),
+    /// A streamed row of so many values begins.
+    Row(u16),
     /// A value of so many bytes, behind so many bytes of head.
     LeaveOut(usize, u32),
     /// Not yet to be seen.
@@ -43,9 +51,9 @@ enum Next {
 }
 
 impl LongRow {
-    /// A message of `whole` bytes, whose first value is behind `head` bytes.
+    /// A message of `whole` bytes, whose first row or value is behind `head` bytes.
     pub(super) fn new(layout: Layout, head: usize, whole: usize) -> Self {
-        Self { layout, head, left: whole, skipped: 0, kept: BytesMut::new() }
+        Self { layout, head, values: 0, left: whole, skipped: 0, kept: BytesMut::new() }
     }
 
     /// Takes what has arrived; gives the message, without its long values, once all of it has.
@@ -67,13 +75,13 @@ impl LongRow {
             }
             let arrived = inbox.get(..self.left.min(inbox.len())).unwrap_or_default();
             match self.next(arrived) {
+                Next::Row(values) => {
+                    self.values = values;
+                    self.keep(inbox, ROW_HEAD_BYTES)?;
+                }
                 Next::Keep(count) if count <= arrived.len() => {
-                    if self.kept.len() + count > KEPT_BYTES_MAX {
-                        return Err("it has more values than a table has columns");
-                    }
-                    self.head = 0;
-                    self.kept.extend_from_slice(&inbox.split_to(count));
-                    self.left -= count;
+                    self.pass_value();
+                    self.keep(inbox, count)?;
                 }
                 Next::LeaveOut(head, length) if head.saturating_add(length as usize) <= self.left => {
                     match self.layout {
@@ -81,12 +89,30 @@ impl LongRow {
                         Layout::Copied => self.kept.put_u32(LONG_COPIED),
                     }
                     self.kept.put_u32(length);
+                    self.pass_value();
                     self.skipped = head + length as usize;
                 }
                 Next::Keep(_) | Next::Unknown if arrived.len() < self.left => return Ok(None),
                 _ => return Err("it ends inside a value"),
             }
         }
+    }
+
+    /// The head of the message or one value has been taken.
+    fn pass_value(&mut self) {
+        if self.head == 0 {
+            self.values = self.values.saturating_sub(1);
+        }
+        self.head = 0;
+    }
+
+    fn keep(&mut self, inbox: &mut BytesMut, count: usize) -> Result<(), &'static str> {
+        if self.kept.len() + count > KEPT_BYTES_MAX {
+            return Err("it has more values than a table has columns");
+        }
+        self.kept.extend_from_slice(&inbox.split_to(count));
+        self.left -= count;
+        Ok(())
     }
 
     /// How many bytes of the message were not taken yet.
@@ -99,6 +125,12 @@ impl LongRow {
             return Next::Keep(self.head);
         }
         let (head, length) = match self.layout {
+            Layout::Streamed if self.values == 0 => {
+                return match arrived.get(1..ROW_HEAD_BYTES) {
+                    Some([high, low]) => Next::Row(u16::from_be_bytes([*high, *low])),
+                    _ => Next::Unknown,
+                };
+            }
             Layout::Streamed => match arrived.split_first() {
                 None => return Next::Unknown,
                 Some((b't' | b'b', rest)) => (1, rest.first_chunk()),
@@ -133,9 +165,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A message of this layout, whose head has two bytes, with a null, a short value, a long one, and a short one.
+    /// A message of this layout, whose head has two bytes, with a short value, a long one, a short one, and a null.
     fn message(layout: Layout, long: usize) -> Vec<u8> {
         let mut body = b"hh".to_vec();
+        if layout == Layout::Streamed {
+            body.extend(b"N\0\x04");
+        }
         let mut value = |tag: u8, value: &[u8]| {
             if layout == Layout::Streamed {
                 body.push(tag);
@@ -174,7 +209,7 @@ mod tests {
     fn long_values_are_left_out_however_they_arrive() {
         let long = 100_000;
         for (layout, expected) in [
-            (Layout::Streamed, &b"d\0\0\0\x1fhht\0\0\0\x05shortL\0\x01\x86\xa0t\0\0\0\x04lastn"[..]),
+            (Layout::Streamed, &b"d\0\0\0\x22hhN\0\x04t\0\0\0\x05shortL\0\x01\x86\xa0t\0\0\0\x04lastn"[..]),
             (
                 Layout::Copied,
                 b"d\0\0\0\x23hh\0\0\0\x05short\xff\xff\xff\xfe\0\x01\x86\xa0\0\0\0\x04last\xff\xff\xff\xff",
@@ -193,12 +228,31 @@ mod tests {
     }
 
     #[test]
+    fn the_row_that_was_and_the_row_that_is_lose_their_long_values() {
+        let long = 100_000_u32.to_be_bytes();
+        // Counts whose bytes would be tags of values: 0x6274 is "bt".
+        let old = [&b"K\0\x02t"[..], &long, &vec![b'o'; 100_000], b"n"].concat();
+        let new = [&b"N\x62\x74t"[..], &long, &vec![b'x'; 100_000], &[b'u'; 0x6273]].concat();
+        let body = [&b"hh"[..], &old, &new].concat();
+        let mut message = vec![b'd'];
+        message.extend(u32::try_from(body.len() + 4).unwrap().to_be_bytes());
+        message.extend(&body);
+        let expected = [&b"hhK\0\x02L"[..], &long, b"nN\x62\x74L", &long, &[b'u'; 0x6273]].concat();
+        for step in [1, 4_096, 1 << 20] {
+            let found = shortened(Layout::Streamed, &message, step).unwrap();
+            assert_eq!(found.get(HEADER_BYTES..), Some(expected.as_slice()), "{step}");
+        }
+    }
+
+    #[test]
     fn what_is_no_row_is_refused_and_not_held() {
-        let mut nulls = vec![b'n'; KEPT_BYTES_MAX + 100];
+        // One row of nulls after the other.
+        let row = [&b"N\xff\xff"[..], &[b'n'; 0xffff]].concat();
+        let mut nulls = row.repeat(KEPT_BYTES_MAX / row.len() + 2);
         nulls.splice(..0, *b"d\0\0\0\0hh");
         assert!(shortened(Layout::Streamed, &nulls, 1 << 20).is_err());
         for body in [&b"t\0\x10\0\0abc"[..], b"t\0\0", b"t\0\0\0\x05abc", b"b\xff\xff\xff\xffabc"] {
-            let message = [b"d\0\0\0\0hh", body].concat();
+            let message = [b"d\0\0\0\0hhN\0\x01", body].concat();
             assert!(shortened(Layout::Streamed, &message, 2).is_err(), "{body:?}");
         }
     }

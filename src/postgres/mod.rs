@@ -31,6 +31,7 @@ pub(crate) use copy::{CopyConnection, CopyOut};
 pub(crate) use encoding::Encoding;
 pub use frame::{Chunk, Frame, Frames};
 pub(crate) use quote::{quote_identifier, quote_literal};
+pub(crate) use receiver::NO_PUBLICATION;
 pub use receiver::Receiver;
 pub use replication::{ReplicationConnection, ReplicationStream};
 pub(crate) use session::Session;

@@ -324,6 +324,9 @@ impl Pump {
     }
 }
 
+/// What an error says of a publication that is younger than what the stream is at.
+pub(crate) const NO_PUBLICATION: &str = "it did not exist at this point of the log";
+
 /// A publication is looked for in the catalog as it was where the decoder stands. So if it is missing there,
 /// making it now doesn't help: the same place of the log fails for ever. Nothing else that `pgoutput` looks up by
 /// name can be missing.
@@ -332,7 +335,7 @@ fn name_missing_publication(slot: &str, error: Error) -> Error {
         Error::Server { message, code, .. } if code == SqlState::UNDEFINED_OBJECT.code() => Error::Slot {
             slot: slot.to_owned(),
             detail: format!(
-                "{message}: it did not exist at this point of the log, so the slot can't go on. Drop the slot with \
+                "{message}: {NO_PUBLICATION}, so the slot can't go on. Drop the slot with \
                  `select pg_drop_replication_slot('{slot}')`, then make the publication and a new slot with \
                  `highwater setup`; rows since the publication was dropped are then a gap"
             ),

@@ -65,14 +65,19 @@ impl ReplicationConnection {
         self.0.query(sql).await
     }
 
-    /// Starts streaming from the slot's confirmed position, with values in their binary form, or, if `as_text`, all as text. A
+    /// Starts streaming what these publications send from the slot's confirmed position, with values in their binary form, or, if `as_text`, all as text. A
     /// slot that another process holds is waited for, at most 10 s; each answer of the server, at most 30 s.
     ///
     /// # Errors
     ///
     /// [`Error::Slot`] if the slot is held (transient; names the holder) or missing, [`Error::Server`] for
     /// any other refusal.
-    pub async fn start(mut self, slot: &str, publication: &str, as_text: bool) -> Result<ReplicationStream> {
+    pub async fn start(
+        mut self,
+        slot: &str,
+        publications: &[impl AsRef<str>],
+        as_text: bool,
+    ) -> Result<ReplicationStream> {
         if slot.is_empty() || !slot.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_')) {
             return Err(Error::Slot {
                 slot: slot.to_owned(),
@@ -85,7 +90,13 @@ impl ReplicationConnection {
         let command = format!(
             "START_REPLICATION SLOT \"{slot}\" LOGICAL 0/0
              (proto_version '1', publication_names {}, binary '{}', messages 'true')",
-            quote_literal(&quote_identifier(publication)),
+            quote_literal(
+                &publications
+                    .iter()
+                    .map(|name| quote_identifier(name.as_ref()))
+                    .collect::<Vec<_>>()
+                    .join(",")
+            ),
             !as_text,
         );
         let deadline = Instant::now() + SLOT_WAIT;

@@ -31,6 +31,7 @@ use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, Settled};
 use crate::failpoint;
+use crate::lsn::Lsn;
 use crate::postgres::{READING, Session, quote_identifier, sql};
 use crate::source::lookup::Lookup;
 use crate::source::unarchived::{self, Part};
@@ -239,7 +240,7 @@ struct Rows<'a> {
 impl<'a> Rows<'a> {
     fn new(config: &'a Config, kind: Kind, source: &Source) -> Self {
         let (mut decoder, _) = source.decoder(&config.schema, kind);
-        decoder.begin_copy(0, Settled::default());
+        decoder.begin_copy(Lsn::ZERO, 0, Settled::default());
         Self {
             config,
             kind,

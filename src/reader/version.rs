@@ -13,8 +13,11 @@ use datafusion::prelude::SessionContext;
 use super::broken::Broken;
 use super::sql;
 use crate::archive::{self, Scan, Storage, View};
-use crate::tables::Kind;
+use crate::tables::{COMMITTED_AT, Kind, LSN};
 use crate::{Error, Result};
+
+/// What the name of a table's newest versions has behind the table's own.
+const LATEST_SUFFIX: &str = "_latest";
 
 /// One version of each table.
 pub(super) struct Tables {
@@ -56,6 +59,9 @@ impl Tables {
             session.register_table(kind.name(), Arc::clone(&of_kind.plain)).map_err(planning(kind))?;
             scans.push((kind, of_kind));
         }
+        for (kind, of_kind) in scans.iter().filter(|(kind, _)| kind.keeps_versions()) {
+            register_latest(&session, *kind, of_kind, &scans).map_err(planning(*kind))?;
+        }
         Ok(Self { views, scans, session, read_at: Instant::now() })
     }
 
@@ -82,6 +88,25 @@ impl Tables {
         let columns: Vec<&str> = columns.map(|column| column.name.as_str()).collect();
         rows.select_columns(&columns).map_err(planning(kind))
     }
+}
+
+/// Registers the newest versions of a table's rows as another one, if no table has its name.
+fn register_latest(
+    session: &SessionContext,
+    kind: Kind,
+    of_kind: &Scans,
+    all: &[(Kind, Scans)],
+) -> Result<(), DataFusionError> {
+    let name = format!("{}{LATEST_SUFFIX}", kind.name());
+    if all.iter().any(|(other, _)| other.name() == name) {
+        return Ok(());
+    }
+    let rows = archive::latest(kind, session.read_table(Arc::clone(&of_kind.plain))?)?;
+    // What made a version is of no use where there is one.
+    let is_told = |name: &str| !kind.is_change_column(name) || [LSN, COMMITTED_AT].contains(&name);
+    let columns: Vec<&str> = kind.columns().iter().map(|column| column.name.as_str()).collect();
+    let columns: Vec<&str> = columns.into_iter().filter(|name| is_told(name)).collect();
+    session.register_table(name, rows.select_columns(&columns)?.into_view()).map(drop)
 }
 
 /// A table, as far as it can be read. What is wrong with the storage is wrong with all tables.

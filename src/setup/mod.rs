@@ -73,7 +73,8 @@ struct SourceTable {
     name: String,
     oid: u32,
     kind: Option<Kind>,
-    published: bool,
+    /// Those of our publications that it is in.
+    publications: Vec<String>,
     /// The tables that its rows are in.
     leaves: Vec<Partition>,
     /// ... and those that are not archived.
@@ -84,6 +85,10 @@ impl SourceTable {
     /// The name with the schema.
     fn full_name(&self) -> String {
         format!("{}.{}", self.schema, self.name)
+    }
+
+    fn is_in(&self, publication: &str) -> bool {
+        self.publications.iter().any(|name| name == publication)
     }
 }
 
@@ -367,12 +372,12 @@ async fn list_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
         .query(
             "select n.nspname::text, c.relname::text, c.oid,
                     array(select a.attname::text from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
-                    exists (select from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
-                            where r.prrelid = c.oid and p.pubname = $2)
+                    array(select p.pubname::text from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
+                          where r.prrelid = c.oid and p.pubname = any ($2))
              from pg_class c join pg_namespace n on n.oid = c.relnamespace
              where n.nspname || '.' || c.relname = any ($1) and c.relkind in ('r', 'p')
              order by c.relname, n.nspname",
-            &[&names, &config.publication],
+            &[&names, &[config.publication.clone(), config.versions_publication()].to_vec()],
         )
         .await
         .map_err(Error::sql(format!("looking for drift tables in schema {:?}", config.schema)))?;
@@ -386,7 +391,7 @@ async fn list_tables(client: &Client, config: &Config) -> Result<Vec<SourceTable
             name: row.try_get(1).map_err(Error::sql(unreadable))?,
             oid: row.try_get(2).map_err(Error::sql(unreadable))?,
             kind: None,
-            published: row.try_get(4).map_err(Error::sql(unreadable))?,
+            publications: row.try_get(4).map_err(Error::sql(unreadable))?,
             leaves: Vec::new(),
             parts: Vec::new(),
         };

@@ -10,6 +10,7 @@ pub(crate) mod recovery;
 mod session;
 mod task;
 mod timing;
+mod versions;
 mod wants;
 
 use std::sync::Arc;
@@ -64,7 +65,11 @@ pub(crate) async fn run(
         refused_since = error.is_refused_password().then(|| refused_since.unwrap_or_else(Instant::now));
         // A table that somebody has made unusable stops alone: the next session goes on without it.
         let may_pass = refused_since.map_or_else(
-            || error.is_transient() || foreign::is_broken(&error),
+            || {
+                error.is_transient()
+                    || foreign::is_broken(&error)
+                    || versions::has_fallen_behind(&error, &wants)
+            },
             |since| since.elapsed() < REFUSAL_PATIENCE,
         );
         if !may_pass || is_stopping(&shutdown) {

@@ -15,6 +15,7 @@ use super::gap;
 use super::history::{History, check_gap, check_timeline, ensure_slot, history, logged_switches};
 use super::recovery;
 use super::task::{Owned, stop};
+use super::versions;
 use super::wants::Wants;
 use crate::archive::{self, Namer, Storage, Table};
 use crate::config::Config;
@@ -139,8 +140,9 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
     let found = slot::find(&mut sql, &config.slot).await?;
     let watermarks = sql.run(watermark::read).await?;
     let history = history(config, &mut connection, &watermarks, &identity, found.as_ref()).await?;
+    let publications = versions::streamed(config, &mut sql, found.as_ref(), wants).await?;
     ensure_slot(config, &mut sql, &mut connection, found).await?;
-    let (stream, texts) = start_stream(config, &mut sql, connection, wants).await?;
+    let (stream, texts) = start_stream(config, &mut sql, connection, &publications, wants).await?;
 
     // Only now nobody else moves the slot or the archive.
     let (slot, holder) = held_slot(config, &mut sql).await?;
@@ -164,7 +166,7 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
     };
     let config = &config;
 
-    let request = sql.run(slot::checkpoint_request).await?;
+    let messages = sql.run(slot::messages).await?;
     let mut decoder = Decoder::new(&config.schema, &config.kinds());
     if texts.encoding == Encoding::Other {
         decoder.ask_for_texts();
@@ -187,13 +189,14 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
         sql: Session::new(config.source.clone()),
         holder,
         namer,
+        wants: Arc::clone(wants),
         durable: durable_sender,
     };
     Ok(Tasks {
         receiver,
         chunks,
         committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
-        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts, request)),
+        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts, messages)),
     })
 }
 
@@ -202,6 +205,7 @@ async fn start_stream(
     config: &Config,
     sql: &mut Session,
     mut connection: ReplicationConnection,
+    publications: &[String],
     wants: &Arc<Wants>,
 ) -> Result<(ReplicationStream, Texts)> {
     let encoding = sql.run(Encoding::of_database).await?;
@@ -212,7 +216,7 @@ async fn start_stream(
     let slot = config.slot.as_str();
     let has_unreadable = sql.run(async |client| source::has_unreadable(client, slot).await).await?;
     let is_all = has_unreadable || wants.has_texts();
-    let stream = connection.start(slot, &config.publication, is_all).await?;
+    let stream = connection.start(slot, publications, is_all).await?;
     let stream = stream.holding(config.row_bytes_max());
     Ok((stream, Texts { encoding, is_all, wants: Arc::clone(wants) }))
 }
@@ -308,6 +312,7 @@ async fn prepare(
     let (name, publication) = (config.slot.as_str(), config.publication.as_str());
     let mut incomplete = sql.run(async |client| gap::incomplete(client, name, publication).await).await?;
     incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
+    incomplete.keep(|row| versions::is_streamed(config, row, wants));
     foreign::drop_damaged(config, sql, &mut tables, &incomplete.mendable).await?;
     let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, wants, timeline_id };
     let broken = backfill.run(&incomplete).await?;

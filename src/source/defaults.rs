@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 
 use super::columns::{UNSEEN, columns};
-use crate::config::{Config, TableSettings};
+use crate::config::{Changes, Config, TableSettings};
 use crate::error::{Error, Result};
 use crate::tables::{ENTITY_TABLE, EntityKey, EntityTable, OWN_COLUMNS, SCOUTER_TABLES, ScouterTable};
 
@@ -62,6 +62,7 @@ fn section(table: ScouterTable, source: String, has: &[String], entities: &[&str
         sort: vec![table.sort.to_owned()],
         exclude: OWN_COLUMNS.into_iter().filter(|name| has(name)).map(str::to_owned).collect(),
         retention_days: None,
+        changes: Changes::Inserts,
     })
 }
 

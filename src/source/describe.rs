@@ -4,10 +4,11 @@ use tokio_postgres::Client;
 
 use super::columns::{Found, UNSEEN, columns};
 use super::defaults;
+use super::identity::RowIdentity;
 use crate::archive::{self, Storage};
-use crate::config::{Config, TableSettings};
+use crate::config::{Changes, Config, IDENTIFIER_BYTES_MAX, TableSettings, VERSIONS_SUFFIX};
 use crate::error::{Error, Result};
-use crate::tables::{ColumnSpec, ColumnType, Description, Kind, is_storable};
+use crate::tables::{CHANGE_COLUMNS, ColumnSpec, ColumnType, Description, Kind, change_columns, is_storable};
 
 /// The settings with the descriptions of their tables: a session and a verification each begin with that. A table that is
 /// archived already stays what its archive says. Without a storage all are as the catalog has them.
@@ -118,7 +119,19 @@ fn same(config: &Config, settings: &TableSettings, kind: Kind) -> Result<Kind> {
             is_at(if kept.is_empty() { "none" } else { &kept }),
         ));
     }
+    let changes = if kind.keeps_versions() { Changes::Versions } else { Changes::Inserts };
+    if changes != settings.changes {
+        return Err(refused(settings, "changes", named(settings.changes), is_at(named(changes))));
+    }
     Ok(Kind::described(Description { left_out: settings.exclude.clone(), ..kind.description().clone() }))
+}
+
+/// As the settings have it.
+const fn named(changes: Changes) -> &'static str {
+    match changes {
+        Changes::Inserts => "inserts",
+        Changes::Versions => "versions",
+    }
 }
 
 async fn from_catalog(config: &Config, client: &Client, settings: &TableSettings) -> Result<Kind> {
@@ -137,6 +150,22 @@ async fn from_catalog(config: &Config, client: &Client, settings: &TableSettings
     let entity = settings.entity.iter().flat_map(|entity| &entity.columns);
     archived.extend(entity.map(|name| ColumnSpec::required(name, ColumnType::String)));
     archived.extend(data.into_iter().map(Found::archived));
+    let mut row_key = Vec::new();
+    if settings.changes == Changes::Versions {
+        if config.versions_publication().len() > IDENTIFIER_BYTES_MAX {
+            let accepted = format!(
+                "inserts, or HIGHWATER_PUBLICATION must be a name of {} bytes at most",
+                IDENTIFIER_BYTES_MAX - VERSIONS_SUFFIX.len()
+            );
+            return Err(refused(settings, "changes", named(settings.changes), accepted));
+        }
+        let identity = RowIdentity::read(client, &source).await?;
+        if let Some(problem) = identity.problem(&source, &settings.time, &archived) {
+            return Err(refused(settings, "changes", named(settings.changes), problem));
+        }
+        row_key = identity.key;
+        archived.extend(change_columns());
+    }
     Ok(Kind::described(Description {
         name: settings.folder.clone(),
         source: Some(source),
@@ -144,6 +173,7 @@ async fn from_catalog(config: &Config, client: &Client, settings: &TableSettings
         columns: archived,
         sort: settings.sort.clone(),
         left_out: settings.exclude.clone(),
+        row_key,
     }))
 }
 
@@ -181,6 +211,12 @@ impl Catalog<'_> {
         let kept: Vec<&str> = kept.into_iter().filter(|name| !self.is_excluded(name)).collect();
         let is_alone =
             |name: &str| kept.iter().filter(|other| other.to_lowercase() == name.to_lowercase()).count() == 1;
+        let is_ours =
+            |name: &&str| self.settings.changes == Changes::Versions && CHANGE_COLUMNS.contains(name);
+        if let Some(ours) = kept.iter().copied().find(is_ours) {
+            let accepted = "excluded: with `changes = \"versions\"` the archive has a column of that name";
+            return Err(self.refused("the column", ours, accepted));
+        }
         match kept.iter().find(|name| !is_storable(name) || !is_alone(name)) {
             None => Ok(()),
             Some(wrong) => Err(self.refused(

@@ -7,6 +7,7 @@ pub(crate) mod coverage;
 mod defaults;
 pub(crate) mod describe;
 pub(crate) mod growth;
+pub(crate) mod identity;
 pub(crate) mod lookup;
 mod partition;
 mod point;

@@ -270,20 +270,31 @@ async fn holders_up(client: &tokio_postgres::Client, process: i32) -> Result<Vec
     Ok(found)
 }
 
-/// Prefix of the logical message that asks for a checkpoint. Anybody may send one; its content is of those who can read the key.
-pub(crate) const REQUEST_PREFIX: &[u8] = b"highwater";
+/// Prefix of our logical messages. Anybody may send one; what it says is of those who can read the key.
+pub(crate) const MESSAGE_PREFIX: &[u8] = b"highwater";
 
-/// The content of a message that asks for a checkpoint, of this database.
+/// What our logical messages say, in one database.
+#[derive(Clone, Debug)]
+pub(crate) struct Messages {
+    /// Asks for a checkpoint.
+    pub(crate) checkpoint: Vec<u8>,
+    /// What the transaction deletes from here on is archived (`highwater.purge_rows`).
+    pub(crate) purge: Vec<u8>,
+}
+
+/// Reads what our logical messages say, in this database.
 ///
 /// # Errors
 ///
 /// The key can't be read.
-pub(crate) async fn checkpoint_request(client: &tokio_postgres::Client) -> Result<Vec<u8>> {
-    let query = "select 'checkpoint ' || key from highwater.request_key";
-    let row = client.query_one(query, &[]).await;
-    let request: String =
+pub(crate) async fn messages(client: &tokio_postgres::Client) -> Result<Messages> {
+    let row = client.query_one("select key from highwater.request_key", &[]).await;
+    let key: String =
         row.and_then(|row| row.try_get(0)).map_err(Error::sql("reading highwater.request_key"))?;
-    Ok(request.into_bytes())
+    Ok(Messages {
+        checkpoint: format!("checkpoint {key}").into_bytes(),
+        purge: format!("purge {key}").into_bytes(),
+    })
 }
 
 /// Asks whoever archives this database to make everything durable that is committed by now, and to say so in the logs of the

@@ -142,7 +142,7 @@ impl Source {
         let is_gone = |column: &&ColumnSpec| column.source_type.is_some() && !self.still_has(column);
         let gone: Vec<&ColumnSpec> = kind.columns().iter().filter(is_gone).collect();
         let compared = |column: &ColumnSpec| {
-            if gone.contains(&column) {
+            if gone.contains(&column) || kind.is_change_column(&column.name) {
                 return Compared::Not;
             }
             let own = column.source_type.as_ref().and_then(|_| self.attribute_of(&column.name));
@@ -184,13 +184,13 @@ impl Source {
             })
         };
         // What can't have a place in the archive would be gone with its partition.
-        let is_known = |name: &str| kind.columns().iter().any(|column| column.name == name);
-        let is_homeless = |name: &str| !is_known(name) && !kind.lacks(name) && !kind.leaves_out(name);
         let homeless =
-            self.column_types().filter(|(name, _)| is_homeless(name)).map(|(name, _)| UnfitColumn {
-                column: name.to_owned(),
-                problem: "has a name that no column of the archive can have".to_owned(),
-                remedy: format!("rename it, or exclude it in [[table]] of {table}"),
+            self.column_types().filter(|(name, _)| kind.has_no_place_for(name)).map(|(name, _)| {
+                UnfitColumn {
+                    column: name.to_owned(),
+                    problem: "has a name that no column of the archive can have".to_owned(),
+                    remedy: format!("rename it, or exclude it in [[table]] of {table}"),
+                }
             });
         self.column_types().filter_map(unfit).chain(homeless).collect()
     }

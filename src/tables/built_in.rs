@@ -2,7 +2,8 @@
 
 use std::sync::LazyLock;
 
-use super::kind::{ColumnSpec, ColumnType, Description, EntityKey, EntityTable, Kind};
+use super::change::{CHANGE, COMMITTED_AT, LSN, SEQUENCE, UNCHANGED};
+use super::kind::{ColumnSpec, ColumnType, Compared, Description, EntityKey, EntityTable, Kind};
 
 /// The name of the table that maps `entity_id` to an entity.
 pub const ENTITY_TABLE: &str = "drift_entities";
@@ -95,6 +96,7 @@ static BUILT_IN: LazyLock<BuiltIn> = LazyLock::new(|| {
             ],
             sort: Vec::new(),
             left_out: Vec::new(),
+            row_key: Vec::new(),
         }),
     }
 });
@@ -119,7 +121,22 @@ fn drift(name: &str, source: &str, data: Vec<ColumnSpec>, sort: &[&str]) -> Kind
         columns,
         sort: sort.iter().map(|name| (*name).to_owned()).collect(),
         left_out: BOOKKEEPING_COLUMNS.map(str::to_owned).to_vec(),
+        row_key: Vec::new(),
     })
+}
+
+/// [`CHANGE_COLUMNS`](super::CHANGE_COLUMNS), described. No source has them, so they are not compared.
+#[must_use]
+pub fn change_columns() -> [ColumnSpec; 5] {
+    let not_compared = |column: ColumnSpec| ColumnSpec { compared: Compared::Not, ..column };
+    [
+        ColumnSpec::required(CHANGE, ColumnType::String),
+        ColumnSpec::required(LSN, ColumnType::Long),
+        ColumnSpec::required(SEQUENCE, ColumnType::Long),
+        ColumnSpec::nullable(COMMITTED_AT, ColumnType::Timestamp),
+        ColumnSpec::nullable(UNCHANGED, ColumnType::String),
+    ]
+    .map(not_compared)
 }
 
 impl Kind {
@@ -212,6 +229,7 @@ mod tests {
                 columns: vec![ColumnSpec::required("at", ColumnType::Timestamp)],
                 sort: Vec::new(),
                 left_out: Vec::new(),
+                row_key: Vec::new(),
             })
         };
         assert_eq!(again("events"), again("events"));

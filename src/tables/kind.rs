@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 
+use super::change::CHANGE_COLUMNS;
+
 /// The type of an archived column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ColumnType {
@@ -164,6 +166,9 @@ pub struct Description {
     pub sort: Vec<String>,
     /// Columns of the source table that are not archived, and need not be told.
     pub left_out: Vec<String>,
+    /// The source's primary key, where rows change and each version of a row is archived; the archive then has [`CHANGE_COLUMNS`],
+    /// too. Empty where rows are only added.
+    pub row_key: Vec<String>,
 }
 
 impl Description {
@@ -186,6 +191,8 @@ struct Known {
     /// Positions of the sort columns behind entity and time among the columns that hold data.
     data_sort: Vec<usize>,
     sort_columns: Vec<String>,
+    /// Positions of [`CHANGE_COLUMNS`] there, where the table keeps versions.
+    changes: Option<[usize; CHANGE_COLUMNS.len()]>,
 }
 
 static KNOWN: Mutex<Vec<Kind>> = Mutex::new(Vec::new());
@@ -214,6 +221,7 @@ impl Kind {
             columns: Vec::new(),
             sort: Vec::new(),
             left_out: Vec::new(),
+            row_key: Vec::new(),
         })
     }
 
@@ -277,6 +285,32 @@ impl Kind {
         &self.0.data_sort
     }
 
+    /// The source's primary key, where each version of a row is archived; else empty. A row whose time changes is another one, all the
+    /// same: so all versions of one are of one time.
+    #[must_use]
+    pub fn row_key(self) -> &'static [String] {
+        &self.0.description.row_key
+    }
+
+    /// Whether rows change, and each of their versions is archived.
+    #[must_use]
+    pub fn keeps_versions(self) -> bool {
+        !self.row_key().is_empty()
+    }
+
+    /// The positions of [`CHANGE_COLUMNS`] in [`Kind::data_columns`], where the table keeps versions.
+    #[must_use]
+    #[inline]
+    pub fn change_places(self) -> Option<[usize; CHANGE_COLUMNS.len()]> {
+        self.0.changes
+    }
+
+    /// Whether a column of the archive says what made a version, so that no source has it.
+    #[must_use]
+    pub fn is_change_column(self, column: &str) -> bool {
+        self.keeps_versions() && CHANGE_COLUMNS.contains(&column)
+    }
+
     /// The same table with other columns, and others that are left out.
     #[must_use]
     pub fn with(self, columns: Vec<ColumnSpec>, left_out: Vec<String>) -> Self {
@@ -297,6 +331,13 @@ impl Kind {
     #[must_use]
     pub fn lacks(self, column: &str) -> bool {
         !self.leaves_out(column) && self.may_have(column)
+    }
+
+    /// Whether a column of the source can have no place in the archive although it should.
+    #[must_use]
+    pub fn has_no_place_for(self, column: &str) -> bool {
+        let is_it = |own: &ColumnSpec| own.name == column && !self.is_change_column(column);
+        !self.columns().iter().any(is_it) && !self.leaves_out(column) && !self.may_have(column)
     }
 
     /// Whether a column of that name can be added: readers of Delta tables take none with a space or one of `,;{}()=` in its name,
@@ -324,10 +365,19 @@ impl Known {
         let data: Vec<&str> = data.map(|column| column.name.as_str()).collect();
         let place = |name: &String| data.iter().position(|column| column == name);
         let data_sort = description.sort.iter().filter_map(place).collect();
+        let changes = CHANGE_COLUMNS.map(|name| data.iter().position(|column| *column == name));
+        let changes = match changes {
+            [Some(change), Some(lsn), Some(sequence), Some(committed), Some(unchanged)]
+                if !description.row_key.is_empty() =>
+            {
+                Some([change, lsn, sequence, committed, unchanged])
+            }
+            _ => None,
+        };
         let time = description.columns.first().map(|column| &column.name);
         let entity = description.entity.iter().flat_map(|entity| &entity.columns);
         let sort_columns = entity.chain(time).chain(&description.sort).cloned().collect();
-        Self { description, schema, data_sort, sort_columns }
+        Self { description, schema, data_sort, sort_columns, changes }
     }
 }
 

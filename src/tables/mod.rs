@@ -4,11 +4,13 @@
 //! Parquet writer, the Delta schema, the watermarks) reads it from here.
 
 mod built_in;
+mod change;
 mod kind;
 mod per_kind;
 mod window;
 
-pub use built_in::{DRIFT_TABLES, ENTITY_TABLE, OWN_COLUMNS, SCOUTER_TABLES, ScouterTable};
+pub use built_in::{DRIFT_TABLES, ENTITY_TABLE, OWN_COLUMNS, SCOUTER_TABLES, ScouterTable, change_columns};
+pub use change::{CHANGE, CHANGE_COLUMNS, COMMITTED_AT, Change, LSN, SEQUENCE, UNCHANGED};
 pub use kind::{
     ColumnSpec, ColumnType, Compared, Description, ENTITY_COLUMNS_MAX, EntityKey, EntityTable, Kind,
     SORT_COLUMNS_MAX, is_storable,

@@ -107,7 +107,10 @@ async fn compare(
     };
     let config = &config.describing(config.kinds().into_iter().map(now).collect());
     let compared = compared(config, &point, &archives).await?;
-    let reach = |kind: Kind| archives.iter().find(|(_, other, ..)| *other == kind).map(|(.., lsn)| *lsn);
+    // What has versions is compared as it was at the point.
+    let is_in_tail = |kind: Kind, other: Kind| other == kind && !kind.keeps_versions();
+    let reach =
+        |kind: Kind| archives.iter().find(|(_, other, ..)| is_in_tail(kind, *other)).map(|(.., lsn)| *lsn);
     let upto = PerKind::new(config.kinds(), |kind| reach(kind).unwrap_or_default());
     let tail = Tail::read(config, slot, point.lsn, upto, compared.clone()).await?;
     let now = sql.run(watermark::read).await?;

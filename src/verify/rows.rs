@@ -163,7 +163,7 @@ impl<'a> Comparison<'a> {
         let config = table.config;
         let decoder = |settled| {
             let (mut decoder, _) = source.decoder(&config.schema, table.kind);
-            decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
+            decoder.begin_copy(table.point.lsn, chrono::Utc::now().timestamp_micros(), settled);
             decoder
         };
         let quarantine = Snapshot::read(table.storage, Kind::quarantine(), "").await?;
@@ -175,7 +175,7 @@ impl<'a> Comparison<'a> {
         )
         .await?;
         // Rows that are equal but for a column that the source has no more are not copies of each other.
-        let can_remove = repair.is_on() && table.compared == table.kind;
+        let can_remove = repair.is_on() && table.compared == table.kind && !table.kind.keeps_versions();
         Ok(Self {
             table,
             source,
@@ -224,7 +224,7 @@ impl<'a> Comparison<'a> {
     async fn part(&mut self, range: (i64, i64), is_held: bool, found: &mut Found) -> Result<()> {
         let table = self.table;
         let files: Vec<&TableFile> = table.files.iter().collect();
-        let mut present = Multiset::new(table.compared);
+        let mut present = Multiset::new(table.compared).before(table.point.lsn);
         present.read(table.storage, &files, &[range]).await?;
         // What was committed after the snapshot can't be read from it; a later repair finds it.
         found.missing += self.tail.missing(table.kind, range, &mut present);
@@ -315,7 +315,9 @@ impl<'a> Comparison<'a> {
 
     /// Adds the missing rows that a comparison has found, if they are to be; returns how many.
     pub(super) async fn add(&self, found: Found, repair: &mut Repair, sql: &mut Session) -> Result<u64> {
-        if repair.mode != RepairMode::AddChanged && found.surplus > 0 {
+        // A newer version is added beside the older one, which it makes obsolete.
+        let is_version = self.table.kind.keeps_versions();
+        if repair.mode != RepairMode::AddChanged && found.surplus > 0 && !is_version {
             return Ok(0);
         }
         let lsn = self.table.point.lsn;

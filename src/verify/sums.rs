@@ -239,7 +239,8 @@ impl Table<'_> {
             .iter()
             .filter(|file| ranges.iter().any(|(low, high)| file.may_hold(*low, *high)))
             .collect();
-        let mut sums = archive::hour_sums(self.storage, self.compared, &files, first.0, last.1).await?;
+        let (range, at) = ((first.0, last.1), self.point.lsn);
+        let mut sums = archive::hour_sums(self.storage, self.compared, &files, range, at).await?;
         let is_wanted = |hour: i64| {
             let time = hour * MICROS_PER_HOUR;
             let after = ranges.partition_point(|(low, _)| *low <= time);

@@ -62,7 +62,7 @@ impl Tail {
             reader.decoder.ask_for_texts();
         }
         reader.encoding = texts;
-        let stream = connection.start(&slot.name, &config.publication, false).await?;
+        let stream = connection.start(&slot.name, std::slice::from_ref(&config.publication), false).await?;
         let stream = stream.holding(config.row_bytes_max());
         let (sender, mut chunks) = mpsc::channel(CHUNKS_MAX);
         // Nothing is ever acknowledged: the slot goes with its connection.
@@ -135,7 +135,8 @@ impl Reader<'_> {
                     }
                     Message::Commit(commit) if commit.end_lsn >= self.last => return Ok(true),
                     Message::Commit(_) => self.in_transaction = false,
-                    Message::Logical(_) | Message::Other(_) => {}
+                    // Tables whose rows change are compared without the tail.
+                    Message::Update(_) | Message::Delete(_) | Message::Logical(_) | Message::Other(_) => {}
                 },
                 // Everything before this position has been sent.
                 Frame::Keepalive { wal_end, .. } if wal_end >= self.last && !self.in_transaction => {

@@ -69,7 +69,7 @@ pub async fn mark_unpublished(client: &Client, slot: &str, publication: &str) ->
              select w.source_table, w.state as before, p.is_published, p.published_as,
                     not p.is_published or w.published_as is not null as is_gap
              from highwater.watermark w, lateral (
-                 select {PUBLISHED} as is_published, highwater.published_as($2, w.table_oid) as published_as) p
+                 select {PUBLISHED} as is_published, highwater.published_as({PUBLICATION_OF}, w.table_oid) as published_as) p
              where w.slot_name = $1 and (not p.is_published or w.published_as is distinct from p.published_as)
              for update of w),
          noted as (
@@ -102,11 +102,16 @@ const COMPARING: &str = "comparing the publication with the watermarks";
 
 const MARKING: &str = "marking a gap in the watermarks";
 
-/// Whether publication `$2` sends every insert into the table of `w`, with every column that is archived. Where partitions are
-/// published as themselves, some may lack, and rows of one that is dropped before they are decoded are nobody's.
+/// The publication that is to send what happens in the table of `w`: `$2`, or that of updates and deletes.
+const PUBLICATION_OF: &str = "case when w.keeps_versions then $2::text || '_versions' else $2::text end";
+
+/// Whether the publication sends every insert into the table of `w` (every change, where versions are kept), with every column that is
+/// archived. Where partitions are published as themselves, some may lack, and rows of one that is dropped before they are decoded are
+/// nobody's.
 const PUBLISHED: &str = "exists (
     select from pg_publication p join pg_publication_tables t using (pubname)
-    where p.pubname = $2 and p.pubinsert and t.rowfilter is null
+    where p.pubname = case when w.keeps_versions then $2::text || '_versions' else $2::text end and p.pubinsert
+      and (not w.keeps_versions or p.pubupdate and p.pubdelete) and t.rowfilter is null
       -- By name: a look-up by `to_regclass` may be asked of any table, and fails in schemas that the role may not use.
       and (t.schemaname, t.tablename) = (
         select n.nspname, c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = w.table_oid)

@@ -225,8 +225,9 @@ pub async fn create(client: &impl tokio_postgres::GenericClient, new: &NewWaterm
     let made = client
         .execute(
             "insert into highwater.watermark
-                 (source_table, table_oid, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn, time_column)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text) on conflict (source_table) do nothing",
+                 (source_table, table_oid, kind, slot_name, system_identifier, timeline_id, state, flushed_lsn, time_column,
+                  keeps_versions)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text, $10) on conflict (source_table) do nothing",
             &[
                 &new.source_table,
                 &new.table_oid,
@@ -237,6 +238,7 @@ pub async fn create(client: &impl tokio_postgres::GenericClient, new: &NewWaterm
                 &new.state.name(),
                 &PgLsn::from(new.lsn.0),
                 &new.kind.time_column(),
+                &new.kind.keeps_versions(),
             ],
         )
         .await

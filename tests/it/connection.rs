@@ -345,18 +345,19 @@ async fn stuck(config: &SourceConfig) {
         .unwrap();
     client.query("select pg_create_logical_replication_slot('s', 'pgoutput')", &[]).await.unwrap();
     let missing =
-        ReplicationConnection::connect(config).await.unwrap().start("nope", "p", false).await.unwrap_err();
+        ReplicationConnection::connect(config).await.unwrap().start("nope", &["p"], false).await.unwrap_err();
     assert!(matches!(&missing, Error::Slot { transient: false, .. }), "{missing:?}");
     assert!(missing.to_string().contains("highwater setup"));
 
-    let stream = ReplicationConnection::connect(config).await.unwrap().start("s", "p", false).await.unwrap();
+    let stream =
+        ReplicationConnection::connect(config).await.unwrap().start("s", &["p"], false).await.unwrap();
     // Shorter than the time in which nobody takes anything: a server that we don't listen to is not silent.
     let stream = stream.with_silence(Duration::from_secs(3));
     let (chunks, mut queue) = mpsc::channel(1);
     let (durable, watched) = watch::channel(Lsn::ZERO);
     let mut receiver = stream.spawn(chunks, watched);
     let second = ReplicationConnection::connect(config).await.unwrap();
-    let rival = tokio::spawn(async move { second.start("s", "p", false).await });
+    let rival = tokio::spawn(async move { second.start("s", &["p"], false).await });
     client
         .execute("insert into public.t select i, repeat('x', 100) from generate_series(1, 300000) i", &[])
         .await
@@ -410,7 +411,8 @@ async fn published(config: &SourceConfig) -> (tokio_postgres::Client, Replicatio
         .await
         .unwrap();
     client.query("select pg_create_logical_replication_slot('s', 'pgoutput')", &[]).await.unwrap();
-    let stream = ReplicationConnection::connect(config).await.unwrap().start("s", "p", false).await.unwrap();
+    let stream =
+        ReplicationConnection::connect(config).await.unwrap().start("s", &["p"], false).await.unwrap();
     (client, stream)
 }
 
@@ -462,7 +464,8 @@ async fn a_publication_that_is_dropped_under_the_stream() {
     assert!(matches!(&error, Error::Slot { slot, transient: false, .. } if slot == "s"), "{error:?}");
     assert!(error.to_string().contains("pg_drop_replication_slot('s')"), "{error}");
     // The new publication doesn't help.
-    let again = ReplicationConnection::connect(&config).await.unwrap().start("s", "p", false).await.unwrap();
+    let again =
+        ReplicationConnection::connect(&config).await.unwrap().start("s", &["p"], false).await.unwrap();
     assert!(matches!(end(again).await, Error::Slot { transient: false, .. }));
 }
 

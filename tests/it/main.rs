@@ -13,6 +13,7 @@ mod support;
 
 mod backfill;
 mod big;
+mod changes;
 mod check;
 mod columns;
 mod connection;

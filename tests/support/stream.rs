@@ -65,7 +65,11 @@ pub fn decode(messages: &[&[u8]], now_micros: i64, find: impl Fn(i64) -> Option<
                     }
                 }
             },
-            Message::Commit(_) | Message::Logical(_) | Message::Other(_) => {}
+            Message::Commit(_)
+            | Message::Update(_)
+            | Message::Delete(_)
+            | Message::Logical(_)
+            | Message::Other(_) => {}
         }
     }
     Decoded { batches, refused }

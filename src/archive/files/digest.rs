@@ -15,10 +15,12 @@ use foldhash::fast::RandomState;
 use md5::{Digest as _, Md5};
 
 use super::columns::{Strings, times};
+use super::latest::each_latest;
 use super::object_reader::each_batch_within;
 use super::table_file::TableFile;
 use crate::archive::error::encode_error;
 use crate::archive::store::storage::Storage;
+use crate::lsn::Lsn;
 use crate::pgoutput::POSTGRES_EPOCH_MICROS;
 use crate::tables::{ColumnSpec, ColumnType, Compared, Kind};
 use crate::{Error, Result};
@@ -28,6 +30,8 @@ use crate::{Error, Result};
 pub struct Multiset {
     /// How the rows are compared.
     kind: Kind,
+    /// Versions that were committed later are not looked at.
+    before: Option<Lsn>,
     counts: HashMap<u128, Copies, RandomState>,
 }
 
@@ -44,11 +48,18 @@ impl Multiset {
     /// No rows yet, of a kind that says which columns are compared.
     #[must_use]
     pub fn new(kind: Kind) -> Self {
-        Self { kind, counts: HashMap::default() }
+        Self { kind, before: None, counts: HashMap::default() }
     }
 
-    /// Takes in the rows of files (of one version of a table) whose `created_at` lies in one of the ranges: ascending
-    /// pairs of a first microsecond since the epoch and the one after the last.
+    /// Of a table that keeps versions, read the rows as they were at this position of the log.
+    #[must_use]
+    pub fn before(self, lsn: Lsn) -> Self {
+        Self { before: Some(lsn), ..self }
+    }
+
+    /// Takes in the rows of files (of one version of a table) whose time lies in one of the ranges: ascending pairs of a first
+    /// microsecond since the epoch and the one after the last. Of a table that keeps versions that is the newest of each row, if this was
+    /// not deleted.
     ///
     /// # Errors
     ///
@@ -60,6 +71,13 @@ impl Multiset {
         ranges: &[(i64, i64)],
     ) -> Result<()> {
         let kind = self.kind;
+        if kind.keeps_versions() {
+            let before = self.before;
+            return each_latest(storage, kind, files, ranges, before, |batch| {
+                digests(kind, batch, |_, digest| self.add(digest))
+            })
+            .await;
+        }
         let contains = |time: &i64| {
             let after = ranges.partition_point(|(start, _)| start <= time);
             after.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|(_, end)| time < end)

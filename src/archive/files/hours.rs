@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Int64Type};
-use datafusion::common::{Column, ScalarValue};
+use datafusion::common::Column;
 use datafusion::error::{DataFusionError, Result as QueryResult};
 use datafusion::functions_aggregate::expr_fn::{count, sum};
 use datafusion::logical_expr::{
@@ -16,10 +16,12 @@ use futures::TryStreamExt;
 
 use super::columns::times;
 use super::digest::digests;
+use super::latest::{is_before, is_within, latest};
 use super::object_reader::each_batch_within;
 use super::scan::{MEMORY_BYTES, Scan, runtime, session};
 use super::table_file::TableFile;
 use crate::archive::store::storage::Storage;
+use crate::lsn::Lsn;
 use crate::tables::{Kind, MICROS_PER_HOUR, MICROS_PER_MINUTE};
 use crate::{Error, Result};
 
@@ -43,8 +45,8 @@ impl AddAssign for RowSum {
 /// Rows by hour of `created_at`: hours since the epoch.
 pub type HourSums = BTreeMap<i64, RowSum>;
 
-/// Adds up the rows of these files (of one version of a table) whose `created_at` is `start` or later and before `end`, in
-/// microseconds since the epoch.
+/// Adds up the rows of these files (of one version of a table) whose time is `start` or later and before `end`, in microseconds since
+/// the epoch. Of a table that keeps versions that is the newest one before `before` of each row, if this was not deleted.
 ///
 /// # Errors
 ///
@@ -53,8 +55,8 @@ pub async fn hour_sums(
     storage: &Storage,
     kind: Kind,
     files: &[&TableFile],
-    start: i64,
-    end: i64,
+    (start, end): (i64, i64),
+    before: Lsn,
 ) -> Result<HourSums> {
     if files.is_empty() {
         return Ok(HourSums::new());
@@ -62,18 +64,19 @@ pub async fn hour_sums(
     let failed = || Error::query(format!("adding up the rows of {}", storage.table_url(kind)));
     let session = session(runtime(storage, MEMORY_BYTES).map_err(failed())?, MEMORY_BYTES);
     let scan = Scan::new(kind, files.iter().copied()).map_err(failed())?;
-    let time = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
     let columns: Vec<Expr> = kind
         .columns()
         .iter()
         .map(|column| Expr::Column(Column::new_unqualified(column.name.as_str())))
         .collect();
-    let time_column = || Expr::Column(Column::new_unqualified(kind.time_column()));
     let hour = ScalarUDF::from(PerRow::new(kind, Of::Hour)).call(columns.clone());
     let digest = ScalarUDF::from(PerRow::new(kind, Of::Digest)).call(columns);
+    let wanted = is_within(kind, &[(start, end)]);
+    let wanted = if kind.keeps_versions() { wanted.and(is_before(before)) } else { wanted };
     let rows = session
         .read_table(Arc::new(scan))
-        .and_then(|rows| rows.filter(time_column().gt_eq(time(start)).and(time_column().lt(time(end)))))
+        .and_then(|rows| rows.filter(wanted))
+        .and_then(|rows| latest(kind, rows))
         .and_then(|rows| rows.aggregate(vec![hour], vec![count(lit(1)), sum(digest)]))
         .map_err(failed())?;
     let mut stream = rows.execute_stream().await.map_err(failed())?;

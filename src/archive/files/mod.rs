@@ -7,6 +7,7 @@ pub(in crate::archive) mod entities;
 pub(in crate::archive) mod footer;
 mod footers;
 pub(in crate::archive) mod hours;
+pub(in crate::archive) mod latest;
 pub(in crate::archive) mod name;
 pub(in crate::archive) mod object_reader;
 pub(in crate::archive) mod scan;

@@ -7,11 +7,13 @@ use serde_json::Value;
 
 use super::open::open_delta;
 use super::properties::{
-    ADDED, ATTRIBUTE, ENTITY, ENTITY_LOOKUP, EXCLUDE, FILLED, SORT, SOURCE, SOURCE_TYPE, unhex,
+    ADDED, ATTRIBUTE, ENTITY, ENTITY_LOOKUP, EXCLUDE, FILLED, ROW_KEY, SORT, SOURCE, SOURCE_TYPE, unhex,
 };
 use crate::archive::error::unusable;
 use crate::archive::store::storage::Storage;
-use crate::tables::{ColumnSpec, ColumnType, Compared, Description, EntityKey, EntityTable, Kind};
+use crate::tables::{
+    ColumnSpec, ColumnType, Compared, Description, EntityKey, EntityTable, Kind, change_columns,
+};
 use crate::{Error, Result};
 
 /// The tables of an archive that do not come with the program, by name. What is in a folder of somebody else's is none of ours.
@@ -88,10 +90,24 @@ fn of_properties(
         None => None,
     };
     let entity = list(ENTITY)?;
-    // What somebody else has added has no source type; only the time and the entity's columns may lack one.
-    let is_ours = |place: usize, field: &Value| place <= entity.len() || source_type(field).is_some();
+    let row_key = list(ROW_KEY)?;
+    let of_changes = if row_key.is_empty() { Vec::new() } else { change_columns().to_vec() };
+    let is_of_changes = |name: &str| of_changes.iter().any(|column| column.name == name);
+    // What somebody else has added has no source type; only the time, the entity's columns and ours may lack one.
+    let is_ours = |place: usize, field: &Value| {
+        place <= entity.len()
+            || source_type(field).is_some()
+            || field.get("name").and_then(Value::as_str).is_some_and(is_of_changes)
+    };
     let ours = fields.iter().enumerate().filter(|(place, field)| is_ours(*place, field));
     let columns = columns(kind, ours.map(|(_, field)| field))?;
+    let described =
+        |column: ColumnSpec| of_changes.iter().find(|own| own.name == column.name).cloned().unwrap_or(column);
+    let columns: Vec<ColumnSpec> = columns.into_iter().map(described).collect();
+    let lacks = |name: &str| !columns.iter().any(|column| column.name == name);
+    if row_key.iter().map(String::as_str).chain(of_changes.iter().map(|own| own.name.as_str())).any(lacks) {
+        return Err(wrong("its columns are not those of versions of rows"));
+    }
     let is_placed = |(name, column): (&String, &ColumnSpec)| *name == column.name;
     let is_time = columns.first().is_some_and(|column| column.column_type == ColumnType::Timestamp);
     if !is_time || !entity.iter().zip(columns.iter().skip(1)).all(is_placed) || columns.len() <= entity.len()
@@ -104,6 +120,7 @@ fn of_properties(
         entity: (!entity.is_empty()).then_some(EntityKey { columns: entity, lookup }),
         columns,
         sort: list(SORT)?,
+        row_key,
         // What the settings say, if somebody has read them, counts over what they said when the table was made.
         left_out: match kind.description().source {
             Some(_) => kind.description().left_out.clone(),

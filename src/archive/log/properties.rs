@@ -22,6 +22,8 @@ pub(super) const ENTITY: &str = "highwater.entity";
 pub(super) const ENTITY_LOOKUP: &str = "highwater.entityTable";
 pub(super) const SORT: &str = "highwater.sort";
 pub(super) const EXCLUDE: &str = "highwater.exclude";
+/// The source's primary key, where each version of a row is archived.
+pub(super) const ROW_KEY: &str = "highwater.rowKey";
 
 /// A column's metadata.
 pub(super) fn metadata(column: &ColumnSpec) -> Map<String, Value> {
@@ -62,7 +64,9 @@ pub(super) fn properties(kind: Kind) -> Map<String, Value> {
             put(ENTITY_LOOKUP, json!({"id": id, "table": table, "key": key}).to_string());
         }
     }
-    for (key, columns) in [(SORT, &description.sort), (EXCLUDE, &description.left_out)] {
+    let lists =
+        [(SORT, &description.sort), (EXCLUDE, &description.left_out), (ROW_KEY, &description.row_key)];
+    for (key, columns) in lists {
         if !columns.is_empty() {
             put(key, json!(columns).to_string());
         }

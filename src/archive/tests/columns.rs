@@ -98,7 +98,7 @@ async fn older_rows_have_nulls_also_after_a_merge_and_are_compared_as_what_they_
         assert_eq!(found.missing(&source).unwrap().num_rows(), 0, "{step}");
         assert_eq!(found.missing(&new).unwrap().num_rows(), 0, "{step}");
         assert_eq!(found.row_count(), 0, "{step}");
-        let sums = hour_sums(&place.storage, kind, &files, 0, i64::MAX / 2).await.unwrap();
+        let sums = hour_sums(&place.storage, kind, &files, (0, i64::MAX / 2), Lsn::ZERO).await.unwrap();
         assert_eq!(sums.values().map(|sum| sum.rows).sum::<u64>(), 6, "{step}");
         if step == "apart" {
             let plans = table.merge_candidates(later(), Duration::ZERO, WindowWidth::DAY);

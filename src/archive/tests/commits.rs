@@ -194,7 +194,9 @@ async fn both_ways_of_adding_up_agree() {
     let snapshot = Snapshot::read(&place.storage, Kind::psi(), APP).await.unwrap();
     assert_eq!(snapshot.lsn, Some(Lsn(201)));
     let files: Vec<&TableFile> = snapshot.files.iter().collect();
-    let read = async |start, end| hour_sums(&place.storage, Kind::psi(), &files, start, end).await.unwrap();
+    let read = async |start, end| {
+        hour_sums(&place.storage, Kind::psi(), &files, (start, end), Lsn::ZERO).await.unwrap()
+    };
     assert_eq!(read(i64::MIN, i64::MAX).await, expected);
     let part = read(NOON + 1, NOON + hour).await;
     assert_eq!(part, sums_of(rows.iter().copied().filter(|row| row.0 == NOON + 1)));

@@ -66,7 +66,7 @@ async fn read_all(place: &Place, path: &str) -> Vec<Error> {
         entity_stats(&place.storage, Kind::psi(), &paths).await.map(drop),
         present.read(&place.storage, &files, &[(i64::MIN, i64::MAX)]).await,
         minute_counts(&place.storage, Kind::psi(), &files, &[(i64::MIN, i64::MAX)]).await.map(drop),
-        hour_sums(&place.storage, Kind::psi(), &files, 0, i64::MAX / 2).await.map(drop),
+        hour_sums(&place.storage, Kind::psi(), &files, (0, i64::MAX / 2), Lsn::ZERO).await.map(drop),
     ];
     read.into_iter().filter_map(Result::err).collect()
 }

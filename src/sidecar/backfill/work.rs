@@ -92,7 +92,7 @@ impl<'a> Work<'a> {
         let settled =
             recovery::quarantined(backfill.storage, quarantine.files(), (&source.name, compared), is_fit)
                 .await?;
-        decoder.begin_copy(chrono::Utc::now().timestamp_micros(), settled);
+        decoder.begin_copy(point.lsn, chrono::Utc::now().timestamp_micros(), settled);
         let rate = config.backfill_rows_per_second;
         Ok(Self {
             point,
@@ -339,7 +339,7 @@ impl<'a> Work<'a> {
             return Ok(None);
         }
         let files: Vec<&TableFile> = table_of(backfill.tables, self.kind)?.files().collect();
-        let mut present = Multiset::new(self.compared);
+        let mut present = Multiset::new(self.compared).before(self.point.lsn);
         present.read(backfill.storage, &files, &slice.ranges).await?;
         Ok(Some(Arc::new(Mutex::new(present))))
     }

@@ -33,13 +33,13 @@ use super::timing::{has_room_at, now, time_to_cut};
 use super::wants::Wants;
 use crate::batch::Batches;
 use crate::config::Config;
-use crate::decode::{Decoder, Inserted};
+use crate::decode::{Decoder, InsertError, Inserted};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
-use crate::pgoutput::{Begin, Commit, Insert, Message};
+use crate::pgoutput::{Begin, Commit, Delete, Message, Update};
 use crate::postgres::{Chunk, Encoding, Frame, Session};
 use crate::source::lookup::Lookup;
-use crate::source::slot::{self, REQUEST_PREFIX};
+use crate::source::slot::{self, MESSAGE_PREFIX, Messages};
 use crate::tables::{Kind, PerKind, WindowWidth};
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
@@ -87,8 +87,8 @@ pub(crate) struct Builder {
     asked: bool,
     /// Where the last transaction that asked for a checkpoint ends, until it is answered.
     wanted: Option<Lsn>,
-    /// What a message says that asks for one.
-    request: Vec<u8>,
+    /// What messages for us say.
+    messages: Messages,
     /// When it may be answered.
     answer_at: Instant,
     quarantined: u64,
@@ -114,14 +114,14 @@ pub(crate) struct Texts {
 
 impl Builder {
     /// A builder for a session whose tables have these LSNs, and whose slot stands at
-    /// `start`. Rows are read with the decoder; `request` is what a message says that asks for a checkpoint.
+    /// `start`. Rows are read with the decoder; `messages` is what those for us say.
     pub(crate) fn new(
         config: &Config,
         sql: Session,
         table_lsn: PerKind<Lsn>,
         start: Lsn,
         work: mpsc::Sender<Work>,
-        (decoder, texts, request): (Decoder, Texts, Vec<u8>),
+        (decoder, texts, messages): (Decoder, Texts, Messages),
     ) -> Self {
         Self {
             lookup: Lookup::new(sql, &config.schema),
@@ -149,7 +149,7 @@ impl Builder {
             kinds: config.kinds(),
             foreign: HashSet::new(),
             texts,
-            request,
+            messages,
         }
     }
 
@@ -274,7 +274,9 @@ impl Builder {
     #[inline]
     async fn message(&mut self, bytes: &[u8]) -> Result<()> {
         match Message::parse(bytes).map_err(malformed)? {
-            Message::Insert(insert) => self.insert(&insert).await,
+            Message::Insert(insert) => {
+                self.row(insert.relation, |decoder, batches| decoder.insert(&insert, batches)).await
+            }
             Message::Begin(begin) => {
                 self.decoder.begin(begin, &self.table_lsn);
                 self.open = Some(begin);
@@ -285,30 +287,54 @@ impl Builder {
             Message::Relation(relation) => self.relation(&relation).await,
             Message::Logical(logical) => {
                 // Anybody's other messages come this way, too.
-                self.asked |= logical.is_transactional
-                    && logical.prefix == REQUEST_PREFIX
-                    && logical.content == self.request;
+                let is_ours = logical.is_transactional && logical.prefix == MESSAGE_PREFIX;
+                self.asked |= is_ours && logical.content == self.messages.checkpoint;
+                if is_ours && logical.content == self.messages.purge {
+                    self.decoder.purge();
+                }
                 Ok(())
             }
-            // The publication sends inserts only; `highwater check` says so when it doesn't.
+            Message::Update(update) => self.update(&update).await,
+            Message::Delete(delete) => {
+                self.row(delete.relation, |decoder, batches| decoder.delete(&delete, batches)).await
+            }
+            // No publication of ours sends truncates; `highwater check` says so when one does.
             Message::Other(_) => Ok(()),
         }
     }
 
+    async fn update(&mut self, update: &Update<'_>) -> Result<()> {
+        // What it has moved is known once its table is.
+        if !self.decoder.is_ours(update.relation) && !self.adopt(update.relation).await? {
+            return Ok(());
+        }
+        if let Some(old) = update.old
+            && self.decoder.has_moved(update).map_err(malformed)?
+        {
+            let gone = Delete { relation: update.relation, old };
+            self.row(update.relation, |decoder, batches| decoder.delete(&gone, batches)).await?;
+        }
+        self.row(update.relation, |decoder, batches| decoder.update(update, batches)).await
+    }
+
+    /// Takes in a row of a table; `decode` may be asked more than once.
     #[inline]
-    async fn insert(&mut self, insert: &Insert<'_>) -> Result<()> {
+    async fn row(
+        &mut self,
+        relation: u32,
+        decode: impl Fn(&mut Decoder, &mut Batches) -> Result<Inserted, InsertError>,
+    ) -> Result<()> {
         loop {
-            match self.decoder.insert(insert, &mut self.batches).map_err(malformed)? {
+            match decode(&mut self.decoder, &mut self.batches).map_err(malformed)? {
                 Inserted::Done => break,
                 Inserted::Quarantined => {
                     self.quarantined += 1;
                     break;
                 }
                 Inserted::NotArchived => {
-                    if !self.adopt(insert.relation).await? {
+                    if !self.adopt(relation).await? {
                         break;
                     }
-                    self.check_columns(insert.relation)?;
                 }
                 asked => self.lookup.answer(&mut self.decoder, asked).await?,
             }

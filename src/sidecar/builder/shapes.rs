@@ -43,6 +43,7 @@ impl Builder {
             "rows of {table} are archived as those of {root}; `highwater check` says what is not as it should be"
         );
         self.decoder.adopt(relation, kind, root);
+        self.check_columns(relation)?;
         Ok(true)
     }
 

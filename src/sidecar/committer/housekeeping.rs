@@ -5,6 +5,7 @@ use crate::archive::{self, Merged};
 use crate::error::{Error, Result};
 use crate::sidecar::foreign;
 use crate::sidecar::gap;
+use crate::sidecar::versions;
 use crate::tables::Kind;
 use crate::watermark;
 use std::sync::Arc;
@@ -68,12 +69,19 @@ impl Committer {
     /// Ends the session if a table can be completed: its successor does that before it streams.
     pub(super) async fn look_for_gaps(&mut self) -> Result<()> {
         let (slot, publication) = (self.parts.config.slot.as_str(), self.parts.config.publication.as_str());
+        if versions::can_join(&self.parts.config, &mut self.parts.sql, &self.parts.wants)
+            .await
+            .unwrap_or(false)
+        {
+            return Err(versions::to_be_joined(&self.parts.config));
+        }
         let mut looked = gap::notice_partitions(&mut self.parts.sql, slot).await.map(|()| Vec::new());
         if looked.is_ok() {
             let incomplete = async |client: &_| gap::incomplete(client, slot, publication).await;
-            let tables = &self.parts.tables;
+            let (config, tables, wants) = (&self.parts.config, &self.parts.tables, &self.parts.wants);
             looked = self.parts.sql.run(incomplete).await.map(|mut incomplete| {
                 incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
+                incomplete.keep(|row| versions::is_streamed(config, row, wants));
                 incomplete.mendable
             });
         }

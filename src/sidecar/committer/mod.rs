@@ -21,6 +21,7 @@ use crate::lsn::Lsn;
 use crate::postgres::Session;
 use crate::sidecar::foreign;
 use crate::sidecar::gap;
+use crate::sidecar::wants::Wants;
 use crate::tables::Kind;
 use crate::watermark::{self, Advance, Horizon};
 pub(crate) use files::{COPY_PATIENCE, StorageRetry, write_files};
@@ -104,6 +105,7 @@ pub(crate) struct Parts {
     pub(crate) holder: i32,
     /// Names this session's objects.
     pub(crate) namer: Arc<Namer>,
+    pub(crate) wants: Arc<Wants>,
     /// The position that everything is known to be durable up to.
     pub(crate) durable: watch::Sender<Lsn>,
 }
