@@ -14,6 +14,8 @@ use super::support::sidecar::{Launch, Sidecar};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
     Highwater,
+    /// The same with a table of the same shape and rows that the settings describe.
+    Described,
     /// Another build of the sidecar, to see what a change of it brings.
     Baseline,
     PgRecvlogical,
@@ -23,11 +25,22 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Highwater, Self::Baseline, Self::PgRecvlogical, Self::Receiver, Self::PlainRecv];
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Highwater,
+        Self::Described,
+        Self::Baseline,
+        Self::PgRecvlogical,
+        Self::Receiver,
+        Self::PlainRecv,
+    ];
 
     pub(crate) fn is_sidecar(self) -> bool {
-        matches!(self, Self::Highwater | Self::Baseline)
+        matches!(self, Self::Highwater | Self::Described | Self::Baseline)
+    }
+
+    /// The kind of the rows that it archives.
+    pub(crate) fn kind(self) -> &'static str {
+        if self == Self::Described { measure::LIKE_PSI } else { "psi" }
     }
 }
 
@@ -35,6 +48,7 @@ impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Highwater => "highwater",
+            Self::Described => "described table",
             Self::Baseline => "baseline",
             Self::PgRecvlogical => "pg_recvlogical",
             Self::Receiver => "our receiver",
@@ -103,6 +117,9 @@ impl Running {
     pub(crate) fn start(contender: Contender, task: &Task<'_>) -> Self {
         let program = match contender {
             Contender::Highwater => return Self::Sidecar(task.launch().start()),
+            Contender::Described => {
+                return Self::Sidecar(measure::describing(task.launch(), task.folder).start());
+            }
             Contender::Baseline => {
                 let program = task.baseline.expect("BENCH_BASELINE names the binary");
                 return Self::Sidecar(task.launch().program(program).start());

@@ -9,12 +9,18 @@ use tokio_postgres::types::PgLsn;
 
 use super::contender::{Contender, Running, Task, Transport};
 use super::measure::process::Watched;
-use super::measure::{DATABASE, LOOK_INTERVAL, NAME, RUN_DEADLINE, launch, new_folder, new_server};
+use super::measure::{
+    DATABASE, LIKE_PSI, LOOK_INTERVAL, NAME, RUN_DEADLINE, create_like_psi, describing, launch, new_folder,
+    new_server,
+};
 use super::support::cluster::Cluster;
 use super::{Outcome, Wish};
 
 /// Rows of a transaction: what five models with 20 features of 10 bins write in a minute.
 const TRANSACTION_ROWS: u64 = 5 * 20 * 10;
+
+/// A slot that stands between the rows of both tables.
+const DESCRIBED_SLOT: &str = "bench_described";
 
 /// A server whose slot has the rows still before it.
 #[derive(Debug)]
@@ -24,6 +30,8 @@ pub(crate) struct Source {
     rows: u64,
     /// Beyond the last transaction; one more row lies beyond it, so that every reader sees that it is passed.
     end: Lsn,
+    /// The same of the rows of the described table, which come behind the others.
+    described_end: Lsn,
     max_lag: String,
     baseline: Option<PathBuf>,
 }
@@ -32,45 +40,55 @@ impl Source {
     /// A new server with rows to drain.
     pub(crate) async fn new(wish: &Wish) -> Self {
         let (cluster, client) = new_server().await;
+        create_like_psi(&client, "").await;
+        let folder = new_folder();
+        let launch = launch(&cluster.uri_unix(DATABASE), folder.path(), NAME);
         // This slot is only copied.
-        launch(&cluster.uri_unix(DATABASE), new_folder().path(), NAME).must(&["setup"]);
+        describing(launch, folder.path()).must(&["setup"]);
         let transactions = wish.rows.div_ceil(TRANSACTION_ROWS).max(1);
-        write_rows(&client, transactions).await;
-        let sql = "select pg_current_wal_insert_lsn()";
-        let end: PgLsn = client.query_one(sql, &[]).await.expect("position").get(0);
-        write_rows(&client, 1).await;
+        let end = write_all(&client, "scouter.psi_drift", transactions).await;
+        let sql = "select pg_create_logical_replication_slot($1, 'pgoutput')";
+        client.execute(sql, &[&DESCRIBED_SLOT]).await.expect("slot");
+        let described_end = write_all(&client, &format!("public.{LIKE_PSI}"), transactions).await;
         client.batch_execute("checkpoint").await.expect("checkpoint");
         let rows = transactions * TRANSACTION_ROWS;
         let (max_lag, baseline) = (wish.max_lag.clone(), wish.baseline.clone());
-        Self { cluster, client, rows, end: Lsn(end.into()), max_lag, baseline }
+        Self { cluster, client, rows, end, described_end, max_lag, baseline }
     }
 
     /// Lets a contender drain a copy of the slot.
     pub(crate) async fn run(&self, contender: Contender, transport: Transport) -> Outcome {
         let folder = new_folder();
         let slot = "bench_copy";
+        let end = self.end_of(contender);
         let task = Task {
             cluster: &self.cluster,
             database: DATABASE,
             transport,
             slot,
             publication: NAME,
-            end: self.end,
+            end,
             max_lag: &self.max_lag,
             baseline: self.baseline.as_deref(),
             folder: folder.path(),
         };
         let copy = "select from pg_copy_logical_replication_slot($1, $2)";
-        self.client.execute(copy, &[&NAME, &slot]).await.expect("copy of the slot");
+        let of = if contender == Contender::Described { DESCRIBED_SLOT } else { NAME };
+        self.client.execute(copy, &[&of, &slot]).await.expect("copy of the slot");
         self.forget_archive(slot).await;
-        let outcome = self.watch(Running::start(contender, &task), slot).await;
+        let outcome = self.watch(Running::start(contender, &task), slot, end).await;
         if contender.is_sidecar() {
-            let sql = "select row_count from highwater.watermark where kind = 'psi'";
-            let archived: i64 = self.client.query_one(sql, &[]).await.expect("watermark").get(0);
+            let sql = "select row_count from highwater.watermark where kind = $1";
+            let archived: i64 =
+                self.client.query_one(sql, &[&contender.kind()]).await.expect("watermark").get(0);
             assert_eq!(u64::try_from(archived), Ok(self.rows + TRANSACTION_ROWS), "rows in the archive");
         }
         self.client.execute("select pg_drop_replication_slot($1)", &[&slot]).await.expect("slot");
         outcome
+    }
+
+    fn end_of(&self, contender: Contender) -> Lsn {
+        if contender == Contender::Described { self.described_end } else { self.end }
     }
 
     /// The watermark rows as `highwater setup` leaves them, for a copy of the slot.
@@ -84,7 +102,7 @@ impl Source {
     }
 
     /// Follows a run to its end.
-    async fn watch(&self, mut running: Running, slot: &str) -> Outcome {
+    async fn watch(&self, mut running: Running, slot: &str, end: Lsn) -> Outcome {
         let start = Instant::now();
         let (mut client, mut sender) = (Watched::default(), Watched::default());
         client.pid = Some(running.pid());
@@ -94,13 +112,13 @@ impl Source {
             sender.look();
             let state = self.slot_state(slot).await;
             sender.pid = state.active_pid.or(sender.pid);
-            if sent.is_none() && state.sent >= self.end {
+            if sent.is_none() && state.sent >= end {
                 sent = Some(start.elapsed());
             }
             let is_over = match &mut running {
                 Running::Sidecar(sidecar) => {
                     assert!(sidecar.ended().is_none(), "the sidecar has ended:\n{}", sidecar.log());
-                    state.confirmed >= self.end
+                    state.confirmed >= end
                 }
                 Running::Program(child) => child.try_wait().expect("wait").is_some_and(|status| {
                     assert!(status.success(), "{status}");
@@ -119,7 +137,7 @@ impl Source {
             sender.look();
             assert!(sidecar.terminate(Duration::from_secs(60)).await.success(), "{}", sidecar.log());
         }
-        self.released(slot).await;
+        self.released(slot, end).await;
         let (client, sender) = (client.usage, sender.usage);
         Outcome { rows: self.rows, wall, sent: sent.unwrap_or(wall), client, sender }
     }
@@ -136,11 +154,11 @@ impl Source {
     }
 
     /// Waits until no walsender holds the slot, and makes sure that everything was acknowledged.
-    async fn released(&self, slot: &str) {
+    async fn released(&self, slot: &str, end: Lsn) {
         let released = async || self.slot_state(slot).await.active_pid.is_none().then_some(());
         super::support::wait::until("the slot is released", Duration::from_secs(30), released).await;
         let confirmed = self.slot_state(slot).await.confirmed;
-        assert!(confirmed >= self.end, "acknowledged only up to {confirmed}, not {}", self.end);
+        assert!(confirmed >= end, "acknowledged only up to {confirmed}, not {end}");
     }
 }
 
@@ -152,8 +170,17 @@ struct SlotState {
     sent: Lsn,
 }
 
+/// So many transactions, and the position behind them; one more lies behind that.
+async fn write_all(client: &Client, table: &str, transactions: u64) -> Lsn {
+    write_rows(client, table, transactions).await;
+    let end: PgLsn =
+        client.query_one("select pg_current_wal_insert_lsn()", &[]).await.expect("position").get(0);
+    write_rows(client, table, 1).await;
+    Lsn(end.into())
+}
+
 /// A transaction for each of so many minutes up to now, with the same numbers every time.
-async fn write_rows(client: &Client, transactions: u64) {
+async fn write_rows(client: &Client, table: &str, transactions: u64) {
     // Each by itself: a block commits only where no transaction has been begun for it.
     for sql in ["set synchronous_commit = off", "select setseed(0.5)"] {
         client.batch_execute(sql).await.expect("settings");
@@ -163,7 +190,7 @@ async fn write_rows(client: &Client, transactions: u64) {
          declare base timestamptz := date_trunc('minute', now());
          begin
             for minute in reverse {transactions}..1 loop
-                insert into scouter.psi_drift (created_at, space, name, version, feature, bin_id, bin_count)
+                insert into {table} (created_at, space, name, version, feature, bin_id, bin_count)
                 select base - minute * interval '1 minute' + interval '1 second' * {offset}, 'shop', 'model ' || model,
                        '1.0.0', 'feature_' || feature, bin, 1000 * random()
                   from generate_series(1, 5) model, generate_series(1, 20) feature, generate_series(0, 9) bin

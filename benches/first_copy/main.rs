@@ -1,8 +1,10 @@
 //! The first copy of a full table, beside what the server can give: `psql`'s `\copy` to nowhere, of the same partitions.
 //!
 //! ```text
-//! highwater   the release binary, from its start until the table's state is `streaming`: Parquet, commits, watermarks
-//! psql        \copy ... to /dev/null (format binary), partition by partition, in one session
+//! highwater        the release binary, from its start until the table's state is `streaming`: Parquet, commits, watermarks
+//! described table  the same of a table of the same shape and rows that the settings describe
+//! baseline         another build of the sidecar, if `BENCH_BASELINE` is the path of one
+//! psql             \copy ... to /dev/null (format binary), partition by partition, in one session
 //! ```
 //!
 //! `BENCH_ROWS` (5,000,000), `BENCH_ROUNDS` (3). They take turns over the Unix socket.
@@ -22,12 +24,13 @@ mod measure;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use measure::process::{Usage, Watched};
-use measure::{DATABASE, LOOK_INTERVAL, NAME, RUN_DEADLINE};
-use measure::{load_average, number};
+use measure::{DATABASE, LIKE_PSI, LOOK_INTERVAL, NAME, RUN_DEADLINE};
+use measure::{create_like_psi, load_average, number, text};
 use support::cluster::Cluster;
 use tokio_postgres::Client;
 
@@ -47,35 +50,70 @@ async fn main() {
     );
     // The first to read would read from the disk, and set hint bits.
     psql(&cluster);
-    let (mut own, mut bare) = (Vec::new(), Vec::new());
+    let mut outcomes: Vec<(Contender, Vec<Outcome>)> =
+        contenders().into_iter().map(|contender| (contender, Vec::new())).collect();
     for round in 1..=rounds {
-        own.push(highwater(&cluster, &client, rows).await);
-        bare.push(psql(&cluster));
-        for (name, outcomes) in [("highwater", &own), ("psql", &bare)] {
-            let (seconds, usage) = outcomes.last().expect("a round");
+        for (contender, outcomes) in &mut outcomes {
+            let (seconds, usage) = match contender {
+                Contender::Psql => psql(&cluster),
+                _ => highwater(&cluster, &client, rows, contender).await,
+            };
             println!(
-                "round {round}: {name}: {seconds:.2} s, CPU {:.2} s, {} MB",
+                "round {round}: {}: {seconds:.2} s, CPU {:.2} s, {} MB",
+                contender.name(),
                 usage.cpu().as_secs_f64(),
                 usage.peak_bytes >> 20
             );
+            outcomes.push((seconds, usage));
         }
     }
     println!(
-        "\n| contender | rows/s | s | CPU s per million rows | peak MB |\n| --- | ---: | ---: | ---: | ---: |"
+        "\n| contender | rows/s | s | of psql | CPU s per million rows | peak MB |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     );
-    for (name, outcomes) in [("highwater", &own), ("psql", &bare)] {
+    let bare = outcomes.last().map_or(0.0, |(_, outcomes)| median(outcomes, |outcome| outcome.0));
+    for (contender, outcomes) in &outcomes {
         let seconds = median(outcomes, |outcome| outcome.0);
         let cpu = median(outcomes, |outcome| outcome.1.cpu().as_secs_f64());
         let peak = median(outcomes, |outcome| (outcome.1.peak_bytes >> 20) as f64);
         let millions = rows as f64 / 1e6;
         println!(
-            "| {name} | {:.0} | {seconds:.2} | {:.2} | {peak:.0} |",
+            "| {} | {:.0} | {seconds:.2} | {:.2} | {:.2} | {peak:.0} |",
+            contender.name(),
             rows as f64 / seconds,
+            seconds / bare,
             cpu / millions
         );
     }
-    let ratio = median(&own, |outcome| outcome.0) / median(&bare, |outcome| outcome.0);
-    println!("\nhighwater takes {ratio:.2} times as long as psql; load average {}", load_average());
+    println!("\nload average {}", load_average());
+}
+
+/// Who copies.
+enum Contender {
+    Highwater,
+    Described,
+    Baseline(PathBuf),
+    Psql,
+}
+
+impl Contender {
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Highwater => "highwater",
+            Self::Described => "described table",
+            Self::Baseline(_) => "baseline",
+            Self::Psql => "psql",
+        }
+    }
+}
+
+/// The bare one last.
+fn contenders() -> Vec<Contender> {
+    let baseline = text("BENCH_BASELINE").map(PathBuf::from).map(Contender::Baseline);
+    [Contender::Highwater, Contender::Described]
+        .into_iter()
+        .chain(baseline)
+        .chain([Contender::Psql])
+        .collect()
 }
 
 fn median(outcomes: &[Outcome], figure: impl Fn(&Outcome) -> f64) -> f64 {
@@ -84,6 +122,7 @@ fn median(outcomes: &[Outcome], figure: impl Fn(&Outcome) -> f64) -> f64 {
 
 /// Fills a partition a day with the rows of 5 models with 20 features of 10 bins; how many there are.
 async fn fill(client: &Client, rows: u64) -> u64 {
+    create_like_psi(client, "partition by range (created_at)").await;
     let minutes = rows / DAYS / 1000;
     for day in 1..=DAYS {
         let sql = format!(
@@ -93,7 +132,10 @@ async fn fill(client: &Client, rows: u64) -> u64 {
              select '2026-01-{day:02} 00:00+00'::timestamptz + minute * interval '1 minute', 'shop', 'model ' || model,
                     '1.0.0', 'feature_' || feature, bin, 1000 * random()
              from generate_series(0, {minutes} - 1) minute, generate_series(1, 5) model,
-                  generate_series(1, 20) feature, generate_series(0, 9) bin",
+                  generate_series(1, 20) feature, generate_series(0, 9) bin;
+             create table public.{LIKE_PSI}_{day} partition of public.{LIKE_PSI}
+                 for values from ('2026-01-{day:02} 00:00+00') to ('2026-01-{next:02} 00:00+00');
+             insert into public.{LIKE_PSI} select * from scouter.day_{day}",
             next = day + 1,
         );
         client.batch_execute(&sql).await.expect("rows");
@@ -105,17 +147,25 @@ async fn fill(client: &Client, rows: u64) -> u64 {
 }
 
 /// A copy from nothing.
-async fn highwater(cluster: &Cluster, client: &Client, rows: u64) -> Outcome {
+async fn highwater(cluster: &Cluster, client: &Client, rows: u64, contender: &Contender) -> Outcome {
     let folder = measure::new_folder();
     let launch = measure::launch(&cluster.uri_unix(DATABASE), folder.path(), NAME);
+    let (launch, kind) = match contender {
+        // A schema without drift tables.
+        Contender::Described => {
+            (measure::describing(launch.with("HIGHWATER_SCHEMA", "public"), folder.path()), LIKE_PSI)
+        }
+        Contender::Baseline(program) => (launch.program(program), "psi"),
+        Contender::Highwater | Contender::Psql => (launch, "psi"),
+    };
     launch.must(&["setup"]);
     let start = Instant::now();
     let mut sidecar = launch.start();
     let mut watched = Watched { pid: Some(sidecar.pid()), ..Watched::default() };
-    let sql = "select state = 'streaming', row_count from highwater.watermark where kind = 'psi'";
+    let sql = "select state = 'streaming', row_count from highwater.watermark where kind = $1";
     loop {
         watched.look();
-        let row = client.query_one(sql, &[]).await.expect("watermark");
+        let row = client.query_one(sql, &[&kind]).await.expect("watermark");
         if row.get(0) {
             assert_eq!(u64::try_from(row.get::<_, i64>(1)), Ok(rows), "rows in the archive");
             break;

@@ -52,6 +52,27 @@ pub(crate) fn launch(uri: &str, folder: &Path, slot: &str) -> Launch {
     Launch::new(uri, &folder.join("archive"), slot, &folder.join("log"))
 }
 
+/// A table of the shape of `psi_drift` that only the settings describe: its name, and that of its folder.
+pub(crate) const LIKE_PSI: &str = "like_psi";
+
+/// The same with [`LIKE_PSI`], in schema `public`, in its settings.
+pub(crate) fn describing(launch: Launch, folder: &Path) -> Launch {
+    let file = folder.join("highwater.toml");
+    let section = format!(
+        "[[table]]\nsource = 'public.{LIKE_PSI}'\nentity = ['space', 'name', 'version']\nsort = ['feature', 'bin_id']\n\
+         exclude = ['updated_at', 'archived']\n"
+    );
+    std::fs::write(&file, section).expect("settings");
+    launch.configured(&file)
+}
+
+/// Makes [`LIKE_PSI`], with the columns of `psi_drift`.
+pub(crate) async fn create_like_psi(client: &Client, partitioned: &str) {
+    let sql =
+        format!("create table public.{LIKE_PSI} (like scouter.psi_drift including defaults) {partitioned}");
+    client.batch_execute(&sql).await.expect("a table like psi_drift");
+}
+
 /// A folder for one run, removed when dropped.
 pub(crate) fn new_folder() -> TempDir {
     tempfile::Builder::new().prefix("highwater-bench-").tempdir().expect("temporary folder")

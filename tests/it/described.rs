@@ -42,7 +42,7 @@ const ROWS: &str = r#"
            inet '10.0.0.1' + n, n * interval '3 hours 1 second', int4range(n, n + 5)
     from generate_series($2::int, $3::int) n"#;
 
-async fn create(client: &Client, weeks: i64) {
+pub(crate) async fn create(client: &Client, weeks: i64) {
     client.batch_execute(WIDE).await.unwrap();
     let monday = monday();
     for week in -weeks..=1 {
@@ -58,13 +58,13 @@ async fn create(client: &Client, weeks: i64) {
 }
 
 /// The beginning of this week.
-fn monday() -> chrono::NaiveDate {
+pub(crate) fn monday() -> chrono::NaiveDate {
     use chrono::Datelike as _;
     let today = chrono::Utc::now().date_naive();
     today - chrono::Days::new(today.weekday().num_days_from_monday().into())
 }
 
-async fn fill(client: &Client, week: i64, rows: std::ops::RangeInclusive<i32>) {
+pub(crate) async fn fill(client: &Client, week: i64, rows: std::ops::RangeInclusive<i32>) {
     let start = (monday() + chrono::Duration::weeks(week)).and_hms_opt(0, 1, 0).unwrap();
     client.execute(ROWS, &[&start, rows.start(), rows.end()]).await.unwrap();
 }

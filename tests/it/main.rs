@@ -54,5 +54,6 @@ mod values;
 mod verify;
 mod versions;
 mod waiting;
+mod wide;
 mod windows;
 mod writers;

@@ -1,6 +1,7 @@
 """Opens archived tables with another engine and prints each row as the tests write it.
 
-Usage: reader.py FOLDER [deltalake|polars|duckdbVERSION]. One line a row: time in microseconds, texts as JSON, doubles by their bits.
+Usage: reader.py FOLDER [deltalake|polars|duckdbVERSION [COLUMN,...]]. One line a row: time in microseconds, texts as JSON, doubles by
+their bits.
 """
 
 import json
@@ -40,7 +41,11 @@ else:
     files = table.file_uris()
     rows = pyarrow.table({})
     if files:
-        rows = session.sql("select * from read_parquet(?)", params=[files]).to_arrow_table()
+        # Files may be older than a column.
+        query = "select * from read_parquet(?, union_by_name = true)"
+        rows = session.sql(query, params=[files]).to_arrow_table()
+if len(sys.argv) > 3:
+    rows = rows.select(sys.argv[3].split(","))
 columns = []
 for field in rows.schema:
     column = rows.column(field.name)

@@ -74,13 +74,19 @@ fn output_of(command: &mut Command) -> String {
 
 /// The rows as `reader.py` prints them.
 pub(crate) fn read_by_python(table: &Path, engine: &str) -> Vec<String> {
+    read_columns(table, engine, None)
+}
+
+/// The same of these columns, with commas between them.
+pub(crate) fn read_columns(table: &Path, engine: &str, columns: Option<&str>) -> Vec<String> {
     let mut command = Command::new(python("reader"));
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("target").join(engine);
     if engine != "duckdb" && engine.starts_with("duckdb") {
         assert!(own.exists(), "{} is missing: run `scripts/setup reader`", own.display());
         command.env("PYTHONPATH", own);
     }
-    output_of(command.arg(script("reader.py")).arg(table).arg(engine)).lines().map(str::to_owned).collect()
+    command.arg(script("reader.py")).arg(table).arg(engine).args(columns);
+    output_of(&mut command).lines().map(str::to_owned).collect()
 }
 
 /// What the README's snippet shows, and the rows of each table as `spark.py` prints them, by table and mode.
