@@ -19,6 +19,7 @@ mod columns;
 mod connection;
 mod crash;
 mod described;
+mod earlier;
 mod embed;
 mod encodings;
 mod failover;

@@ -256,6 +256,25 @@ impl Cluster {
         cluster
     }
 
+    /// The server of a data folder that was stopped, which is copied.
+    pub fn of_data(data: &Path) -> Self {
+        let (bin, home) = (server_bin(), new_home());
+        must(Command::new("cp").arg("-a").arg(data).arg(home.join("data")), "cp");
+        must(Command::new("chmod").args(["-R", "go-rwx"]).arg(home.join("data")), "chmod");
+        if let Some(user) = server_user() {
+            must(Command::new("chown").args(["-R", user]).arg(home.join("data")), "chown");
+        }
+        let cluster = Self { port: free_port(), guard: start_guard(&bin, &home), bin, home };
+        let (port, folder) = (cluster.port.to_string(), cluster.home.display().to_string());
+        cluster.conf(&[
+            ("listen_addresses", "127.0.0.1"),
+            ("port", &port),
+            ("unix_socket_directories", &folder),
+        ]);
+        cluster.start();
+        cluster
+    }
+
     /// A copy of this cluster (`pg_basebackup`) on a port of its own, promoted: the same system, another timeline, no slots.
     pub fn promoted_copy(&self) -> Self {
         let copy = self.standby();
