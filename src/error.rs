@@ -58,6 +58,12 @@ pub enum Error {
         /// What was wrong.
         detail: String,
     },
+    /// A session ends on purpose: the next one begins with what this one has found out.
+    #[error("{detail}")]
+    Anew {
+        /// What that is.
+        detail: String,
+    },
     /// The replication slot or the publication can't be used as it is.
     #[error("replication slot {slot:?}: {detail}")]
     Slot {
@@ -172,9 +178,10 @@ impl Error {
                 Some(code) => server_policy(code.code()),
                 None => Policy::Retry,
             },
-            Self::Slot { transient: true, .. } | Self::Conflict { .. } | Self::Vanished { .. } => {
-                Policy::Retry
-            }
+            Self::Slot { transient: true, .. }
+            | Self::Anew { .. }
+            | Self::Conflict { .. }
+            | Self::Vanished { .. } => Policy::Retry,
             Self::Slot { .. } => stop("run `highwater check`"),
             Self::Protocol { .. } => {
                 stop("check that the server is PostgreSQL 15 or later; report this otherwise")

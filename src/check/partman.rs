@@ -7,7 +7,7 @@ use super::tables::Table;
 use super::{Report, identifier, literal, qualified};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::tables::ENTITY_TABLE;
+use crate::tables::{ENTITY_TABLE, SCOUTER_TABLES};
 
 // Extensions live in whatever schema they were created in.
 const PART_CONFIG: &str = "
@@ -44,10 +44,15 @@ pub(super) async fn check(
         report.warning("partman", part_config, message, remedy);
         return Ok(());
     }
+    // Without sections those of Scouter's tables that exist are archived, too.
+    let by_default = SCOUTER_TABLES.iter().filter(|_| config.tables.is_empty());
+    let by_default = by_default.map(|table| format!("{}.{}", config.schema, table.name));
     let names: Vec<_> = tables
         .iter()
         .filter(|table| table.name != ENTITY_TABLE)
         .map(|table| format!("{}.{}", config.schema, table.name))
+        .chain(config.tables.iter().map(|table| table.qualified(&config.schema)))
+        .chain(by_default)
         .collect();
     // pg_partman keeps the parent's name unquoted. Casts, because its column types change. Sub-partitioned sets have a
     // retention each.

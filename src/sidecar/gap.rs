@@ -95,8 +95,8 @@ pub(crate) async fn incomplete(client: &Client, slot: &str, publication: &str) -
 }
 
 /// The error that ends a session whose successor has something to mend.
-pub(crate) fn to_be_mended(slot: &str, tables: &[Watermark]) -> Error {
+pub(crate) fn to_be_mended(tables: &[Watermark]) -> Error {
     let names: Vec<&str> = tables.iter().map(|row| row.source_table.as_str()).collect();
-    let detail = format!("rows of {} are to be added; the stream begins anew for that", names.join(", "));
-    Error::Slot { slot: slot.to_owned(), detail, transient: true }
+    let names = names.join(", ");
+    Error::Anew { detail: format!("rows of {names} are to be added; the stream begins anew for that") }
 }

@@ -61,6 +61,11 @@ pub(crate) async fn run(
             Ok(Ended::Unopened) => return failure.map_or(Ok(()), Err),
             Err(error) => error,
         };
+        if let Error::Anew { detail } = &error {
+            tracing::info!("{detail}");
+            sleep(RETRY_PAUSE.0).await;
+            continue;
+        }
         phase.send_replace(Phase::Failed);
         refused_since = error.is_refused_password().then(|| refused_since.unwrap_or_else(Instant::now));
         // A table that somebody has made unusable stops alone: the next session goes on without it.

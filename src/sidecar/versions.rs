@@ -87,9 +87,8 @@ pub(super) async fn can_join(config: &Config, sql: &mut Session, wants: &Wants) 
 
 /// The error that ends a session whose successor streams the publication.
 pub(super) fn to_be_joined(config: &Config) -> Error {
-    let detail = format!(
-        "publication {} can be streamed by now; the stream begins anew",
-        config.versions_publication()
-    );
-    Error::Slot { slot: config.slot.clone(), detail, transient: true }
+    let publication = config.versions_publication();
+    Error::Anew {
+        detail: format!("publication {publication} can be streamed by now; the stream begins anew"),
+    }
 }

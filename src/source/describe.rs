@@ -47,21 +47,33 @@ async fn describing(
 ) -> Result<Config> {
     let mut kinds: Vec<Kind> = Vec::new();
     for settings in config.tables.iter().chain(defaults) {
+        let mut broken = None;
         let archived = match storage {
             Some(storage) => match archive::described(storage, &settings.folder).await {
                 // The claim meets the same, and leaves the table out alone.
                 Err(error @ Error::Delta { .. }) => {
-                    tracing::debug!(table = settings.source, error = error.chain(), "its log says nothing");
+                    broken = Some(error);
                     None
                 }
                 described => described?,
             },
             None => None,
         };
-        kinds.push(match archived {
-            Some(kind) => same(config, settings, kind)?,
-            None => from_catalog(config, client, settings).await?,
-        });
+        let kind = match archived {
+            Some(kind) => same(config, settings, kind),
+            None => from_catalog(config, client, settings).await,
+        };
+        match (kind, broken) {
+            (Ok(kind), _) => kinds.push(kind),
+            // Nothing says what it is: neither its log nor the catalog.
+            (Err(error @ Error::Setting { .. }), Some(broken)) => tracing::error!(
+                table = settings.source,
+                error = broken.chain(),
+                catalog = error.chain(),
+                "the table's archive can't be read, and it can't be described anew; it is left out until the next start"
+            ),
+            (Err(error), _) => return Err(error),
+        }
     }
     // What is archived stays so, whatever becomes of its section.
     if let Some(storage) = storage {

@@ -32,6 +32,7 @@ mod intruder;
 mod liar;
 mod moved;
 mod partition;
+mod partman;
 mod purge;
 mod purge_load;
 mod query;

@@ -84,7 +84,7 @@ impl<'a> Work<'a> {
         let new = decoder.new_columns(source.oid);
         if backfill.wants.columns(new) {
             let detail = format!("{} has got new columns; it is read once the archive has them", source.name);
-            return Err(Error::Slot { slot: config.slot.clone(), detail, transient: true });
+            return Err(Error::Anew { detail });
         }
         let compared = source.compared(kind);
         let quarantine = table_of(backfill.tables, Kind::quarantine())?;

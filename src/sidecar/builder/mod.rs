@@ -92,7 +92,6 @@ pub(crate) struct Builder {
     /// When it may be answered.
     answer_at: Instant,
     quarantined: u64,
-    slot: String,
     publication: String,
     schema: String,
     kinds: Vec<Kind>,
@@ -143,7 +142,6 @@ impl Builder {
             wanted: None,
             answer_at: Instant::now(),
             quarantined: 0,
-            slot: config.slot.clone(),
             publication: config.publication.clone(),
             schema: config.schema.clone(),
             kinds: config.kinds(),

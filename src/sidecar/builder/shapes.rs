@@ -58,7 +58,11 @@ impl Builder {
         }
         self.texts.wants.texts();
         let table = self.decoder.table_name(relation).unwrap_or_default();
-        Err(self.anew(format!("{table} has a column of a type that only its text tells; the stream begins anew, with all values as text")))
+        Err(Error::Anew {
+            detail: format!(
+                "{table} has a column of a type that only its text tells; the stream begins anew, with all values as text"
+            ),
+        })
     }
 
     /// Columns of which no row has come yet: who asks for a checkpoint is to find them in the archive, too.
@@ -84,13 +88,9 @@ impl Builder {
         if !self.texts.wants.columns(new) {
             return Ok(());
         }
-        Err(self.anew(format!(
-            "new columns ({}) are added to the archive; then the stream begins anew",
-            names.join(", ")
-        )))
-    }
-
-    fn anew(&self, detail: String) -> Error {
-        Error::Slot { slot: self.slot.clone(), detail, transient: true }
+        let names = names.join(", ");
+        Err(Error::Anew {
+            detail: format!("new columns ({names}) are added to the archive; then the stream begins anew"),
+        })
     }
 }

@@ -60,7 +60,7 @@ impl Committer {
                     "the archive's table {} can be used again; the stream begins anew with it",
                     kind.name()
                 );
-                return Err(Error::Slot { slot: config.slot.clone(), detail, transient: true });
+                return Err(Error::Anew { detail });
             }
         }
         Ok(())
@@ -87,7 +87,7 @@ impl Committer {
         }
         match looked {
             Ok(mendable) if mendable.is_empty() => Ok(()),
-            Ok(mendable) => Err(gap::to_be_mended(slot, &mendable)),
+            Ok(mendable) => Err(gap::to_be_mended(&mendable)),
             // The next look is in a few seconds.
             Err(error) => {
                 tracing::debug!(error = error.chain(), "could not look for gaps");
