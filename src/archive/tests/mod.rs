@@ -7,6 +7,7 @@ mod encoding;
 mod hostile;
 mod stores;
 mod upkeep;
+mod versions;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
