@@ -40,7 +40,9 @@ impl Source {
     /// A new server with rows to drain.
     pub(crate) async fn new(wish: &Wish) -> Self {
         let (cluster, client) = new_server().await;
-        create_like_psi(&client, "").await;
+        create_like_psi(&client).await;
+        let sql = format!("create table public.{LIKE_PSI}_default partition of public.{LIKE_PSI} default");
+        client.batch_execute(&sql).await.expect("a partition");
         let folder = new_folder();
         let launch = launch(&cluster.uri_unix(DATABASE), folder.path(), NAME);
         // This slot is only copied.

@@ -122,7 +122,7 @@ fn median(outcomes: &[Outcome], figure: impl Fn(&Outcome) -> f64) -> f64 {
 
 /// Fills a partition a day with the rows of 5 models with 20 features of 10 bins; how many there are.
 async fn fill(client: &Client, rows: u64) -> u64 {
-    create_like_psi(client, "partition by range (created_at)").await;
+    create_like_psi(client).await;
     let minutes = rows / DAYS / 1000;
     for day in 1..=DAYS {
         let sql = format!(

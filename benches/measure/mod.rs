@@ -66,10 +66,11 @@ pub(crate) fn describing(launch: Launch, folder: &Path) -> Launch {
     launch.configured(&file)
 }
 
-/// Makes [`LIKE_PSI`], with the columns of `psi_drift`.
-pub(crate) async fn create_like_psi(client: &Client, partitioned: &str) {
-    let sql =
-        format!("create table public.{LIKE_PSI} (like scouter.psi_drift including defaults) {partitioned}");
+/// Makes [`LIKE_PSI`], with the columns, the keys and the partitioning of `psi_drift`; partitions are the caller's.
+pub(crate) async fn create_like_psi(client: &Client) {
+    let sql = format!(
+        "create table public.{LIKE_PSI} (like scouter.psi_drift including all) partition by range (created_at)"
+    );
     client.batch_execute(&sql).await.expect("a table like psi_drift");
 }
 
