@@ -100,7 +100,10 @@ impl Source {
                           max_created_at = null, row_count = 0, file_count = 0, byte_count = 0
                      from pg_replication_slots s where s.slot_name = $1";
         self.client.execute(sql, &[&slot]).await.expect("watermarks");
-        self.client.batch_execute("truncate highwater.entity_watermark").await.expect("watermarks");
+        self.client
+            .batch_execute("truncate highwater.entity_watermark, highwater.archive_log")
+            .await
+            .expect("watermarks");
     }
 
     /// Follows a run to its end.

@@ -34,7 +34,7 @@ pub(crate) use entity::ENTITY_TEXT_BYTES_MAX;
 use entity::EntityCache;
 use relation::{Known, Role, Table, Target};
 pub use relation::{NewColumn, Notice};
-use row::{Outcome, Rejection, Row, Scratch, checked};
+use row::{Before, Outcome, Rejection, Row, Scratch, checked};
 pub(crate) use settled::Settled;
 use source_type::SourceType;
 use transaction::Transaction;
@@ -275,6 +275,23 @@ impl Decoder {
         Ok(false)
     }
 
+    /// Whether an update that [has moved](Self::has_moved) a row has left values alone that the log has nowhere: neither what is new nor
+    /// what was tells them, and there is no version before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::insert`].
+    pub fn has_lost_values(&self, update: &Update<'_>) -> Result<bool, InsertError> {
+        let Some(table) = self.tables.get(&update.relation).filter(|_| !update.is_whole) else {
+            return Ok(false);
+        };
+        let mut has_lost = false;
+        for (column, value) in table.columns.iter().zip(checked(update.tuple, table)?) {
+            has_lost |= value? == Value::Unchanged && column.role.is_some();
+        }
+        Ok(has_lost)
+    }
+
     /// Appends a row to the batches.
     ///
     /// # Errors
@@ -282,7 +299,7 @@ impl Decoder {
     /// The bytes are not a row of a known table.
     #[inline]
     pub fn insert(&mut self, insert: &Insert<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
-        self.change(Change::Insert, insert, false, batches)
+        self.change(Change::Insert, insert, Before::Nothing, batches)
     }
 
     /// Appends what an update has made of a row, if versions of it are kept.
@@ -292,7 +309,12 @@ impl Decoder {
     /// As [`Decoder::insert`].
     pub fn update(&mut self, update: &Update<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
         let row = Insert { relation: update.relation, tuple: update.tuple };
-        self.change(Change::Update, &row, update.old.is_none(), batches)
+        let before = match update.old {
+            Some(old) if update.is_whole => Before::Row(old),
+            Some(_) => Before::Nothing,
+            None => Before::Unknown,
+        };
+        self.change(Change::Update, &row, before, batches)
     }
 
     /// Appends that a row is gone, if versions of it are kept.
@@ -302,16 +324,16 @@ impl Decoder {
     /// As [`Decoder::insert`].
     pub fn delete(&mut self, delete: &Delete<'_>, batches: &mut Batches) -> Result<Inserted, InsertError> {
         let row = Insert { relation: delete.relation, tuple: delete.old };
-        self.change(Change::Delete, &row, false, batches)
+        self.change(Change::Delete, &row, Before::Nothing, batches)
     }
 
-    /// Appends a version of a row; `is_alone` if nothing tells what it was before.
+    /// Appends a version of a row.
     #[inline]
     fn change(
         &mut self,
         change: Change,
         insert: &Insert<'_>,
-        is_alone: bool,
+        before: Before<'_>,
         batches: &mut Batches,
     ) -> Result<Inserted, InsertError> {
         let table = self.tables.get(&insert.relation).ok_or(InsertError::UnknownRelation(insert.relation))?;
@@ -321,7 +343,7 @@ impl Decoder {
             Target::Entities(_) => return Ok(Inserted::Done),
             Target::Kind(kind, _) => kind,
         };
-        let version = kind.keeps_versions().then(|| self.transaction.version(kind, change, is_alone));
+        let version = kind.keeps_versions().then(|| self.transaction.version(kind, change, before));
         if version.is_none() && change != Change::Insert {
             return Ok(Inserted::Done);
         }
@@ -428,6 +450,11 @@ fn asks(
 /// its value.
 pub(crate) fn is_about_column(reason: &str) -> bool {
     unfit::is_about_column(reason)
+}
+
+/// Whether a quarantined row is a version that the archive can't have by what the log says of it, and can by a copy.
+pub(crate) fn is_about_version(reason: &str) -> bool {
+    unfit::is_about_version(reason)
 }
 
 /// Whether a quarantined row is there without its long values, which nobody archived.

@@ -3,7 +3,7 @@
 use super::InsertError;
 use super::charset::Charset;
 use super::entity::{self, EntityCache};
-use super::relation::{Role, Shape, Table, Target};
+use super::relation::{Role, Shape, SourceColumn, Table, Target};
 use super::unfit::Unfit;
 use super::value;
 use crate::batch::{Batches, Cell, EntityId};
@@ -51,18 +51,28 @@ pub(super) struct Row<'a> {
     pub(super) table: &'a Table,
     pub(super) charset: &'a Charset,
     /// Of a table that keeps versions.
-    pub(super) version: Option<Version>,
+    pub(super) version: Option<Version<'a>>,
+}
+
+/// What a row was before an update.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Before<'a> {
+    /// Nothing that is needed.
+    Nothing,
+    /// It may have had another time, and nobody says which.
+    Unknown,
+    /// This: it has the values that the update has left alone.
+    Row(Tuple<'a>),
 }
 
 /// A version of a row, as the archive has it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Version {
+pub(super) struct Version<'a> {
     pub(super) change: Change,
     pub(super) lsn: Lsn,
     pub(super) sequence: i64,
     pub(super) committed_at: Option<i64>,
-    /// The row may have had another time before, and nobody says which.
-    pub(super) may_have_moved: bool,
+    pub(super) before: Before<'a>,
 }
 
 /// What the rows that are decoded share.
@@ -115,11 +125,7 @@ impl<'a> Row<'a> {
     where
         'a: 'v,
     {
-        let data = self.kind.data_columns();
-        let Scratch { cells, unchanged } = scratch;
-        cells.clear();
-        cells.resize(data.len(), Cell::Null);
-        unchanged.clear();
+        scratch.clear(self.kind.data_columns().len());
         let missing = self.table.missing.as_ref();
         let mut rejection = missing.map(|missing| Rejection {
             rank: missing.rank,
@@ -131,16 +137,24 @@ impl<'a> Row<'a> {
                 rejection = Some(Rejection { rank, column, why });
             }
         };
-        if self.version.is_some_and(|version| version.may_have_moved) {
+        if self.version.is_some_and(|version| matches!(version.before, Before::Unknown)) {
             reject(0, self.kind.time_column(), Unfit::NoRowBefore);
         }
         // What identifies a row that is gone is all that the log need have of it.
         let is_delete = self.is_delete();
         let mut fields = Fields { time: 0, names: [&[]; ENTITY_COLUMNS_MAX], id: None };
         let mut values = checked(tuple, self.table)?;
+        let mut before = match self.version.map(|version| version.before) {
+            Some(Before::Row(row)) => Some(checked(row, self.table)?),
+            _ => None,
+        };
         for column in &self.table.columns {
             let Some(value) = values.next() else { break };
-            let value = value?;
+            let mut value = value?;
+            if let Some(before) = before.as_mut().and_then(Iterator::next) {
+                let before = before?;
+                value = if value == Value::Unchanged { before } else { value };
+            }
             let Some(role) = column.role else { continue };
             match role {
                 Role::Time => match value::timestamp(value, column.source_type) {
@@ -148,20 +162,8 @@ impl<'a> Row<'a> {
                     Err(why) => reject(0, &column.name, why),
                 },
                 Role::Data(place) => {
-                    let Some((spec, cell)) = data.get(place).zip(cells.get_mut(place)) else { continue };
-                    if column.is_key && value == Value::Null {
-                        reject(1 + place, &column.name, Unfit::Null);
-                    }
-                    if value == Value::Unchanged && self.version.is_some() && !column.is_key {
-                        if !unchanged.is_empty() {
-                            unchanged.push(b',');
-                        }
-                        unchanged.extend(column.name.as_bytes());
-                        continue;
-                    }
-                    match value::cell(value, column.source_type, spec, self.charset, batches) {
-                        Ok(value) => *cell = value,
-                        Err(why) => reject(1 + place, &column.name, why),
+                    if let Err(why) = self.data(place, column, value, scratch, batches) {
+                        reject(1 + place, &column.name, why);
                     }
                 }
                 Role::EntityId | Role::Entity(_) if is_delete && value == Value::Null => {}
@@ -186,6 +188,34 @@ impl<'a> Row<'a> {
             Some(Err(error)) => Err(error.into()),
             _ => Ok(rejection.map_or(Ok(fields), Err)),
         }
+    }
+
+    #[inline]
+    fn data(
+        self,
+        place: usize,
+        column: &SourceColumn,
+        value: Value<'_>,
+        scratch: &mut Scratch,
+        batches: &mut Batches,
+    ) -> Result<(), Unfit> {
+        if self.version.is_some() {
+            if column.is_key && value == Value::Null {
+                return Err(Unfit::Null);
+            }
+            // Of a row that is gone, too long a value is as good as none.
+            let is_long = self.is_delete() && matches!(value, Value::Long(_));
+            if (is_long || value == Value::Unchanged) && !column.is_key {
+                scratch.leave_out(&column.name);
+                return Ok(());
+            }
+        }
+        let Some(spec) = self.kind.data_columns().get(place) else { return Ok(()) };
+        let value = value::cell(value, column.source_type, spec, self.charset, batches)?;
+        if let Some(cell) = scratch.cells.get_mut(place) {
+            *cell = value;
+        }
+        Ok(())
     }
 
     /// The row's entity, or the entity table and the id to look up in it.
@@ -248,8 +278,24 @@ impl<'a> Row<'a> {
 }
 
 impl Scratch {
+    /// Nothing yet of a row with so many columns of data.
+    #[inline]
+    fn clear(&mut self, columns: usize) {
+        self.cells.clear();
+        self.cells.resize(columns, Cell::Null);
+        self.unchanged.clear();
+    }
+
+    /// The value of this column was not sent.
+    fn leave_out(&mut self, column: &str) {
+        if !self.unchanged.is_empty() {
+            self.unchanged.push(b',');
+        }
+        self.unchanged.extend(column.as_bytes());
+    }
+
     /// Puts in what a version says of itself.
-    fn say(&mut self, kind: Kind, version: Version, batches: &mut Batches) {
+    fn say(&mut self, kind: Kind, version: Version<'_>, batches: &mut Batches) {
         let Some([change, lsn, sequence, committed_at, unchanged]) = kind.change_places() else { return };
         let names = (!self.unchanged.is_empty()).then(|| batches.text(&self.unchanged)).flatten();
         for (place, cell) in [

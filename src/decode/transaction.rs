@@ -3,7 +3,7 @@
 use serde_json::Value as Json;
 
 use super::relation::Table;
-use super::row::Version;
+use super::row::{Before, Version};
 use crate::batch::QuarantinedRow;
 use crate::lsn::Lsn;
 use crate::pgoutput::Begin;
@@ -56,7 +56,7 @@ impl Transaction {
     }
 
     /// The next version of a row. A call that has to be made again for a row counts twice, which does no harm.
-    pub(super) fn version(&mut self, kind: Kind, change: Change, is_alone: bool) -> Version {
+    pub(super) fn version<'v>(&mut self, kind: Kind, change: Change, before: Before<'v>) -> Version<'v> {
         self.changes += 1;
         let sequence = self.changes;
         let key_has_time = || kind.row_key().iter().any(|key| key == kind.time_column());
@@ -67,14 +67,17 @@ impl Transaction {
                 lsn: Lsn(at.0.saturating_sub(1)),
                 sequence: 0,
                 committed_at: None,
-                may_have_moved: false,
+                before: Before::Nothing,
             },
             None => Version {
                 change,
                 lsn: self.final_lsn,
                 sequence,
                 committed_at: Some(self.commit_micros),
-                may_have_moved: is_alone && !key_has_time(),
+                before: match before {
+                    Before::Unknown if key_has_time() => Before::Nothing,
+                    before => before,
+                },
             },
         }
     }

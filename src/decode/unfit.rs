@@ -40,6 +40,12 @@ pub(super) fn is_about_column(reason: &str) -> bool {
     reason.ends_with(" is missing from the table") || reason.ends_with(" that is not supported")
 }
 
+/// Whether a quarantined row is a version that could not be told from the row before, whatever its values are.
+pub(super) fn is_about_version(reason: &str) -> bool {
+    reason.ends_with(" was not sent, since the update has not changed it")
+        || reason.contains(" may have changed: the update came without the row as it was")
+}
+
 /// Whether a quarantined row is there without its long values.
 pub(super) fn is_about_length(reason: &str) -> bool {
     reason.ends_with(" bytes, which makes the row longer than the memory setting allows")

@@ -93,6 +93,8 @@ pub struct Update<'a> {
     /// What the row was before: all of its values, or, if these have changed, those of its replica identity, with nulls in place of the
     /// others. `None` where the log has neither.
     pub old: Option<Tuple<'a>>,
+    /// It has all values (`replica identity full`).
+    pub is_whole: bool,
     /// The row's values.
     pub tuple: Tuple<'a>,
 }
@@ -144,12 +146,13 @@ fn parse_update(mut reader: Reader<'_>) -> Result<Update<'_>, DecodeError> {
     let relation = reader.u32("the update's relation")?;
     let mut old = None;
     let mut tag = reader.u8("the update's tuple tag")?;
+    let is_whole = tag == b'O';
     if matches!(tag, b'K' | b'O') {
         old = Some(Tuple::parse_first(&mut reader)?);
         tag = reader.u8("the update's tuple tag")?;
     }
     match tag {
-        b'N' => Ok(Update { relation, old, tuple: Tuple::parse(reader)? }),
+        b'N' => Ok(Update { relation, old, is_whole, tuple: Tuple::parse(reader)? }),
         tag => Err(DecodeError::UnknownTag { field: "tuple", tag }),
     }
 }
@@ -228,7 +231,7 @@ mod tests {
         let values = |tuple: Tuple<'_>| tuple.values().map(|value| format!("{value:?}")).collect::<Vec<_>>();
         let key = b"U\0\0\x40\x01K\0\x02t\0\0\0\x01anN\0\x02t\0\0\0\x01bu";
         let Ok(Message::Update(update)) = Message::parse(key) else { panic!("an update") };
-        assert_eq!(update.relation, 0x4001);
+        assert_eq!((update.relation, update.is_whole), (0x4001, false));
         assert_eq!(update.old.map(values), Some(vec!["Ok(Text([97]))".to_owned(), "Ok(Null)".to_owned()]));
         assert_eq!(values(update.tuple), ["Ok(Text([98]))", "Ok(Unchanged)"]);
         let Ok(Message::Update(update)) = Message::parse(b"U\0\0\x40\x01N\0\x01n") else {

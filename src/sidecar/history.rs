@@ -101,8 +101,22 @@ pub(super) async fn ensure_slot(
 /// A slot ahead of the archive means that rows were skipped.
 pub(super) async fn check_gap(config: &Config, sql: &mut Session, slot: &Slot) -> Result<()> {
     let watermarks = sql.run(watermark::read).await?;
-    // The row of a table that was left out stands still, and says so already.
-    let mut complete = watermarks.iter().filter(|row| row.state != watermark::State::Gap);
+    // The row of a table that was left out stands still, and says so already. So does that of one that nothing describes, of which
+    // nothing was archived.
+    let (known, unknown): (Vec<&Watermark>, Vec<&Watermark>) = watermarks
+        .iter()
+        .filter(|row| row.state != watermark::State::Gap && row.slot_name == config.slot)
+        .partition(|row| config.kind(&row.kind).is_some());
+    for row in unknown {
+        let table = row.source_table.as_str();
+        if sql.run(async |client| watermark::mark_one_gap(client, table).await).await? {
+            tracing::error!(
+                table,
+                "gap: neither a [[table]] section nor the archive describes the table; its purge is blocked"
+            );
+        }
+    }
+    let mut complete = known.into_iter();
     if complete.all(|row| slot.confirmed_flush_lsn <= row.flushed_lsn) {
         return Ok(());
     }

@@ -145,7 +145,8 @@ pub(crate) async fn quarantined<'a>(
     let mut settled = Settled::new(&[kind]);
     let lsn = Lsn::ZERO.to_string();
     archive::each_quarantined(storage, &paths, |row| {
-        if row.source_table == source_table && !(is_fit && decode::is_about_column(row.reason)) {
+        let is_mended = is_fit && decode::is_about_column(row.reason) || decode::is_about_version(row.reason);
+        if row.source_table == source_table && !is_mended {
             settled.add(source_table, row.row, &lsn);
         }
     })

@@ -34,21 +34,23 @@ impl RowIdentity {
                 where n.nspname = $1 and c.relname = $2),
             part as (
                 select p.oid, p.oid::regclass::text as name, p.relreplident as identity,
-                       exists (select from pg_index i where i.indrelid = p.oid and i.indisprimary and i.indisreplident) as by_key
+                       exists (select from pg_index i where i.indrelid = p.oid and i.indisprimary and i.indisvalid and i.indimmediate
+                                 and (p.relreplident = 'd' or i.indisreplident)) as by_key
                 from root r, pg_partition_tree(r.oid) t join pg_class p on p.oid = t.relid
                 where p.relkind = 'r'
                 union all
                 -- A plain table is in no tree.
                 select p.oid, p.oid::regclass::text, p.relreplident,
-                       exists (select from pg_index i where i.indrelid = p.oid and i.indisprimary and i.indisreplident)
+                       exists (select from pg_index i where i.indrelid = p.oid and i.indisprimary and i.indisvalid and i.indimmediate
+                               and (p.relreplident = 'd' or i.indisreplident))
                 from root r join pg_class p on p.oid = r.oid
                 where p.relkind = 'r' and not exists (select from pg_partition_tree(r.oid)))
             select array(select a.attname::text
-                         from root r join pg_index i on i.indrelid = r.oid and i.indisprimary,
+                         from root r join pg_index i on i.indrelid = r.oid and i.indisprimary and i.indimmediate,
                               unnest(i.indkey::int2[]) with ordinality k (number, place)
                               join pg_attribute a on a.attrelid = (select oid from root) and a.attnum = k.number
                          order by k.place),
-                   array(select name from part where identity not in ('d', 'f') and not (identity = 'i' and by_key) order by 1),
+                   array(select name from part where identity <> 'f' and not by_key order by 1),
                    array(select name from part where identity <> 'f' order by 1),
                    array(select a.attname::text from root r join pg_attribute a on a.attrelid = r.oid
                          where a.attnum > 0 and not a.attisdropped and a.attgenerated = '' and a.attstorage <> 'p' order by a.attnum)";
@@ -66,8 +68,8 @@ impl RowIdentity {
     pub(crate) fn problem(&self, source: &str, time: &str, archived: &[ColumnSpec]) -> Option<String> {
         if self.key.is_empty() {
             return Some(format!(
-                "inserts: {source} has no primary key, which tells whose version a row is; or add one (`alter table {source} add \
-                 primary key (...)`)"
+                "inserts, or the table must have a primary key (that is not deferrable), which tells whose version a row is: alter table \
+                 {source} add primary key (...);"
             ));
         }
         let is_archived = |key: &&String| archived.iter().any(|column| column.name == **key);

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::postgres::Session;
 use crate::purge;
 use crate::source::{Fate, Partition, PartitionSums, Source};
-use crate::tables::{MICROS_PER_DAY, MICROS_PER_HOUR};
+use crate::tables::{CALENDAR, MICROS_PER_DAY, MICROS_PER_HOUR};
 use crate::telemetry::whole;
 use crate::watermark::{self, Verified};
 use std::collections::BTreeSet;
@@ -231,6 +231,10 @@ impl Table<'_> {
         let (from, to) = self.range;
         let hours = postgres.keys().map(|hour| (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR));
         let bounds = leaves.iter().filter_map(|leaf| leaf.bounds);
+        // A row that was deleted may have been the only one of its hour.
+        let kept = (self.kind.keeps_versions() && leaves.iter().all(|leaf| leaf.bounds.is_none()))
+            .then(|| (self.cutoff(), CALENDAR.end));
+        let bounds = bounds.chain(kept);
         let bounds = bounds.map(|(low, high)| (floor_hour(low).max(from), ceil_hour(high).min(to)));
         let ranges = merged(hours.chain(bounds).filter(|(low, high)| low < high).collect());
         let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return Ok(HourSums::new()) };
@@ -250,13 +254,18 @@ impl Table<'_> {
         Ok(sums)
     }
 
+    /// Rows from before it may be gone from a table that is not partitioned by time, since they are past retention.
+    fn cutoff(&self) -> i64 {
+        let retention = i64::from(self.config.retention_days_of(&self.row.source_table)) * MICROS_PER_DAY;
+        chrono::Utc::now().timestamp_micros() - retention
+    }
+
     /// Whether Postgres still has every row of an hour: its partitions reach over all of it, or, where there are none by time,
     /// retention has not reached it, nor a purge (`purged`). `bounds` are those of the partitions, merged.
     fn is_held(&self, bounds: &[(i64, i64)], purged: Option<i64>, hour: i64) -> bool {
         let (start, end) = (hour * MICROS_PER_HOUR, (hour + 1) * MICROS_PER_HOUR);
         if bounds.is_empty() {
-            let retention = i64::from(self.config.retention_days_of(&self.row.source_table)) * MICROS_PER_DAY;
-            let cutoff = chrono::Utc::now().timestamp_micros() - retention;
+            let cutoff = self.cutoff();
             return start >= purged.map_or(cutoff, |purged| purged.max(cutoff));
         }
         bounds.iter().any(|(low, high)| *low <= start && end <= *high)

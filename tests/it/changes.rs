@@ -387,7 +387,7 @@ async fn what_has_no_key_is_refused_and_a_publication_that_is_younger_than_the_l
     };
     let said = refused("[[table]]\nsource = 'public.notes'\nchanges = 'versions'\n");
     assert!(
-        said.contains("changes of [[table]] public.notes") && said.contains("has no primary key"),
+        said.contains("changes of [[table]] public.notes") && said.contains("must have a primary key"),
         "{said}"
     );
     let said = refused(&SECTION.replace("'archived'", "'archived', 'uid'"));
@@ -449,4 +449,104 @@ async fn what_has_no_key_is_refused_and_a_publication_that_is_younger_than_the_l
     both_tables.must(&["setup"]);
     let checked = String::from_utf8_lossy(&both_tables.output(&["check"]).stdout).into_owned();
     assert!(checked.contains("publishes inserts, updates and deletes"), "{checked}");
+}
+
+/// What a table holds, and its newest versions.
+async fn both_of(stage: &Stage, client: &Client, table: &str) -> (Vec<Value>, Vec<Value>) {
+    let query = format!(
+        "select to_jsonb(r)::text from (select id, length(text) as length, left(text, 40) as head from public.{table} order by id) r"
+    );
+    let rows = client.query(&query, &[]).await.unwrap();
+    let newest = format!(
+        "select id, character_length(text) as length, left(text, 40) as head from {table}_latest order by id"
+    );
+    (rows.iter().map(|row| serde_json::from_str(row.get(0)).unwrap()).collect(), sql(stage, &newest))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one life of two tables, in order")]
+async fn values_that_the_log_leaves_out_are_found_whatever_becomes_of_their_row() {
+    let stage = Stage::shared(Shape::Named).await;
+    let client = stage.connect().await;
+    client
+        .batch_execute(
+            "create table public.plain (id integer, at timestamptz not null, text text, primary key (id, at));
+             create table public.whole (id integer primary key, at timestamptz not null, text text);
+             alter table public.plain alter column text set storage external;
+             alter table public.whole alter column text set storage external, replica identity full;
+             create table public.later (id integer, at timestamptz not null, primary key (id, at) deferrable);
+             create table public.brief (at timestamptz not null);
+             insert into public.plain select n, now() - n * interval '1 day', repeat(md5(n::text), 200) from generate_series(1, 10) n;
+             insert into public.whole select * from public.plain",
+        )
+        .await
+        .unwrap();
+    let section =
+        |name: &str| format!("[[table]]\nsource = 'public.{name}'\ntime = 'at'\nchanges = 'versions'\n");
+    let refused = launch(&stage, &section("later")).output(&["setup"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("not deferrable"), "{said}");
+
+    let sections = section("plain") + &section("whole");
+    let settings =
+        |more: &str| launch(&stage, &format!("{sections}{more}")).with("HIGHWATER_MEMORY", "16MiB");
+    let launch = settings("");
+    launch.must(&["setup"]);
+    let mut sidecar = launch.start();
+    complete(&client).await;
+    client
+        .batch_execute(
+            "update public.plain set id = id + 100 where id < 3;
+             update public.plain set at = at + interval '1 hour' where id = 3;
+             update public.whole set id = id + 100 where id < 3;
+             update public.whole set at = at + interval '1 hour' where id = 3;
+             update public.whole set text = repeat('x', 3000000) where id = 9;
+             delete from public.whole where id = 9",
+        )
+        .await
+        .unwrap();
+    archived(&client).await;
+    let (table, newest) = both_of(&stage, &client, "whole").await;
+    assert_eq!(newest, table, "the log has the row as it was");
+    until("what the log leaves out to be copied", DEADLINE, async || {
+        let (table, newest) = both_of(&stage, &client, "plain").await;
+        (newest == table).then_some(())
+    })
+    .await;
+    assert!(sidecar.log().contains("left long values alone"), "{}", sidecar.log());
+    complete(&client).await;
+    for table in ["public.plain", "public.whole"] {
+        let (report, code) = verify(&launch, table);
+        assert_eq!(code, 0, "{report:#}");
+    }
+
+    // A table whose section is gone before anything of it was archived is told alone.
+    settings("[[table]]\nsource = 'public.brief'\ntime = 'at'\n").must(&["setup"]);
+    let launch = settings("");
+    sidecar.kill();
+    sidecar = launch.start();
+    until("the table that nothing describes to be told", DEADLINE, async || {
+        sidecar.log().contains("describes the table").then_some(())
+    })
+    .await;
+    stage.streaming().await;
+    assert!(!sidecar.log().contains("the slot is ahead of the archive"), "{}", sidecar.log());
+
+    // A row that was deleted unseen is surplus, though its hour has no other.
+    sidecar.kill();
+    until("the slot to be free", DEADLINE, async || stage.holder(&client).await.is_none().then_some(()))
+        .await;
+    client.batch_execute(&format!("select pg_drop_replication_slot('{}')", stage.name)).await.unwrap();
+    client.batch_execute("delete from public.whole where id = 5").await.unwrap();
+    sidecar = launch.start();
+    until("the gap to be healed", DEADLINE, async || {
+        let query = "select count(*) from highwater.watermark where state <> 'streaming' and kind <> 'brief'";
+        (client.query_one(query, &[]).await.unwrap().get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    let (report, code) = verify(&launch, "public.whole");
+    let surplus: u64 =
+        report["differences"].as_array().unwrap().iter().map(|hour| hour["surplus"].as_u64().unwrap()).sum();
+    assert_eq!((code, surplus), (1, 1), "{report:#}");
+    sidecar.kill();
 }

@@ -309,6 +309,9 @@ impl Builder {
         if let Some(old) = update.old
             && self.decoder.has_moved(update).map_err(malformed)?
         {
+            if self.decoder.has_lost_values(update).map_err(malformed)? {
+                self.mark_lost(update.relation).await?;
+            }
             let gone = Delete { relation: update.relation, old };
             self.row(update.relation, |decoder, batches| decoder.delete(&gone, batches)).await?;
         }

@@ -47,6 +47,23 @@ impl Builder {
         Ok(true)
     }
 
+    /// A row that an update has moved has values that the log has nowhere: its table is a gap, in which they are found. Before anything
+    /// of it is archived, so that the horizon stays below it.
+    #[cold]
+    pub(super) async fn mark_lost(&mut self, relation: u32) -> Result<()> {
+        let Some(table) = self.decoder.table_name(relation).map(str::to_owned) else { return Ok(()) };
+        let marked =
+            self.lookup.sql().run(async |client| watermark::mark_one_gap(client, &table).await).await?;
+        if marked {
+            tracing::warn!(
+                table,
+                "gap: an update has changed the key or the time of a row and left long values alone, which are not in the log; the \
+                 row is copied. `alter table ... replica identity full`, on each partition, has them in the log"
+            );
+        }
+        Ok(())
+    }
+
     /// A session ends whose archive lacks a column of a table's rows, or which can't read one: the next one has it, or reads it.
     ///
     /// A column of a type that nobody here can read goes to the quarantine, where a person is to read it: so the server must write
