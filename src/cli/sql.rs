@@ -13,9 +13,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::output::Style;
 use super::query::print_frame;
 use super::watermarks::bytes;
+use crate::archive::Storage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::reader::Archive;
+use crate::tables::Kind;
 
 /// The hidden flag of the child.
 pub(super) const APART: &str = "--apart";
@@ -32,6 +34,13 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Memory of the program itself, its threads and what a scan holds outside of DataFusion's pool.
 #[cfg(target_os = "linux")]
 const BASE_BYTES: u64 = 384 << 20;
+
+/// Memory of each open table beyond those that come with the program: the Delta library has threads of its own for each.
+#[cfg(target_os = "linux")]
+const TABLE_BYTES: u64 = 32 << 20;
+
+/// Tells the child how many such tables there are.
+const TABLES: &str = "HIGHWATER_SQL_TABLES";
 
 /// Threads of the child: each takes a stack of the bounded memory.
 const WORKERS_MAX: usize = 16;
@@ -65,10 +74,17 @@ pub(super) async fn sql(config: &Config, flags: &SqlFlags) -> Result<ExitCode> {
         "making a folder in {} (TMPDIR), for what does not fit the memory",
         folder.display()
     )))?;
+    // What is wrong with the storage is the child's to tell.
+    let folders = match Storage::open_existing(&config.storage) {
+        Ok(storage) => storage.folders().await.unwrap_or_default(),
+        Err(_) => Vec::new(),
+    };
+    let more = folders.iter().filter(|name| Kind::built_in().iter().all(|kind| kind.name() != *name)).count();
     let mut child = tokio::process::Command::new(std::env::current_exe().map_err(failed)?)
         .arg(APART)
         .args(std::env::args_os().skip(1))
         .env("TMPDIR", &scratch.0)
+        .env(TABLES, more.to_string())
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
@@ -195,7 +211,9 @@ pub(super) fn runtime(config: &Config) -> std::io::Result<tokio::runtime::Runtim
 fn bound(config: &Config) -> std::io::Result<()> {
     use rustix::process::{Resource, Rlimit, getrlimit, set_parent_process_death_signal, setrlimit};
     set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    let wanted = u64::try_from(config.memory_bytes).unwrap_or(u64::MAX).saturating_add(BASE_BYTES);
+    let tables = std::env::var(TABLES).ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
+    let base = BASE_BYTES.saturating_add(tables.saturating_mul(TABLE_BYTES));
+    let wanted = u64::try_from(config.memory_bytes).unwrap_or(u64::MAX).saturating_add(base);
     let Rlimit { maximum, .. } = getrlimit(Resource::Data);
     let current = Some(maximum.map_or(wanted, |maximum| maximum.min(wanted)));
     Ok(setrlimit(Resource::Data, Rlimit { current, maximum })?)

@@ -377,6 +377,16 @@ async fn a_table_may_be_described_later() {
     assert_eq!(archived_rows(&stage.storage().join("late")).len(), 32);
     let (report, code) = verify(&stage.launch());
     assert_eq!(code, 0, "{report:#}");
+    // However many there are, a query has its memory.
+    for number in 1..=40 {
+        let copy = stage.storage().join(format!("late_{number}"));
+        let status =
+            std::process::Command::new("cp").arg("-a").arg(stage.storage().join("late")).arg(&copy).status();
+        assert!(status.unwrap().success());
+    }
+    let query = ["sql", "select count(*) as n from late_40", "--memory", "16MiB", "--format", "json"];
+    let answer: Value = serde_json::from_str(&stage.launch().must(&query)).unwrap();
+    assert_eq!(answer[0]["n"], 32);
     drop(sidecar);
 }
 

@@ -149,7 +149,7 @@ impl Storage {
     }
 
     /// The folders right under the storage URI.
-    pub(in crate::archive) async fn folders(&self) -> Result<Vec<String>> {
+    pub(crate) async fn folders(&self) -> Result<Vec<String>> {
         let listed = self.store().list_with_delimiter(None).await;
         let listed = listed.map_err(Error::storage(format!("listing {}", self.url)))?;
         Ok(listed.common_prefixes.iter().filter_map(|folder| folder.filename().map(str::to_owned)).collect())
