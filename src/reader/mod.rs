@@ -53,6 +53,9 @@ use crate::{Error, Result};
 /// A snapshot of this age is refreshed by the next query: files that were merged away are deleted a day later.
 const AGE_MAX: Duration = Duration::from_hours(12);
 
+/// Logs that are read at a time.
+const READS_MAX: usize = 8;
+
 /// How often the database is asked again because rows were purged meanwhile. A second time is rare: the purge's horizon would
 /// have to move twice, which takes a checkpoint each.
 const FRESH_ATTEMPTS_MAX: u32 = 5;
@@ -434,7 +437,16 @@ impl Archive {
     }
 }
 
-/// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up.
+/// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up. So many at a time, since each
+/// blocks threads, and needs more of them to go on.
 async fn all_of<T>(reads: impl IntoIterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
-    join_all(reads).await.into_iter().collect()
+    let mut reads = reads.into_iter();
+    let mut results: Vec<Result<T>> = Vec::new();
+    loop {
+        let part: Vec<_> = reads.by_ref().take(READS_MAX).collect();
+        if part.is_empty() {
+            return results.into_iter().collect();
+        }
+        results.extend(join_all(part).await);
+    }
 }
