@@ -1,11 +1,15 @@
 //! [`Archiver`]: what the binary runs and an embedding server calls.
 
+use std::sync::Arc;
+
 use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::sidecar::{self, Owned, Phase};
+use crate::sidecar::{self, Owned};
+use crate::status::Observer;
 use crate::verify::retention;
+use crate::vitals::Vitals;
 
 /// The archiver as a background task of the current Tokio runtime (multi-threaded).
 ///
@@ -24,6 +28,7 @@ use crate::verify::retention;
 #[derive(Debug)]
 pub struct Archiver {
     task: Owned<Result<()>>,
+    observer: Arc<Observer>,
 }
 
 impl Archiver {
@@ -35,12 +40,20 @@ impl Archiver {
     /// Outside a Tokio runtime.
     #[must_use]
     pub fn start(config: Config, shutdown: watch::Receiver<()>) -> Self {
-        Self {
-            task: Owned(tokio::spawn(async move {
-                let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone())));
-                sidecar::run(config, shutdown, watch::channel(Phase::Opening).0).await
-            })),
-        }
+        let vitals = Vitals::default();
+        let observer = Arc::new(Observer::new(config.clone(), vitals.clone()));
+        let observing = Arc::clone(&observer);
+        let task = tokio::spawn(async move {
+            let _verifying = Owned(tokio::spawn(retention::keep_verified(config.clone(), vitals.clone())));
+            let _observing = Owned(tokio::spawn(async move { observing.watch().await }));
+            sidecar::run(config, shutdown, &vitals).await
+        });
+        Self { task: Owned(task), observer }
+    }
+
+    /// Who watches it.
+    pub(crate) const fn observer(&self) -> &Arc<Observer> {
+        &self.observer
     }
 
     /// Waits until it has stopped.

@@ -61,6 +61,7 @@
 //! | [`tables`] | what is archived: tables, their columns, entities, windows of time |
 //! | [`config`] | what was typed, then [`Config`], checked once |
 //! | [`telemetry`] | logs |
+//! | `vitals` | what a running archiver counts, and how old its rows are |
 //! | [`pgoutput`] | messages of the stream; pure |
 //! | [`batch`] | rows as columns, by entity and window; pure |
 //! | [`decode`] | messages to rows, or to quarantine; pure |
@@ -69,12 +70,14 @@
 //! | [`watermark`] | the mirror of the Delta logs in Postgres |
 //! | [`source`] | the tables in Postgres: slot, look-ups, partitions, copies |
 //! | [`purge`] | deletion of what is archived, which SQL decides |
+//! | `status` | how far the archive reaches, for whoever asks |
 //! | [`setup`] | the publication, the slot, the migrations |
 //! | `sidecar` | sessions one after the other, and their tasks |
 //! | [`verify`] | the archive compared with Postgres; by itself before rows are purged |
 //! | `archiver` | [`Archiver`]: sessions, and verifications beside them |
 //! | [`reader`] | the history: binned queries, SQL |
 //! | [`check`] | the preflight |
+//! | [`http`] | health, metrics and the history over HTTP |
 //! | [`cli`] | the command line |
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
@@ -88,6 +91,7 @@ pub mod config;
 pub mod decode;
 pub mod error;
 mod failpoint;
+pub mod http;
 pub mod lsn;
 pub mod pgoutput;
 pub mod postgres;
@@ -96,9 +100,11 @@ pub mod reader;
 pub mod setup;
 mod sidecar;
 pub mod source;
+mod status;
 pub mod tables;
 pub mod telemetry;
 pub mod verify;
+mod vitals;
 pub mod watermark;
 
 pub use archiver::Archiver;

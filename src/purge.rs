@@ -171,6 +171,18 @@ pub struct Summary {
     pub blocked_by: Option<String>,
 }
 
+/// Rows that the purge has removed so far, by table.
+///
+/// # Errors
+///
+/// The query failed.
+pub(crate) async fn purged_rows(client: &Client) -> Result<Vec<(String, i64)>> {
+    let query = "select source_table, sum(row_count)::bigint from highwater.purge_log
+                 where action in ('dropped', 'deleted') group by 1 order by 1";
+    let of = |row: &Row| Ok((row.try_get(0)?, row.try_get::<_, Option<i64>>(1)?.unwrap_or_default()));
+    read(client, query, &[], of).await
+}
+
 /// What there is to purge of each table, by name and without counting; nothing, if `highwater setup` was not run since the
 /// last update.
 ///

@@ -101,6 +101,8 @@ struct KindBatches {
     batches: Vec<EntityBatch>,
     places: HashMap<(EntityId, Window), usize, RandomState>,
     last: usize,
+    /// Rows that were appended since somebody last asked.
+    new_rows: u64,
 }
 
 /// How far an entity's rows of one checkpoint reach.
@@ -212,6 +214,7 @@ impl Batches {
         let Some(batches) = self.kinds.get_mut(self.last_kind) else { return };
         self.row_count += 1;
         self.byte_count += batches.row_bytes;
+        batches.new_rows += 1;
         batches.place(entity, time, width, &mut self.byte_count).push(time, cells);
     }
 
@@ -221,6 +224,12 @@ impl Batches {
             self.kinds.push(KindBatches::new(kind));
             self.kinds.len() - 1
         })
+    }
+
+    /// How many rows each kind got since this was last asked; the quarantined ones are not among them.
+    pub fn take_new_rows(&mut self) -> impl Iterator<Item = (Kind, u64)> {
+        let counted = self.kinds.iter_mut().filter(|batches| batches.new_rows > 0);
+        counted.map(|batches| (batches.kind, std::mem::take(&mut batches.new_rows)))
     }
 
     /// Appends a row that its own table can't hold.
@@ -301,7 +310,7 @@ fn is_joined(key: &[u8], names: &[&[u8]]) -> bool {
 impl KindBatches {
     fn new(kind: Kind) -> Self {
         let row_bytes = columns::row_bytes(kind);
-        Self { kind, row_bytes, batches: Vec::new(), places: HashMap::default(), last: 0 }
+        Self { kind, row_bytes, batches: Vec::new(), places: HashMap::default(), last: 0, new_rows: 0 }
     }
 
     /// The batch for a row: mostly that of the row before.

@@ -38,11 +38,27 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Checks everything that `config` names. Never fails: whatever goes wrong is in the report.
 pub async fn check(config: &Config) -> Report {
+    look(config, Probing::Writes).await
+}
+
+/// The same without the storage's probe, so that nothing at all is written.
+pub async fn check_by_reading(config: &Config) -> Report {
+    look(config, Probing::Reads).await
+}
+
+/// Whether the storage is probed by an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Probing {
+    Writes,
+    Reads,
+}
+
+async fn look(config: &Config, probing: Probing) -> Report {
     let mut report = Report::default();
     match within("connecting", connect(&config.source)).await {
         Ok(client) => {
             check_database(&client, config, &mut report).await;
-            check_storage(&config.storage, &mut report).await;
+            check_storage(&config.storage, probing, &mut report).await;
             let checked =
                 within("looking for the archive", check_archive(&client, config, &mut report)).await;
             if let Err(error) = checked {
@@ -51,7 +67,7 @@ pub async fn check(config: &Config) -> Report {
         }
         Err(error) => {
             report.failure("connection", config.source.to_string(), &error);
-            check_storage(&config.storage, &mut report).await;
+            check_storage(&config.storage, probing, &mut report).await;
         }
     }
     report
@@ -160,7 +176,10 @@ async fn can_read_watermarks(client: &Client) -> Result<bool> {
     row.and_then(|row| row.try_get(0)).map_err(Error::sql("looking for the watermarks"))
 }
 
-async fn check_storage(settings: &ObjectStorageSettings, report: &mut Report) {
+async fn check_storage(settings: &ObjectStorageSettings, probing: Probing, report: &mut Report) {
+    if probing == Probing::Reads {
+        return;
+    }
     let probe = async { Storage::open(settings)?.probe().await };
     match within("probing the storage", probe).await {
         Ok(()) => report.ok("storage", &settings.storage_uri, "can be written"),

@@ -86,9 +86,19 @@ pub(super) struct SettingFlags {
     #[arg(long, global = true, value_name = "BOOL")]
     failover: Option<String>,
 
-    /// Address of the HTTP server; not used yet [env: HIGHWATER_HTTP] [default: 127.0.0.1:9808]
+    /// Where run and serve answer health checks, scrapes, queries and the page: an address and a port, or off [env:
+    /// HIGHWATER_HTTP] [default: 127.0.0.1:9808]
     #[arg(long, global = true, value_name = "ADDRESS")]
     http: Option<String>,
+
+    /// What they ask for, by bearer or basic auth; an address that other machines reach needs one, or `none`. Other users
+    /// see a token given here, so prefer the variable [env: HIGHWATER_HTTP_TOKEN]
+    #[arg(long, global = true, value_name = "TOKEN")]
+    http_token: Option<String>,
+
+    /// Whether they answer queries in SQL: on or off [env: HIGHWATER_HTTP_SQL] [default: off]
+    #[arg(long, global = true, value_name = "ON")]
+    http_sql: Option<String>,
 }
 
 impl SettingFlags {
@@ -119,6 +129,8 @@ impl SettingFlags {
             Setting::PurgeTrust => &self.purge_trust,
             Setting::Failover => &self.failover,
             Setting::Http => &self.http,
+            Setting::HttpToken => &self.http_token,
+            Setting::HttpSql => &self.http_sql,
         }
     }
 }

@@ -2,16 +2,18 @@
 
 mod check;
 mod columns;
+mod completions;
 mod flags;
+mod notify;
 mod output;
 mod plot;
 mod purge;
 mod query;
 mod resync;
 mod run;
+mod serve;
 mod setup;
 mod sql;
-mod time;
 mod verify;
 mod watermarks;
 
@@ -26,6 +28,7 @@ use crate::config::{Config, Layers, environment_variable};
 use crate::error::{Error, Policy, Result};
 use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
+use completions::ShellName;
 use flags::SettingFlags;
 use output::Style;
 use purge::PurgeFlags;
@@ -98,6 +101,8 @@ Examples:
   highwater query custom --space shop --name ranking --version 2.1.0 --from -30d --bin 6h
   highwater sql 'select metric, count(*) from custom group by metric' --format csv
 
+Exit codes: 0 done, or stopped as told; 1 failed, and the error says what to do; 2 the command line is wrong; 130 ended at once
+by a second signal.
 Exit code of check: 0 all is well, 1 warnings, 2 errors.
 Exit code of verify: 0 equal, 1 different or not compared, 2 failed.
 Exit code of purge: 0 all that is past retention is gone (or can be), 1 something is blocked, 2 failed.";
@@ -106,6 +111,8 @@ Exit code of purge: 0 all that is past retention is gone (or can be), 1 somethin
 enum Command {
     /// Archive until told to stop; what `highwater` does without a subcommand
     Run,
+    /// Answer questions of the history over HTTP, and archive nothing: for an archive that another process writes
+    Serve,
     /// Make the schema highwater, the publication, the slot and the watermarks, where they are missing, and turn off
     /// pg_partman's own retention of the archived tables
     Setup(SetupFlags),
@@ -124,6 +131,13 @@ enum Command {
     Entities,
     /// Ask the archive in SQL (DataFusion's dialect)
     Sql(SqlFlags),
+    /// Print a script by which a shell completes this command line
+    Completions {
+        /// The shell
+        shell: ShellName,
+    },
+    /// Print the manual page, for man(1)
+    Man,
 }
 
 /// How a report is printed.
@@ -193,6 +207,14 @@ fn reject_two_commands(cli: Cli) -> Result<Cli, clap::Error> {
 }
 
 fn execute(cli: &Cli) -> Result<ExitCode> {
+    // Of the settings neither wants any.
+    match cli.command {
+        Some(Command::Completions { shell }) => {
+            return completions::completions(Cli::command(), shell).map(|()| ExitCode::SUCCESS);
+        }
+        Some(Command::Man) => return completions::man(Cli::command()).map(|()| ExitCode::SUCCESS),
+        _ => {}
+    }
     start_logging(cli)?;
     let env = environment_variable;
     let layers = Layers::collect(cli.settings.raw(), &env, cli.settings.config.as_deref())?;
@@ -210,6 +232,7 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
                 watermarks::watermarks(&config, cli.format.of_report()?).await.map(|()| ExitCode::SUCCESS)
             }
             None | Some(Command::Run) => run::run(&config).await.map(|()| ExitCode::SUCCESS),
+            Some(Command::Serve) => serve::serve(&config).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Setup(flags)) => setup::setup(&config, flags).await,
             Some(Command::Purge(flags)) => purge::purge(&config, flags, cli.format.of_report()?).await,
             Some(Command::Check) => check::check(&config, cli.format.of_report()?).await,
@@ -223,6 +246,7 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
                 sql::answer(&config, flags, style).await.map(|()| ExitCode::SUCCESS)
             }
             Some(Command::Sql(flags)) => sql::sql(&config, flags).await,
+            Some(Command::Completions { .. } | Command::Man) => Ok(ExitCode::SUCCESS),
         }
     })
 }
@@ -304,6 +328,7 @@ mod tests {
             let default = match setting {
                 Setting::DatabaseUri => "postgresql://postgres:postgres@localhost:5432/postgres",
                 Setting::Region => "us-east-1",
+                Setting::HttpToken => continue,
                 _ => setting.default_text().unwrap(),
             };
             assert!(help.contains(&format!("[default: {default}]")), "{setting:?}");

@@ -12,11 +12,10 @@ use serde::Serialize;
 
 use super::output::{Style, print_rows};
 use super::plot::Picture;
-use super::time::time;
 use super::{OutputFormat, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::reader::{Archive, BinWidth, BinnedQuery, Stat, TableQuery};
+use crate::reader::{Archive, BinWidth, BinnedQuery, Stat, TableQuery, time};
 use crate::tables::{Entity, Kind};
 
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
@@ -169,17 +168,18 @@ impl QueryFlags {
             Some(width) => BinWidth::new(width)?,
             None => BinWidth::at_most(self.points, start.timestamp_micros(), end.timestamp_micros())?,
         };
-        let quoted = |value: &String| value.replace('\'', "''");
-        let entity = [("space", &self.space), ("name", &self.name), ("version", &self.version)];
-        let entity = entity.into_iter().filter_map(|(column, value)| Some((column, value.as_ref()?)));
-        let conditions = entity.map(|(column, value)| format!("\"{column}\" = '{}'", quoted(value)));
-        let conditions =
-            conditions.chain(self.condition.iter().map(|condition| format!("(\n{condition}\n)")));
-        let conditions: Vec<String> = conditions.collect();
         let query = TableQuery::new(self.table.as_str(), value, start, end, width)?
             .by(self.by.clone())
             .stats(self.stat.iter().copied().map(Stat::from));
-        Ok(if conditions.is_empty() { query } else { query.only(conditions.join(" and ")) })
+        let entity = [("space", &self.space), ("name", &self.name), ("version", &self.version)];
+        let query = entity.into_iter().fold(query, |query, (column, text)| match text {
+            Some(text) => query.equal(column, text),
+            None => query,
+        });
+        Ok(match &self.condition {
+            Some(condition) => query.only(condition),
+            None => query,
+        })
     }
 }
 

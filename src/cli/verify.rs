@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, NaiveDate, Utc};
+use chrono::{DateTime, Utc};
 use clap::Args;
 
 use super::{Format, columns, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::reader::moment;
 use crate::source::unarchived::{Part, UnfitColumn};
 use crate::telemetry::Bar;
 use crate::verify::{Difference, Options, Progress, RepairMode, Report, TableReport};
@@ -28,11 +29,11 @@ pub(super) struct VerifyFlags {
     table: Vec<String>,
 
     /// Only rows from this time on (RFC 3339, or a date), rounded down to an hour
-    #[arg(long, value_name = "TIME", value_parser = time)]
+    #[arg(long, value_name = "TIME", value_parser = moment)]
     from: Option<DateTime<Utc>>,
 
     /// Only rows before this time, rounded up to an hour
-    #[arg(long, value_name = "TIME", value_parser = time)]
+    #[arg(long, value_name = "TIME", value_parser = moment)]
     to: Option<DateTime<Utc>>,
 
     /// Add the rows that the archive lacks, but not in hours where rows were changed in Postgres, as far as can be told: where
@@ -54,17 +55,6 @@ pub(super) struct VerifyFlags {
     /// where accepts_quarantine is set in highwater.retention.)
     #[arg(long)]
     accept_quarantine: bool,
-}
-
-/// A time as people type it: RFC 3339, or a day, which means its start in UTC.
-pub(super) fn time(text: &str) -> Result<DateTime<Utc>, String> {
-    if let Ok(time) = DateTime::parse_from_rfc3339(text) {
-        return Ok(time.to_utc());
-    }
-    let day = text.parse::<NaiveDate>().ok().and_then(|day| day.and_hms_opt(0, 0, 0));
-    day.map(|time| time.and_utc()).ok_or_else(|| {
-        "not a time: write 2026-11-22T13:00:00Z, or 2026-11-22 for the start of that day".to_owned()
-    })
 }
 
 /// Compares, and prints what was found; the exit code is 0 when both sides are equal, 1 when not.
@@ -226,19 +216,4 @@ fn line(difference: &Difference) -> String {
         difference.archive_rows,
         parts.join("; ")
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_rfc_3339_or_days() {
-        let text = |typed: &str| time(typed).map(|time| time.to_rfc3339());
-        assert_eq!(text("2026-11-22").as_deref(), Ok("2026-11-22T00:00:00+00:00"));
-        assert_eq!(text("2026-11-22T13:00:00+02:00").as_deref(), Ok("2026-11-22T11:00:00+00:00"));
-        for wrong in ["", "yesterday", "2026-13-01", "2026-11-22 13:00"] {
-            assert!(time(wrong).unwrap_err().contains("2026-11-22T13:00:00Z"), "{wrong}");
-        }
-    }
 }

@@ -1,149 +1,32 @@
 //! `highwater --watermarks`: how far the archive reaches, as the database has it. Needs no running sidecar.
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde::Serialize;
 
 use super::columns::{aligned, cell};
 use super::{Format, json, print};
 use crate::config::Config;
 use crate::error::Result;
-use crate::lsn::Lsn;
 use crate::postgres::Session;
-use crate::purge::{self, Summary};
-use crate::source::slot::{self, Slot};
-use crate::watermark::{self, EntityWatermark, State, Watermark};
+use crate::purge::Summary;
+use crate::status::{Document, Look};
+use crate::watermark::{self, EntityWatermark};
 
 /// Characters of a name, and of anything else: a reason may be a sentence or two.
 const NAME_MAX: usize = 40;
 const CELL_MAX: usize = 400;
 
-/// The JSON form. Its names are a promise to programs.
-#[derive(Serialize)]
-struct Document<'a> {
-    system_identifier: Option<&'a str>,
-    slot: Option<SlotObject<'a>>,
-    tables: Vec<TableObject<'a>>,
-    entities: Vec<EntityObject<'a>>,
-}
-
-#[derive(Serialize)]
-struct SlotObject<'a> {
-    name: &'a str,
-    confirmed_flush_lsn: String,
-    wal_status: &'a str,
-    /// Why it is lost, as far as the server says.
-    invalidation_reason: Option<&'a str>,
-    /// Since when nobody streams from it, as far as the server says.
-    inactive_since: Option<&'a str>,
-    retained_wal_bytes: Option<i64>,
-}
-
-#[derive(Serialize)]
-struct TableObject<'a> {
-    source_table: &'a str,
-    kind: &'a str,
-    state: State,
-    flushed_lsn: String,
-    archived_before: Option<u64>,
-    max_created_at: Option<String>,
-    row_count: i64,
-    file_count: i64,
-    byte_count: i64,
-    doubles_removed: i64,
-    lag_bytes: u64,
-    updated_at: String,
-    purge: Option<&'a Summary>,
-}
-
-#[derive(Serialize)]
-struct EntityObject<'a> {
-    source_table: &'a str,
-    space: &'a str,
-    name: &'a str,
-    version: &'a str,
-    min_created_at: String,
-    max_created_at: String,
-    row_count: i64,
-}
-
 pub(super) async fn watermarks(config: &Config, format: Format) -> Result<()> {
     let mut session = Session::new(config.source.clone());
-    let watermarks = session.run(watermark::read).await?;
+    let look = Look::take(&mut session, &config.slot, None).await?;
     let entities = session.run(watermark::read_entities).await?;
-    let slot = slot::find(&mut session, &config.slot).await?;
-    let end = session.run(slot::wal_end).await?;
-    let purges = session.run(purge::summaries).await?;
     match format {
-        Format::Table => print(table(&watermarks, &purges, &entities, slot.as_ref(), config, end).trim_end()),
-        Format::Json => print(&json(&document(&watermarks, &purges, &entities, slot.as_ref(), end))?),
+        Format::Table => print(table(&look, &entities, config).trim_end()),
+        Format::Json => print(&json(&Document::new(&look, &entities))?),
     }
 }
 
-fn document<'a>(
-    watermarks: &'a [Watermark],
-    purges: &'a [(String, Summary)],
-    entities: &'a [EntityWatermark],
-    slot: Option<&'a Slot>,
-    end: Lsn,
-) -> Document<'a> {
-    Document {
-        system_identifier: watermarks.first().map(|row| row.system_identifier.as_str()),
-        slot: slot.map(|slot| SlotObject {
-            name: &slot.name,
-            confirmed_flush_lsn: slot.confirmed_flush_lsn.to_string(),
-            wal_status: &slot.wal_status,
-            invalidation_reason: slot.invalidation_reason.as_deref(),
-            inactive_since: slot.inactive_since.as_deref(),
-            retained_wal_bytes: slot.retained_wal_bytes,
-        }),
-        tables: watermarks.iter().map(|row| table_object(row, purges, end)).collect(),
-        entities: entities.iter().map(entity_object).collect(),
-    }
-}
-
-fn table_object<'a>(row: &'a Watermark, purges: &'a [(String, Summary)], end: Lsn) -> TableObject<'a> {
-    TableObject {
-        source_table: &row.source_table,
-        kind: &row.kind,
-        state: row.state,
-        flushed_lsn: row.flushed_lsn.to_string(),
-        archived_before: row.archived_before,
-        max_created_at: row.max_created_at.map(rfc3339),
-        row_count: row.row_count,
-        file_count: row.file_count,
-        byte_count: row.byte_count,
-        doubles_removed: row.doubles_removed,
-        lag_bytes: end.bytes_since(row.flushed_lsn),
-        updated_at: rfc3339(row.updated_at),
-        purge: purges.iter().find(|(table, _)| *table == row.source_table).map(|(_, summary)| summary),
-    }
-}
-
-fn entity_object(row: &EntityWatermark) -> EntityObject<'_> {
-    EntityObject {
-        source_table: &row.source_table,
-        space: &row.entity.space,
-        name: &row.entity.name,
-        version: &row.entity.version,
-        min_created_at: rfc3339(row.min_created_at),
-        max_created_at: rfc3339(row.max_created_at),
-        row_count: row.row_count,
-    }
-}
-
-fn rfc3339(time: DateTime<Utc>) -> String {
-    time.to_rfc3339_opts(SecondsFormat::Micros, true)
-}
-
-fn table(
-    watermarks: &[Watermark],
-    purges: &[(String, Summary)],
-    entities: &[EntityWatermark],
-    slot: Option<&Slot>,
-    config: &Config,
-    end: Lsn,
-) -> String {
-    let mut text = match slot {
+fn table(look: &Look, entities: &[EntityWatermark], config: &Config) -> String {
+    let mut text = match &look.slot {
         Some(slot) => format!(
             "slot {}: confirmed {}, WAL {}{}, {} retained{}\n\n",
             slot.name,
@@ -158,7 +41,7 @@ fn table(
         ),
         None => format!("slot {}: missing; run `highwater setup`\n\n", config.slot),
     };
-    let tables = watermarks.iter().map(|row| {
+    let tables = look.watermarks.iter().map(|row| {
         [
             row.source_table.clone(),
             row.state.name().to_owned(),
@@ -169,7 +52,7 @@ fn table(
             row.max_created_at.map_or_else(|| "-".to_owned(), seconds),
             row.archived_before.map_or_else(|| "-".to_owned(), |xid| xid.to_string()),
             row.flushed_lsn.to_string(),
-            bytes(i64::try_from(end.bytes_since(row.flushed_lsn)).unwrap_or(i64::MAX)),
+            bytes(i64::try_from(look.end.bytes_since(row.flushed_lsn)).unwrap_or(i64::MAX)),
             seconds(row.updated_at),
         ]
     });
@@ -188,9 +71,9 @@ fn table(
     ];
     align(&mut text, heads, tables);
     text.push('\n');
-    if !purges.is_empty() {
+    if !look.purges.is_empty() {
         let heads = ["TABLE", "RETENTION", "LAST PURGE", "DELETABLE", "BLOCKED", "WHY"];
-        align(&mut text, heads, purges.iter().map(|(table, summary)| purge_row(table, summary)));
+        align(&mut text, heads, look.purges.iter().map(|(table, summary)| purge_row(table, summary)));
         text.push('\n');
     }
     let entities = entities.iter().map(|row| {

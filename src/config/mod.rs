@@ -14,6 +14,7 @@
 
 mod conninfo;
 mod hours;
+mod http;
 mod parameters;
 mod parse;
 mod passfile;
@@ -23,12 +24,12 @@ mod source;
 mod storage;
 mod table;
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 pub use hours::HoursOfDay;
+pub use http::{HttpAccess, HttpSettings};
 pub use parameters::{
     Address, AuthMethod, ChannelBinding, Endpoint, Keepalive, Password, SslMode, Target, TlsVersion,
 };
@@ -98,8 +99,8 @@ pub struct Config {
     pub purge_trust: Duration,
     /// Whether the server is to keep the slot on its standbys, too, which it can from PostgreSQL 17 on; earlier ones can't.
     pub failover: bool,
-    /// Where the HTTP server listens.
-    pub http: SocketAddr,
+    /// Where the HTTP server of the binary listens, and whom it answers.
+    pub http: HttpSettings,
     /// Tables that are archived beside the drift tables.
     pub tables: Vec<TableSettings>,
     /// What these are, once that is known.
@@ -127,7 +128,7 @@ impl Config {
             verify_hours: HoursOfDay::ALL,
             purge_trust: Duration::from_hours(24),
             failover: true,
-            http: SocketAddr::from((Ipv4Addr::LOCALHOST, 9808)),
+            http: HttpSettings::default(),
             tables: Vec::new(),
             described: Vec::new(),
             accept_new_system: false,
@@ -173,7 +174,7 @@ impl Config {
             verify_hours: parse::parsed(layers, Setting::VerifyHours, hours::ACCEPTED)?,
             purge_trust: parse::duration(layers, Setting::PurgeTrust, PURGE_TRUST_ACCEPTED)?,
             failover: parse::parsed(layers, Setting::Failover, "true or false")?,
-            http: parse::address(layers)?,
+            http: HttpSettings::from_layers(layers)?,
             tables: layers.file.tables.clone(),
             described: Vec::new(),
             accept_new_system: false,
@@ -277,7 +278,7 @@ impl Config {
         for (setting, text) in [(Setting::Schema, &self.schema), (Setting::Publication, &self.publication)] {
             ensure(is_identifier(text), setting, &|| text.clone(), "a name of 1 to 63 bytes")?;
         }
-        Ok(())
+        self.http.check(name)
     }
 }
 
@@ -378,7 +379,7 @@ mod tests {
         }
         let rate = |text| config_of(Setting::BackfillRowsPerSecond, text).unwrap().backfill_rows_per_second;
         assert_eq!((rate("1000"), rate("unlimited")), (NonZeroU32::new(1000), None));
-        assert_eq!(config_of(Setting::Http, "[::1]:80").unwrap().http.port(), 80);
+        assert_eq!(config_of(Setting::Http, "[::1]:80").unwrap().http.listen.unwrap().port(), 80);
     }
 
     #[test]

@@ -126,7 +126,13 @@ impl fmt::Display for Address {
 pub struct Password(pub(super) String);
 
 impl Password {
-    /// The password itself, for the authentication exchange only.
+    /// A secret of that text.
+    #[must_use]
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// The password itself, for what it authenticates only.
     pub(crate) fn reveal(&self) -> &str {
         &self.0
     }

@@ -1,6 +1,5 @@
 //! Texts to checked values, with errors that name the setting as its user wrote it.
 
-use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::str::FromStr;
 use std::time::Duration;
@@ -39,10 +38,6 @@ pub(super) fn rate(layers: &Layers) -> Result<Option<NonZeroU32>> {
     parsed(layers, setting, "1 or more rows per second, or `unlimited`").map(Some)
 }
 
-pub(super) fn address(layers: &Layers) -> Result<SocketAddr> {
-    parsed(layers, Setting::Http, "an IP address and a port, such as 127.0.0.1:9808 or [::1]:9808")
-}
-
 fn parse_bytes(text: &str) -> Option<usize> {
     let text = text.trim();
     let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
@@ -60,7 +55,7 @@ fn parse_bytes(text: &str) -> Option<usize> {
     number.parse::<usize>().ok()?.checked_mul(factor)
 }
 
-fn refused(layers: &Layers, setting: Setting, accepted: &str) -> Error {
+pub(super) fn refused(layers: &Layers, setting: Setting, accepted: &str) -> Error {
     setting_error(&layers.name(setting), without_password(layers.text(setting)), accepted)
 }
 

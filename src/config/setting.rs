@@ -37,11 +37,15 @@ pub enum Setting {
     Failover,
     /// Address of the HTTP server.
     Http,
+    /// What the HTTP server asks for.
+    HttpToken,
+    /// Whether the HTTP server answers queries in SQL.
+    HttpSql,
 }
 
 impl Setting {
     /// Every setting, in the order of the documentation.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::DatabaseUri,
         Self::StorageUri,
         Self::Region,
@@ -58,6 +62,8 @@ impl Setting {
         Self::PurgeTrust,
         Self::Failover,
         Self::Http,
+        Self::HttpToken,
+        Self::HttpSql,
     ];
 
     /// Its key in `highwater.toml`; the flag is the same with dashes.
@@ -80,6 +86,8 @@ impl Setting {
             Self::PurgeTrust => "purge_trust",
             Self::Failover => "failover",
             Self::Http => "http",
+            Self::HttpToken => "http_token",
+            Self::HttpSql => "http_sql",
         }
     }
 
@@ -103,15 +111,17 @@ impl Setting {
             Self::PurgeTrust => "HIGHWATER_PURGE_TRUST",
             Self::Failover => "HIGHWATER_FAILOVER",
             Self::Http => "HIGHWATER_HTTP",
+            Self::HttpToken => "HIGHWATER_HTTP_TOKEN",
+            Self::HttpSql => "HIGHWATER_HTTP_SQL",
         }
     }
 
     /// The text that is taken when nobody sets it. The source has none here, because what a URL
-    /// leaves out comes from the `PG*` variables first; nor has the region, which the AWS tools' own settings may name.
+    /// leaves out comes from the `PG*` variables first; nor has the region, which the AWS tools' own settings may name, nor the token.
     #[must_use]
     pub const fn default_text(self) -> Option<&'static str> {
         match self {
-            Self::DatabaseUri | Self::Region => None,
+            Self::DatabaseUri | Self::Region | Self::HttpToken => None,
             Self::StorageUri => Some("./scouter-storage"),
             Self::LocalAccess => Some("owner"),
             Self::RetentionDays => Some("60"),
@@ -125,6 +135,7 @@ impl Setting {
             Self::PurgeTrust => Some("1d"),
             Self::Failover => Some("true"),
             Self::Http => Some("127.0.0.1:9808"),
+            Self::HttpSql => Some("off"),
         }
     }
 

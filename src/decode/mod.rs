@@ -39,6 +39,9 @@ pub(crate) use settled::Settled;
 use source_type::SourceType;
 use transaction::Transaction;
 use unfit::Unfit;
+pub(crate) use unfit::{
+    SORTS_OF_REASONS, is_about_column, is_about_length, is_about_version, sort_of_reason,
+};
 
 /// Turns the stream's rows into batches.
 #[derive(Debug)]
@@ -444,22 +447,6 @@ fn asks(
     let values = values.map(|(value, column)| Ok((value?, column.source_type)));
     let values: Vec<(Value<'_>, SourceType)> = values.collect::<Result<_, DecodeError>>()?;
     Ok(charset.asks(values.into_iter()))
-}
-
-/// Whether a quarantined row is there because of what its column was (its type, or that there was none), and not because of
-/// its value.
-pub(crate) fn is_about_column(reason: &str) -> bool {
-    unfit::is_about_column(reason)
-}
-
-/// Whether a quarantined row is a version that the archive can't have by what the log says of it, and can by a copy.
-pub(crate) fn is_about_version(reason: &str) -> bool {
-    unfit::is_about_version(reason)
-}
-
-/// Whether a quarantined row is there without its long values, which nobody archived.
-pub(crate) fn is_about_length(reason: &str) -> bool {
-    unfit::is_about_length(reason)
 }
 
 /// The values of a row as texts, by column.

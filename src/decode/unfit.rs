@@ -35,18 +35,61 @@ pub(super) enum Unfit {
     Long(u32),
 }
 
-/// Whether a quarantined row is there because of what its column was, and not because of its value.
-pub(super) fn is_about_column(reason: &str) -> bool {
+/// Whether a quarantined row is there because of what its column was (its type, or that there was none), and not because of its
+/// value.
+pub(crate) fn is_about_column(reason: &str) -> bool {
     reason.ends_with(" is missing from the table") || reason.ends_with(" that is not supported")
 }
 
-/// Whether a quarantined row is a version that could not be told from the row before, whatever its values are.
-pub(super) fn is_about_version(reason: &str) -> bool {
+/// Whether a quarantined row is a version that the archive can't have by what the log says of it, and can by a copy.
+pub(crate) fn is_about_version(reason: &str) -> bool {
     reason.ends_with(" was not sent, since the update has not changed it")
         || reason.contains(" may have changed: the update came without the row as it was")
 }
 
-/// Whether a quarantined row is there without its long values.
-pub(super) fn is_about_length(reason: &str) -> bool {
+/// The sorts of reasons for which rows are quarantined.
+pub(crate) const SORTS_OF_REASONS: [&str; 7] =
+    ["length", "column", "version", "null", "entity", "text", "value"];
+
+/// The sort of a quarantined row's reason.
+pub(crate) fn sort_of_reason(reason: &str) -> &'static str {
+    let is_it: [fn(&str) -> bool; 6] = [
+        is_about_length,
+        is_about_column,
+        is_about_version,
+        |reason| reason.ends_with(" is null"),
+        |reason| reason.contains(" names no entity in ") || reason.contains(" names an entity in "),
+        |reason| reason.ends_with(" bytes that are not UTF-8, and can't be converted to it"),
+    ];
+    let sorts = SORTS_OF_REASONS.into_iter().zip(is_it);
+    sorts.into_iter().find(|(_, is_it)| is_it(reason)).map_or("value", |(name, _)| name)
+}
+
+/// Whether a quarantined row is there without its long values, which nobody archived.
+pub(crate) fn is_about_length(reason: &str) -> bool {
     reason.ends_with(" bytes, which makes the row longer than the memory setting allows")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_is_of_a_sort() {
+        for (reason, sort) in [
+            (Unfit::Missing.to_string(), "column"),
+            (Unfit::Type(600).to_string(), "column"),
+            (Unfit::Null.to_string(), "null"),
+            (Unfit::NotSent.to_string(), "version"),
+            (Unfit::NoRowBefore.to_string(), "version"),
+            (Unfit::Infinity.to_string(), "value"),
+            (Unfit::TooManyDigits.to_string(), "value"),
+            (Unfit::NotUtf8.to_string(), "text"),
+            (Unfit::Long(7).to_string(), "length"),
+            (format!("{} in scouter.drift_entities", Unfit::UnknownEntity), "entity"),
+            ("names an entity in t whose space is null".to_owned(), "entity"),
+        ] {
+            assert_eq!(sort_of_reason(&format!("column {reason}")), sort, "{reason}");
+        }
+    }
 }

@@ -13,6 +13,7 @@ mod bin;
 mod broken;
 mod columns;
 mod custom;
+mod days;
 mod entities;
 mod fresh;
 mod load;
@@ -25,7 +26,9 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod version;
+mod when;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -38,12 +41,14 @@ use futures::future::join_all;
 
 pub use bin::BinWidth;
 pub use custom::{BinnedMetric, BinnedMetricStats, BinnedMetrics};
+pub(crate) use days::DayFiles;
 pub use entities::EntitySummary;
 pub use psi::FeatureBinProportions;
 pub use query::BinnedQuery;
 pub use spc::{SpcFeature, SpcFeatures};
 pub use table::{Stat, TableBins, TableQuery, TableSeries};
 use version::{Found, Tables, find, planning};
+pub(crate) use when::{moment, time};
 
 use crate::archive::{self, Storage, View};
 use crate::config::{Config, ObjectStorageSettings};
@@ -135,6 +140,11 @@ impl Archive {
     /// As [`Archive::open`].
     pub async fn open_in(storage: Storage) -> Result<Self> {
         Self::new(storage, archive::MEMORY_BYTES).await
+    }
+
+    /// The same with so many bytes of memory for its queries.
+    pub(crate) async fn open_in_within(storage: Storage, memory_bytes: usize) -> Result<Self> {
+        Self::new(storage, memory_bytes).await
     }
 
     async fn new(storage: Storage, memory_bytes: usize) -> Result<Self> {
@@ -314,6 +324,25 @@ impl Archive {
     /// Rows in memory as a frame of the archive's session.
     fn read_batches(&self, batches: Vec<RecordBatch>) -> Result<DataFrame> {
         self.current().session.read_batches(batches).map_err(Error::query("building a frame"))
+    }
+
+    /// The version of each table that queries read, by name; `None` of one without a log, or that can't be read. An answer over
+    /// the same versions is the same.
+    #[must_use]
+    pub fn versions(&self) -> Vec<(&'static str, Option<u64>)> {
+        let tables = self.current();
+        let version = |found: &Found| match found {
+            Ok(view) => (view.kind().name(), view.version()),
+            Err(broken) => (broken.kind().name(), None),
+        };
+        tables.views.iter().map(version).collect()
+    }
+
+    /// What the log says of the days that each table's files have rows of.
+    pub(crate) fn days(&self) -> Vec<(Kind, BTreeMap<i64, DayFiles>)> {
+        let tables = self.current();
+        let views = tables.views.iter().filter_map(|found| found.as_ref().ok());
+        views.map(|view| (view.kind(), days::of(view.files()))).collect()
     }
 
     /// The tables of the archive: those that come with the program, and those that were described when it was opened.

@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use datafusion::common::Column;
 use datafusion::dataframe::DataFrame;
 use datafusion::functions_aggregate::expr_fn::{avg, count, max, min, sum};
-use datafusion::logical_expr::{Expr, cast};
+use datafusion::logical_expr::{Expr, cast, lit};
 use datafusion::prelude::SessionContext;
 use serde::Serialize;
 
@@ -56,6 +56,7 @@ pub struct TableQuery {
     table: String,
     value: String,
     by: Vec<String>,
+    equal: Vec<(String, String)>,
     condition: Option<String>,
     stats: Vec<Stat>,
     /// Microseconds since the epoch, and the first one after the last.
@@ -80,6 +81,7 @@ impl TableQuery {
             table: table.into(),
             value: value.into(),
             by: Vec::new(),
+            equal: Vec::new(),
             condition: None,
             stats: vec![Stat::Mean],
             range: range(start, end)?,
@@ -91,6 +93,13 @@ impl TableQuery {
     #[must_use]
     pub fn by(mut self, columns: impl IntoIterator<Item = String>) -> Self {
         self.by = columns.into_iter().collect();
+        self
+    }
+
+    /// The same of the rows whose column, a text, is this; of those for which all such conditions are true.
+    #[must_use]
+    pub fn equal(mut self, column: impl Into<String>, text: impl Into<String>) -> Self {
+        self.equal.push((column.into(), text.into()));
         self
     }
 
@@ -189,13 +198,19 @@ pub(super) async fn chosen(
     rows: DataFrame,
     query: &TableQuery,
 ) -> Result<DataFrame> {
-    let Some(condition) = &query.condition else { return Ok(rows) };
     let failed = |error| Error::asked("planning the condition")(error);
+    let only = |rows: DataFrame| {
+        query.equal.iter().try_fold(rows, |rows, (column, text)| {
+            query.column(kind, column)?;
+            rows.filter(Expr::Column(Column::new_unqualified(column)).eq(lit(text))).map_err(failed)
+        })
+    };
+    let Some(condition) = &query.condition else { return only(rows) };
     // On a line of its own, should it end in a comment. It is one condition and no more only if it is one by itself.
     let text = format!("select * from \"{}\" where (\n{condition}\n)", kind.name().replace('"', "\"\""));
     let plan = sql::plan(session, &text).await?;
     rows.parse_sql_expr(condition).map_err(failed)?;
-    session.execute_logical_plan(plan).await.map_err(failed)
+    only(session.execute_logical_plan(plan).await.map_err(failed)?)
 }
 
 /// Columns: the start of the bin under the name of the table's time, those of `by`, and a column for each of the query's stats; sorted

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-pub(crate) use session::Phase;
+use crate::vitals::{Phase, Vitals};
 use session::{Ended, session};
 pub(crate) use task::Owned;
 use task::{is_stopping, stop};
@@ -42,11 +42,7 @@ const REFUSAL_PATIENCE: Duration = Duration::from_secs(60);
 /// # Errors
 ///
 /// As [`Archiver::wait`](crate::Archiver::wait).
-pub(crate) async fn run(
-    config: Config,
-    shutdown: watch::Receiver<()>,
-    phase: watch::Sender<Phase>,
-) -> Result<()> {
+pub(crate) async fn run(config: Config, shutdown: watch::Receiver<()>, vitals: &Vitals) -> Result<()> {
     let wants = Arc::new(Wants::default());
     let mut pause = RETRY_PAUSE.0;
     let mut refused_since: Option<Instant> = None;
@@ -55,8 +51,10 @@ pub(crate) async fn run(
     loop {
         let started = Instant::now();
         // The session sees the change in its own copy, so that this one still shows it afterwards.
-        phase.send_replace(Phase::Opening);
-        let error = match session(&config, &shutdown, &wants, &phase).await {
+        vitals.enter(Phase::Opening);
+        let ended = session(&config, &shutdown, &wants, vitals).await;
+        vitals.lag.end();
+        let error = match ended {
             Ok(Ended::Whole) => return Ok(()),
             Ok(Ended::Unopened) => return failure.map_or(Ok(()), Err),
             Err(error) => error,
@@ -66,7 +64,8 @@ pub(crate) async fn run(
             sleep(RETRY_PAUSE.0).await;
             continue;
         }
-        phase.send_replace(Phase::Failed);
+        vitals.enter(Phase::Failed);
+        vitals.counters.reconnects.inc();
         refused_since = error.is_refused_password().then(|| refused_since.unwrap_or_else(Instant::now));
         // A table that somebody has made unusable stops alone: the next session goes on without it.
         let may_pass = refused_since.map_or_else(

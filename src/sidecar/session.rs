@@ -19,7 +19,7 @@ use super::versions;
 use super::wants::Wants;
 use crate::archive::{self, Namer, Storage, Table};
 use crate::config::Config;
-use crate::decode::{Decoder, Settled};
+use crate::decode::{Decoder, SORTS_OF_REASONS, Settled};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::{Encoding, Receiver, ReplicationConnection, ReplicationStream, Session};
@@ -27,6 +27,7 @@ use crate::setup;
 use crate::source::slot::{self, Identity, Slot};
 use crate::source::{self, describe, growth};
 use crate::tables::{Kind, PerKind};
+use crate::vitals::{Phase, Vitals, watched};
 use crate::watermark;
 
 /// Chunks (of half a MiB or one frame) between the receiver and the builder.
@@ -50,17 +51,6 @@ struct Tasks {
     builder: Builder,
 }
 
-/// What a session is at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// It gets the slot, and adds what the archive lacks.
-    Opening,
-    /// It archives what the stream brings.
-    Streaming,
-    /// The last one has failed; the next one begins soon.
-    Failed,
-}
-
 /// How a session ended that was told to.
 pub(super) enum Ended {
     /// Everything that it received is archived.
@@ -77,15 +67,15 @@ pub(super) async fn session(
     config: &Config,
     shutdown: &watch::Receiver<()>,
     wants: &Arc<Wants>,
-    phase: &watch::Sender<Phase>,
+    vitals: &Vitals,
 ) -> Result<Ended> {
     let opened = tokio::select! {
         biased;
         () = stop(shutdown) => return Ok(Ended::Unopened),
-        opened = open(config, wants) => opened?,
+        opened = open(config, wants, vitals) => opened?,
     };
     let Tasks { mut receiver, chunks, mut committer, builder } = opened;
-    phase.send_replace(Phase::Streaming);
+    vitals.enter(Phase::Streaming);
     let stopped_at = OnceLock::new();
     let stopping = async {
         stop(shutdown).await;
@@ -128,9 +118,9 @@ fn committer_ended(result: Result<()>) -> Error {
 
 /// Gets the slot, claims the tables, brings the watermarks up to them, adds what the archive lacks, and starts the tasks.
 /// The order matters, see ARCHITECTURE.md ("One writer", "Gaps").
-async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
+async fn open(config: &Config, wants: &Arc<Wants>, vitals: &Vitals) -> Result<Tasks> {
     let mut sql = Session::new(config.source.clone());
-    let storage = Storage::open(&config.storage)?;
+    let storage = Storage::open(&config.storage)?.through(|store| watched(store, &vitals.counters));
     // Claims ask for it, too; but by then there may be a slot that keeps the server's log.
     storage.prove_once().await?;
     sql.run(setup::check_schema).await?;
@@ -147,6 +137,7 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
     // Only now nobody else moves the slot or the archive.
     let (slot, holder) = held_slot(config, &mut sql).await?;
     let start = slot.confirmed_flush_lsn;
+    vitals.lag.begin(start);
     let (durable_sender, durable) = watch::channel(start);
     let (chunk_sender, chunks) = mpsc::channel(CHUNKS_MAX);
     // What follows may take hours; somebody must answer the server meanwhile.
@@ -155,7 +146,7 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
     let prepared = async {
         let claimed = claim(config, &mut sql, &storage, &identity, start, wants).await?;
         let config = config.describing(kinds_of(config, &claimed));
-        prepare(&config, &mut sql, &storage, (&namer, wants), &identity, &history, (&slot, claimed))
+        prepare(&config, &mut sql, &storage, (&namer, wants, vitals), &identity, &history, (&slot, claimed))
             .await
             .map(|tables| (config, tables))
     };
@@ -167,11 +158,7 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
     let config = &config;
 
     let messages = sql.run(slot::messages).await?;
-    let mut decoder = Decoder::new(&config.schema, &config.kinds());
-    if texts.encoding == Encoding::Other {
-        decoder.ask_for_texts();
-    }
-    decoder.settle(settled(config, &storage, &tables, start).await?);
+    let decoder = decoder(config, &storage, &tables, start, texts.encoding).await?;
     // Of a table that is not to be had the stream brings nothing.
     let lsn_of = |kind| tables.iter().find(|table| table.kind() == kind).map_or(Lsn(u64::MAX), Table::lsn);
     let table_lsn = PerKind::new(config.all_kinds(), lsn_of);
@@ -190,14 +177,38 @@ async fn open(config: &Config, wants: &Arc<Wants>) -> Result<Tasks> {
         holder,
         namer,
         wants: Arc::clone(wants),
+        vitals: vitals.clone(),
         durable: durable_sender,
     };
     Ok(Tasks {
         receiver,
         chunks,
         committer: Owned(tokio::spawn(Committer::new(parts).run(work))),
-        builder: Builder::new(config, sql, table_lsn, start, work_sender, (decoder, texts, messages)),
+        builder: Builder::new(
+            config,
+            (sql, vitals),
+            table_lsn,
+            start,
+            work_sender,
+            (decoder, texts, messages),
+        ),
     })
+}
+
+/// A decoder that knows what an earlier session has decided.
+async fn decoder(
+    config: &Config,
+    storage: &Storage,
+    tables: &[Table],
+    start: Lsn,
+    encoding: Encoding,
+) -> Result<Decoder> {
+    let mut decoder = Decoder::new(&config.schema, &config.kinds());
+    if encoding == Encoding::Other {
+        decoder.ask_for_texts();
+    }
+    decoder.settle(settled(config, storage, tables, start).await?);
+    Ok(decoder)
 }
 
 /// Starts the stream, with texts as the database has them, and with other values as text if that is wanted.
@@ -266,11 +277,12 @@ async fn prepare(
     config: &Config,
     sql: &mut Session,
     storage: &Storage,
-    (namer, wants): (&Arc<Namer>, &Arc<Wants>),
+    (namer, wants, vitals): (&Arc<Namer>, &Arc<Wants>, &Vitals),
     identity: &Identity,
     history: &History,
     (slot, mut tables): (&Slot, Vec<Table>),
 ) -> Result<Vec<Table>> {
+    vitals.counters.expect(config.kinds().into_iter().map(Kind::name), &SORTS_OF_REASONS);
     let start = slot.confirmed_flush_lsn;
     let logged = logged_switches(config, &tables, identity).await?;
     match history {
@@ -314,7 +326,7 @@ async fn prepare(
     incomplete.keep(|row| tables.iter().any(|table| table.kind().name() == row.kind));
     incomplete.keep(|row| versions::is_streamed(config, row, wants));
     foreign::drop_damaged(config, sql, &mut tables, &incomplete.mendable).await?;
-    let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, wants, timeline_id };
+    let backfill = Backfill { config, storage, namer, tables: &mut tables, sql, wants, vitals, timeline_id };
     let broken = backfill.run(&incomplete).await?;
     foreign::leave_out_all(config, sql, storage, &mut tables, broken).await?;
     for table in &mut tables {

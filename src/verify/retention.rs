@@ -15,6 +15,7 @@ use crate::postgres::Session;
 use crate::source::unarchived::{self, Told};
 use crate::source::{self, Source};
 use crate::verify::{self, Options, RepairMode, TableReport};
+use crate::vitals::{self, OfOutcome, OfTable, Vitals};
 use crate::watermark::{self, State};
 
 /// How often the catalog is looked at.
@@ -34,6 +35,8 @@ const FAILED_PAUSE: Duration = Duration::from_secs(300);
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Due {
     source_table: String,
+    /// The table of the archive.
+    kind: String,
     partition: String,
     oid: u32,
     /// Microseconds since the epoch; `None` if all of the table must be looked at.
@@ -41,7 +44,7 @@ struct Due {
 }
 
 /// Verifies what is due, until it is dropped. Whatever goes wrong is logged, and tried again.
-pub(crate) async fn keep_verified(config: Config) {
+pub(crate) async fn keep_verified(config: Config, vitals: Vitals) {
     let mut sql = Session::new(config.source.clone());
     let mut not_before: HashMap<u32, Instant> = HashMap::new();
     let mut pause = LOOK_INTERVAL;
@@ -66,7 +69,7 @@ pub(crate) async fn keep_verified(config: Config) {
         let now = Instant::now();
         let next = all.iter().find(|due| not_before.get(&due.oid).is_none_or(|time| *time <= now));
         let Some(next) = next else { continue };
-        if let Some(pause) = verify_one(&config, &mut sql, next).await {
+        if let Some(pause) = verify_one(&config, &mut sql, &vitals, next).await {
             not_before.insert(next.oid, Instant::now() + pause);
         }
         // There may be more.
@@ -89,9 +92,23 @@ async fn tell_unarchived(config: &Config, sql: &mut Session, told: &mut Told) {
 }
 
 /// Verifies a partition; how long it is to be left alone if it could not be. One that was dropped meanwhile needs no more.
-async fn verify_one(config: &Config, sql: &mut Session, due: &Due) -> Option<Duration> {
+async fn verify_one(config: &Config, sql: &mut Session, vitals: &Vitals, due: &Due) -> Option<Duration> {
+    let count = |outcome| {
+        let of = OfOutcome { table: due.kind.clone(), outcome };
+        vitals.counters.verified.get_or_create(&of).inc();
+    };
     let why = match compare_one(config, due).await {
-        Ok(pause) => return pause,
+        Ok(Outcome::Equal) => {
+            count("equal");
+            let of = OfTable::new(&due.kind);
+            vitals.counters.last_verified.get_or_create(&of).set(vitals::seconds_now());
+            return None;
+        }
+        Ok(Outcome::Mended) => return None,
+        Ok(Outcome::Different) => {
+            count("different");
+            return Some(DIFFERENT_PAUSE);
+        }
         Err(why) => why,
     };
     let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
@@ -102,6 +119,7 @@ async fn verify_one(config: &Config, sql: &mut Session, due: &Due) -> Option<Dur
     };
     // If that can't be told, the reason of the comparison can.
     if sql.run(is_there).await.unwrap_or(true) {
+        count("failed");
         tracing::warn!(table, partition, "not verified, so it is not purged: {why}");
     } else {
         tracing::info!(table, partition, "dropped while it was read back");
@@ -109,8 +127,18 @@ async fn verify_one(config: &Config, sql: &mut Session, due: &Due) -> Option<Dur
     Some(FAILED_PAUSE)
 }
 
-/// Compares a partition; how long it is to be left alone. The error is why it could not be compared.
-async fn compare_one(config: &Config, due: &Due) -> Result<Option<Duration>, String> {
+/// What a comparison has found.
+enum Outcome {
+    /// The archive has what Postgres has.
+    Equal,
+    /// It had rows twice, which were removed; it is to be compared again.
+    Mended,
+    /// It has not.
+    Different,
+}
+
+/// Compares a partition. The error is why it could not be compared.
+async fn compare_one(config: &Config, due: &Due) -> Result<Outcome, String> {
     let (table, partition) = (due.source_table.as_str(), due.partition.as_str());
     let mut options = Options {
         tables: vec![due.source_table.clone()],
@@ -132,10 +160,10 @@ async fn compare_one(config: &Config, due: &Due) -> Result<Option<Duration>, Str
     match found.partitions.iter().find(|one| one.partition == due.partition) {
         Some(one) if one.verified => {
             tracing::info!(table, partition, rows = one.row_count, "read back from the archive: equal");
-            Ok(None)
+            Ok(Outcome::Equal)
         }
         // It is still due: what was written anew is read back.
-        Some(_) if is_mended(found) => Ok(None),
+        Some(_) if is_mended(found) => Ok(Outcome::Mended),
         Some(_)
             if !found.quarantine_accepted
                 && let [unfit, ..] = found.unfit_columns.as_slice() =>
@@ -144,7 +172,7 @@ async fn compare_one(config: &Config, due: &Due) -> Result<Option<Duration>, Str
         }
         Some(_) if !found.differences.is_empty() => {
             tell_difference(found, partition);
-            Ok(Some(DIFFERENT_PAUSE))
+            Ok(Outcome::Different)
         }
         _ => Err("it was changed meanwhile, or is gone".to_owned()),
     }
@@ -228,6 +256,7 @@ async fn due_of(client: &Client, row: &watermark::Watermark) -> Result<Vec<Due>>
         let range = range.map(|(low, high)| (low, high.saturating_add(i64::from(holder.is_detached))));
         all.push(Due {
             source_table: row.source_table.clone(),
+            kind: row.kind.clone(),
             partition: holder.name,
             oid: holder.oid,
             range,

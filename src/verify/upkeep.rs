@@ -11,8 +11,9 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::postgres::Session;
-use crate::sidecar::{self, Owned, Phase};
+use crate::sidecar::{self, Owned};
 use crate::source::slot;
+use crate::vitals::{Phase, Vitals};
 use crate::watermark::{self, State, Watermark};
 
 /// How long nobody may hold the slot before that is an error: a sidecar that begins anew holds none.
@@ -28,14 +29,16 @@ pub(super) struct Upkeep(Option<Own>);
 struct Own {
     task: Owned<Result<()>>,
     shutdown: watch::Sender<()>,
-    phase: watch::Receiver<Phase>,
+    vitals: Vitals,
 }
 
 impl Own {
     fn start(config: &Config) -> Self {
         let (shutdown, stopped) = watch::channel(());
-        let (told, phase) = watch::channel(Phase::Opening);
-        Self { task: Owned(tokio::spawn(sidecar::run(config.clone(), stopped, told))), shutdown, phase }
+        let vitals = Vitals::default();
+        let (config, told) = (config.clone(), vitals.clone());
+        let task = tokio::spawn(async move { sidecar::run(config, stopped, &told).await });
+        Self { task: Owned(task), shutdown, vitals }
     }
 
     /// Waits for its end; why that was.
@@ -75,9 +78,8 @@ impl Upkeep {
             "nobody archives: bringing the archive up to date first, and as long as this takes"
         );
         let mut own = Self(Some(Own::start(config)));
-        while let Some(Own { phase, .. }) = &own.0 {
-            let at = *phase.borrow();
-            match at {
+        while let Some(Own { vitals, .. }) = &own.0 {
+            match vitals.phase() {
                 Phase::Streaming => break,
                 // Somebody else was quicker.
                 Phase::Failed if slot::is_held(sql, &config.slot).await? => {

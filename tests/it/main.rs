@@ -11,6 +11,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod api;
 mod backfill;
 mod big;
 mod changes;
@@ -27,9 +28,11 @@ mod foreign;
 mod fuzz;
 mod gap;
 mod horizon;
+mod http;
 mod idle;
 mod intruder;
 mod liar;
+mod metrics;
 mod moved;
 mod partition;
 mod partman;

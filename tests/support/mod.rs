@@ -16,6 +16,8 @@
 
 pub mod archive;
 pub mod cluster;
+pub mod freeze;
+pub mod http;
 pub mod load;
 pub mod proxy;
 pub mod s3;

@@ -13,6 +13,7 @@ use object_store::azure::MicrosoftAzureBuilder;
 use object_store::{ObjectStore, ObjectStoreExt as _};
 use tempfile::TempDir;
 
+use super::freeze::Frozen;
 use super::sidecar::Launch;
 use super::wait::until;
 
@@ -135,6 +136,12 @@ impl Store {
     pub fn launch(&self, launch: Launch) -> Launch {
         let launch = launch.with("SCOUTER_STORAGE_URI", &self.uri);
         self.settings.iter().fold(launch, |launch, (name, value)| launch.with(name, value))
+    }
+
+    /// The store's process hangs until the value is dropped.
+    #[must_use]
+    pub fn freeze(&self) -> Frozen {
+        Frozen::of(self.guard.id())
     }
 
     /// The whole bucket.

@@ -38,13 +38,21 @@ impl fmt::Debug for Storage {
     }
 }
 
+/// How errors name the setting.
+const STORAGE_URI: &str = "storage URI";
+
 /// The error of a place without an archive.
 pub(crate) fn nothing_in(uri: &str) -> Error {
     Error::Setting {
-        setting: "storage URI".to_owned(),
+        setting: STORAGE_URI.to_owned(),
         value: uri.to_owned(),
         accepted: "the place of an archive: nothing was archived there".to_owned(),
     }
+}
+
+/// Whether it is that error.
+pub(crate) fn is_nothing(error: &Error) -> bool {
+    matches!(error, Error::Setting { setting, .. } if setting == STORAGE_URI)
 }
 
 impl Storage {
@@ -118,6 +126,12 @@ impl Storage {
             accepted: format!("a URL ({error})"),
         })?;
         Ok(Self { root, place: url.to_string(), url, proved: Arc::default() })
+    }
+
+    /// The same place by way of another store, which is made of this one: it counts or limits requests, say.
+    #[must_use]
+    pub fn through(self, make: impl FnOnce(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore>) -> Self {
+        Self { root: make(self.root), ..self }
     }
 
     /// The storage URI, with a slash at its end.

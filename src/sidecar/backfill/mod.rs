@@ -36,7 +36,8 @@ use crate::source::coverage;
 use crate::source::slot;
 use crate::source::{Copier, Fate, Partition, Point, Source};
 use crate::tables::Kind;
-use crate::watermark::Watermark;
+use crate::vitals::{Origin, Vitals};
+use crate::watermark::{State, Watermark};
 
 /// What a backfill works with: the session's own tables, while it holds the slot and does not decode yet.
 pub(super) struct Backfill<'a> {
@@ -46,6 +47,7 @@ pub(super) struct Backfill<'a> {
     pub(crate) tables: &'a mut [Table],
     pub(crate) sql: &'a mut Session,
     pub(crate) wants: &'a Wants,
+    pub(crate) vitals: &'a Vitals,
     /// Tells positions of one history from those of another.
     pub(crate) timeline_id: i32,
 }
@@ -129,7 +131,8 @@ impl Backfill<'_> {
             at = %point.lsn,
             "making the archive complete: rows that it lacks are copied, the stream waits meanwhile"
         );
-        let mut work = Work::new(self, point, kind, &source, &partitions).await?;
+        let origin = if row.state == State::Snapshot { Origin::copy } else { Origin::gap };
+        let mut work = Work::new(self, point, (kind, origin), &source, &partitions).await?;
         let mut copier = Copier::open(self.config, &point.client).await?;
         let read = self.read_all(&mut work, &mut copier, &partitions, horizons).await;
         // Also after a failure: what is whole need not be read again.

@@ -1,9 +1,13 @@
 use std::time::Duration;
 
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
 use crate::source::Partition;
+use crate::tables::Kind;
 use crate::telemetry::{Bar, whole};
+use crate::vitals::{OfPartitions, OfTable, Vitals};
 
 /// How often progress is told in the log.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -26,10 +30,32 @@ pub(super) struct Progress {
     /// Of `read`, those that the archive can't hold, and did not have in its quarantine.
     pub(super) quarantined: u64,
     pub(super) added: u64,
+    counted: Counted,
+}
+
+/// The same for whoever counts.
+struct Counted {
+    rows: Counter,
+    left: Gauge,
+    done: Gauge,
+}
+
+impl Counted {
+    fn new(vitals: &Vitals, kind: Kind, partitions: usize) -> Self {
+        let counters = &vitals.counters;
+        let of = |state| {
+            let of = OfPartitions { table: kind.name().to_owned(), state };
+            counters.copy_partitions.get_or_create(&of).clone()
+        };
+        let (left, done) = (of("left"), of("done"));
+        left.set(i64::try_from(partitions).unwrap_or(i64::MAX));
+        done.set(0);
+        Self { rows: counters.copied_rows.get_or_create(&OfTable::new(kind.name())).clone(), left, done }
+    }
 }
 
 impl Progress {
-    pub(super) fn new(table: &str, partitions: &[Partition]) -> Self {
+    pub(super) fn new(vitals: &Vitals, kind: Kind, table: &str, partitions: &[Partition]) -> Self {
         let now = Instant::now();
         Self {
             bar: Bar::new("rows"),
@@ -44,6 +70,7 @@ impl Progress {
             read_of_current: 0,
             quarantined: 0,
             added: 0,
+            counted: Counted::new(vitals, kind, partitions.len()),
         }
     }
 
@@ -63,10 +90,13 @@ impl Progress {
         tracing::debug!(table = self.table, partition = self.partition, read = self.read, "partition done");
         self.current = 0.0;
         self.read_of_current = 0;
+        self.counted.left.dec();
+        self.counted.done.inc();
     }
 
     pub(super) fn rows(&mut self, rows: u32) {
         self.read += u64::from(rows);
+        self.counted.rows.inc_by(u64::from(rows));
         self.read_of_current += u64::from(rows);
         self.show();
     }

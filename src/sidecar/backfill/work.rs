@@ -14,6 +14,7 @@ use crate::sidecar::recovery;
 use crate::source::lookup::Lookup;
 use crate::source::{self, Copier, Days, Fate, Partition, Point, Rows, Slice, Source};
 use crate::tables::{CALENDAR, Kind};
+use crate::vitals::{OfOrigin, Origin};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
@@ -29,6 +30,8 @@ const STRIDE_MAX: NonZeroU32 = NonZeroU32::new(256).unwrap();
 pub(super) struct Work<'a> {
     point: &'a Point,
     kind: Kind,
+    /// How rows come into the archive that it lacks.
+    origin: Origin,
     /// ... as its rows are compared.
     compared: Kind,
     pub(super) source: &'a Source,
@@ -72,7 +75,7 @@ impl<'a> Work<'a> {
     pub(super) async fn new(
         backfill: &mut Backfill<'_>,
         point: &'a Point,
-        kind: Kind,
+        (kind, origin): (Kind, Origin),
         source: &'a Source,
         partitions: &[Partition],
     ) -> Result<Self> {
@@ -97,6 +100,7 @@ impl<'a> Work<'a> {
         Ok(Self {
             point,
             kind,
+            origin,
             compared,
             source,
             entities: Lookup::new(Session::new(config.source.clone()), &config.schema),
@@ -105,7 +109,7 @@ impl<'a> Work<'a> {
             limiter: rate.map(limiter),
             stride: rate.map_or(STRIDE_MAX, |rate| rate.min(STRIDE_MAX)).get(),
             batch_bytes_max: config.batch_bytes_max(),
-            progress: Progress::new(&source.name, partitions),
+            progress: Progress::new(backfill.vitals, kind, &source.name, partitions),
             unsettled: None,
         })
     }
@@ -217,6 +221,8 @@ impl<'a> Work<'a> {
             retry.wait(error).await?;
         }
         self.progress.added += note.row_count;
+        let of = OfOrigin { table: self.kind.name().to_owned(), origin: self.origin };
+        backfill.vitals.counters.archived_rows.get_or_create(&of).inc_by(note.row_count);
         failpoint::hit("after-partition");
         Ok(())
     }
@@ -286,7 +292,9 @@ impl<'a> Work<'a> {
         let is_compared = present.is_some();
         let lsn = self.point.lsn;
         let (storage, namer) = (backfill.storage.clone(), Arc::clone(backfill.namer));
+        let (config, vitals) = (backfill.config, backfill.vitals);
         let write = |writing: &mut Writing, batches: Batches| {
+            committer::count_quarantined(config, vitals, &batches);
             let (storage, namer, present) = (storage.clone(), Arc::clone(&namer), present.clone());
             writing.spawn(async move {
                 let batches = Box::new(batches);

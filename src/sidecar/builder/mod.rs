@@ -18,11 +18,12 @@
 //! committed before that position has been handed on to the committer or was not ours, and since the
 //! committer works in order, the position may be recorded after whatever is queued there.
 
+mod counted;
 mod shapes;
+mod texts;
 
 use std::collections::HashSet;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -30,17 +31,18 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::committer::{Range, Work};
 use super::timing::{has_room_at, now, time_to_cut};
-use super::wants::Wants;
 use crate::batch::Batches;
 use crate::config::Config;
 use crate::decode::{Decoder, InsertError, Inserted};
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::pgoutput::{Begin, Commit, Delete, Message, Update};
-use crate::postgres::{Chunk, Encoding, Frame, Session};
+use crate::postgres::{Chunk, Frame, Session};
 use crate::source::lookup::Lookup;
 use crate::source::slot::{self, MESSAGE_PREFIX, Messages};
 use crate::tables::{Kind, PerKind, WindowWidth};
+use crate::vitals::Vitals;
+pub(crate) use texts::Texts;
 
 /// A position that only keepalives moved is recorded when it is this much further, the size of the smallest
 /// part of the log that the server can remove being 16 MiB: far more than our own recording writes, so that
@@ -92,23 +94,15 @@ pub(crate) struct Builder {
     /// When it may be answered.
     answer_at: Instant,
     quarantined: u64,
+    /// Transactions that were received since they were last counted.
+    transactions: u64,
     publication: String,
     schema: String,
     kinds: Vec<Kind>,
     /// Tables that are none of ours.
     foreign: HashSet<u32>,
     texts: Texts,
-}
-
-/// How the stream sends texts.
-#[derive(Clone, Debug)]
-pub(crate) struct Texts {
-    /// How names are to be read; values are read by the decoder.
-    pub(crate) encoding: Encoding,
-    /// All values come as text.
-    pub(crate) is_all: bool,
-    /// What the next session is to do otherwise.
-    pub(crate) wants: Arc<Wants>,
+    vitals: Vitals,
 }
 
 impl Builder {
@@ -116,7 +110,7 @@ impl Builder {
     /// `start`. Rows are read with the decoder; `messages` is what those for us say.
     pub(crate) fn new(
         config: &Config,
-        sql: Session,
+        (sql, vitals): (Session, &Vitals),
         table_lsn: PerKind<Lsn>,
         start: Lsn,
         work: mpsc::Sender<Work>,
@@ -142,12 +136,14 @@ impl Builder {
             wanted: None,
             answer_at: Instant::now(),
             quarantined: 0,
+            transactions: 0,
             publication: config.publication.clone(),
             schema: config.schema.clone(),
             kinds: config.kinds(),
             foreign: HashSet::new(),
             texts,
             messages,
+            vitals: vitals.clone(),
         }
     }
 
@@ -266,6 +262,7 @@ impl Builder {
                 }
             }
         }
+        self.count(chunk);
         Ok(())
     }
 
@@ -345,6 +342,7 @@ impl Builder {
 
     async fn commit(&mut self, commit: Commit) -> Result<()> {
         self.open = None;
+        self.transactions += 1;
         if std::mem::take(&mut self.asked) {
             self.wanted = Some(commit.end_lsn);
         }
@@ -352,6 +350,7 @@ impl Builder {
         if !self.batches.is_empty() || self.in_pieces {
             self.extend(commit).await?;
         }
+        self.vitals.lag.seen(commit.end_lsn);
         // On a busy stream the end of a chunk is seldom the end of a transaction.
         let may_answer =
             self.wanted.is_some() && self.work.capacity() > 0 && self.answer_at <= Instant::now();
@@ -363,6 +362,9 @@ impl Builder {
         let first = self
             .range
             .map_or((commit.commit_lsn, commit.commit_micros), |range| (range.first_lsn, range.first_commit));
+        if self.range.is_none() {
+            self.vitals.lag.received(first.0, first.1);
+        }
         self.range = Some(Range {
             first_lsn: first.0,
             last_lsn: commit.end_lsn,
@@ -386,6 +388,7 @@ impl Builder {
         if reply_requested {
             self.cut().await?;
         }
+        self.vitals.lag.seen(wal_end);
         if self.range.is_none() {
             self.idle = Some(wal_end);
             if reply_requested && wal_end > self.recorded.0 {
@@ -445,22 +448,20 @@ impl Builder {
 
     fn replace_batches(&mut self) -> Box<Batches> {
         self.decoder.forget_unresolved();
+        self.count_rows();
         Box::new(std::mem::replace(&mut self.batches, Batches::new(self.window, now())))
-    }
-
-    fn tell_quarantined(&mut self) {
-        match std::mem::take(&mut self.quarantined) {
-            0 => {}
-            rows => tracing::warn!(
-                rows,
-                "rows that the archive can't hold went to its quarantine table, with the reason"
-            ),
-        }
     }
 
     async fn hand_on(&mut self, work: Work) -> Result<()> {
         // The committer has failed; its own error says why.
-        self.work.send(work).await.map_err(|_| Error::Internal("the committer is gone".to_owned()))
+        let gone = |_| Error::Internal("the committer is gone".to_owned());
+        if self.work.capacity() > 0 {
+            return self.work.send(work).await.map_err(gone);
+        }
+        let begun = Instant::now();
+        let sent = self.work.send(work).await;
+        self.vitals.counters.backpressure_seconds.inc_by(begun.elapsed().as_secs_f64());
+        sent.map_err(gone)
     }
 }
 

@@ -10,10 +10,13 @@ use tokio::time::{Instant, sleep};
 
 use crate::archive::{self, DataFile, EncodedFile, Multiset, Namer, Storage};
 use crate::batch::Batches;
+use crate::config::Config;
+use crate::decode::sort_of_reason;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::lsn::Lsn;
 use crate::tables::{Kind, Window};
+use crate::vitals::{OfReason, Vitals};
 
 /// Uploads of one checkpoint under way at once: enough to hide a round trip, few enough for any store.
 const UPLOADS_MAX: usize = 4;
@@ -27,6 +30,17 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration:
 /// How long a copy out of Postgres tries a storage that fails. It holds locks meanwhile, on which pg_partman may wait, and on
 /// that every writer; better it begins again.
 pub(crate) const COPY_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Counts the rows that the archive can't hold.
+pub(crate) fn count_quarantined(config: &Config, vitals: &Vitals, batches: &Batches) {
+    for row in batches.quarantined() {
+        let is_its =
+            |kind: &Kind| kind.source_table(&config.schema).is_some_and(|name| name == row.source_table);
+        let table = config.all_kinds().into_iter().find(is_its).map_or("unknown", Kind::name).to_owned();
+        let of = OfReason { table, reason: sort_of_reason(&row.reason) };
+        vitals.counters.quarantined_rows.get_or_create(&of).inc();
+    }
+}
 
 /// Encodes the rows and uploads their files; with `present`, only the rows that are not among these. Storage that fails
 /// is tried for ever, or with patience for so long.

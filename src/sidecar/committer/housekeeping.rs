@@ -7,6 +7,7 @@ use crate::sidecar::foreign;
 use crate::sidecar::gap;
 use crate::sidecar::versions;
 use crate::tables::Kind;
+use crate::vitals::{self, OfTable};
 use crate::watermark;
 use std::sync::Arc;
 use tokio::task::JoinHandle;
@@ -119,6 +120,7 @@ impl Committer {
         let merged = match merged {
             Ok(merged) => merged,
             Err(error) => {
+                self.parts.vitals.counters.merge_failures.get_or_create(&OfTable::new(kind.name())).inc();
                 let (window, pause) = self.merge_turns.failed(Instant::now().into_std()).unwrap_or_default();
                 tracing::error!(
                     kind = kind.name(),
@@ -143,6 +145,7 @@ impl Committer {
             }
             Err(error) => return Err(error),
         }
+        self.parts.vitals.counters.merges.get_or_create(&OfTable::new(kind.name())).inc();
         tracing::info!(
             kind = kind.name(),
             window = merged.window,
@@ -170,10 +173,15 @@ impl Committer {
             return Ok(());
         }
         self.vacuum_at = Instant::now() + VACUUM_INTERVAL;
+        self.parts.vitals.counters.last_vacuum.set(vitals::seconds_now());
         for table in &mut self.parts.tables {
             match table.vacuum(&self.parts.namer, VACUUM_INTERVAL).await {
                 Ok(0) => {}
-                Ok(removed) => tracing::info!(kind = table.kind().name(), removed, "removed unused objects"),
+                Ok(removed) => {
+                    let of = OfTable::new(table.kind().name());
+                    self.parts.vitals.counters.vacuumed.get_or_create(&of).inc_by(removed);
+                    tracing::info!(kind = table.kind().name(), removed, "removed unused objects");
+                }
                 Err(error @ Error::Fenced { .. }) => return Err(error),
                 Err(error) => tracing::warn!(
                     kind = table.kind().name(),

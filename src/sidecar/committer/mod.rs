@@ -23,8 +23,9 @@ use crate::sidecar::foreign;
 use crate::sidecar::gap;
 use crate::sidecar::wants::Wants;
 use crate::tables::Kind;
+use crate::vitals::{self, OfOrigin, OfTable, Origin, Vitals};
 use crate::watermark::{self, Advance, Horizon};
-pub(crate) use files::{COPY_PATIENCE, StorageRetry, write_files};
+pub(crate) use files::{COPY_PATIENCE, StorageRetry, count_quarantined, write_files};
 use housekeeping::finished;
 
 /// How often merges and maintenance are looked at.
@@ -106,6 +107,7 @@ pub(crate) struct Parts {
     /// Names this session's objects.
     pub(crate) namer: Arc<Namer>,
     pub(crate) wants: Arc<Wants>,
+    pub(crate) vitals: Vitals,
     /// The position that everything is known to be durable up to.
     pub(crate) durable: watch::Sender<Lsn>,
 }
@@ -211,6 +213,7 @@ impl Committer {
     /// Encodes and uploads; step 1 of an advance.
     async fn write_files(&mut self, batches: Box<Batches>, lsn: Lsn) -> Result<()> {
         self.spans.extend(batches.entity_spans());
+        count_quarantined(&self.parts.config, &self.parts.vitals, &batches);
         let files = write_files(&self.parts.storage, &self.parts.namer, batches, lsn, None, None).await?;
         for (kind, file) in files {
             self.uploaded.entry(kind).or_default().push(file);
@@ -244,6 +247,8 @@ impl Committer {
             spans.filter_map(|span| Some((watermark::source_table(schema, span.kind)?, span))).collect();
         self.unmirrored.push_back((range.last_lsn, spans));
         let age_ms = chrono::Utc::now().timestamp_micros().saturating_sub(range.first_commit) / 1000;
+        #[expect(clippy::cast_precision_loss, reason = "milliseconds of years are exact")]
+        self.parts.vitals.counters.checkpoint_age.observe(age_ms.max(0) as f64 / 1e3);
         tracing::info!(rows = row_count, lsn = %range.last_lsn, age_ms, "archived a checkpoint");
         Ok(())
     }
@@ -260,9 +265,18 @@ impl Committer {
         };
         let what = format!("committing {}", kind.name());
         let mut retry = StorageRetry::new(&what);
+        let begun = Instant::now();
         // A commit that is repeated recognises itself in the log.
         while let Err(error) = table.commit(files, lsn, note).await {
             retry.wait(error).await?;
+        }
+        if !files.is_empty() {
+            let (counters, of) = (&self.parts.vitals.counters, OfTable::new(kind.name()));
+            counters.commits.get_or_create(&of).inc();
+            counters.commit_seconds.observe(begun.elapsed().as_secs_f64());
+            counters.last_commit.get_or_create(&of).set(vitals::seconds_now());
+            let of = OfOrigin { table: kind.name().to_owned(), origin: Origin::stream };
+            counters.archived_rows.get_or_create(&of).inc_by(note.row_count);
         }
         Ok(())
     }
@@ -289,6 +303,7 @@ impl Committer {
     }
 
     fn acknowledge(&self, lsn: Lsn) {
+        self.parts.vitals.lag.archived(lsn);
         self.parts.durable.send_if_modified(|durable| {
             let moved = lsn > *durable;
             *durable = lsn.max(*durable);

@@ -1,0 +1,183 @@
+//! What all requests share.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prometheus_client::registry::Registry;
+use tokio::sync::{Mutex, OnceCell, Semaphore, SemaphorePermit};
+use tokio::time::timeout;
+
+use super::problem::Problem;
+use super::report::LastReport;
+use super::requests::Requests;
+use crate::archive::{self, Storage};
+use crate::archiver::Archiver;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::reader::{Archive, EntitySummary};
+use crate::sidecar::Owned;
+use crate::status::{self, Observer};
+use crate::tables::Kind;
+use crate::vitals::{Counters, watched};
+use crate::watermark::EntityWatermark;
+
+/// Queries that run at a time; they share one pool of memory.
+const QUERIES_MAX: usize = 8;
+
+/// How long a query waits for its turn before it is refused.
+const TURN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a query may take.
+pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the database may take to list the entities.
+const ENTITIES_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How old the archive's version may be that a query reads.
+const VERSION_AGE_MAX: Duration = Duration::from_secs(2);
+
+/// The version of each table.
+type Versions = Vec<(&'static str, Option<u64>)>;
+
+/// What all requests share.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) config: Config,
+    pub(super) observer: Arc<Observer>,
+    pub(super) registry: Registry,
+    pub(super) requests: Requests,
+    history: Arc<History>,
+    /// The entities of these versions.
+    entities: Mutex<(Versions, Arc<Vec<EntitySummary>>)>,
+    pub(super) report: LastReport,
+    turns: Semaphore,
+    /// Watches in place of an archiver.
+    _watching: Option<Owned<()>>,
+}
+
+impl Served {
+    pub(super) fn by_archiver(archiver: &Archiver) -> Arc<Self> {
+        Arc::new(Self::new(Arc::clone(archiver.observer()), None))
+    }
+
+    pub(super) fn by_reader(config: &Config) -> Arc<Self> {
+        let observer = Arc::new(Observer::of_reader(config.clone()));
+        let watched = Arc::clone(&observer);
+        let watching = Owned(tokio::spawn(async move { watched.watch().await }));
+        Arc::new(Self::new(observer, Some(watching)))
+    }
+
+    fn new(observer: Arc<Observer>, watching: Option<Owned<()>>) -> Self {
+        let mut registry = Registry::default();
+        status::register_process(&mut registry);
+        let ours = registry.sub_registry_with_prefix("highwater");
+        observer.register(ours);
+        let requests = Requests::default();
+        requests.register(ours);
+        let history = History {
+            config: observer.config.clone(),
+            counters: observer.vitals.counters.clone(),
+            archive: OnceCell::new(),
+            refreshed: Mutex::default(),
+        };
+        Self {
+            config: observer.config.clone(),
+            observer,
+            registry,
+            requests,
+            history: Arc::new(history),
+            entities: Mutex::default(),
+            report: LastReport::default(),
+            turns: Semaphore::new(QUERIES_MAX),
+            _watching: watching,
+        }
+    }
+
+    /// The archive, seconds old at most; `None` while nothing is archived.
+    pub(super) async fn archive(&self) -> Result<Option<Archive>> {
+        let history = Arc::clone(&self.history);
+        // The Delta library's tasks don't bear to be given up, and whoever asks may go away.
+        let opened = tokio::spawn(async move { history.archive().await }).await;
+        opened.unwrap_or_else(|error| Err(Error::Internal(format!("opening the archive failed: {error}"))))
+    }
+
+    /// The entities of all tables. The database has them in a table; without one they are read from the archive's files, once for each
+    /// version of it.
+    pub(super) async fn entities(&self) -> Result<Arc<Vec<EntitySummary>>> {
+        let Some(archive) = self.archive().await? else { return Ok(Arc::default()) };
+        let kinds = archive.kinds();
+        if self.observer.archives()
+            && let Ok(Ok(rows)) = timeout(ENTITIES_PATIENCE, self.observer.entities()).await
+        {
+            return Ok(Arc::new(summaries(&rows, &kinds, &self.config.schema)));
+        }
+        let mut known = self.entities.lock().await;
+        let versions = archive.versions();
+        if known.0 != versions {
+            let mut all = Vec::new();
+            for kind in kinds.into_iter().filter(|kind| kind.entity().is_some()) {
+                all.extend(archive.entities(kind).await?);
+            }
+            *known = (versions, Arc::new(all));
+        }
+        Ok(Arc::clone(&known.1))
+    }
+
+    /// A turn for a query; it ends when this is dropped.
+    pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, Problem> {
+        match timeout(TURN_PATIENCE, self.turns.acquire()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            _ => Err(Problem::busy(format!("{QUERIES_MAX} queries are running; ask again"))),
+        }
+    }
+}
+
+/// The archive that is read.
+#[derive(Debug)]
+struct History {
+    config: Config,
+    counters: Counters,
+    /// Opened when it is first asked for.
+    archive: OnceCell<Archive>,
+    /// When it was last brought up to date.
+    refreshed: Mutex<Option<Instant>>,
+}
+
+impl History {
+    async fn archive(&self) -> Result<Option<Archive>> {
+        let mut refreshed = self.refreshed.lock().await;
+        let opened = self.archive.get_or_try_init(async || {
+            let storage = Storage::open_existing(&self.config.storage)?;
+            let storage = storage.through(|store| watched(store, &self.counters));
+            *refreshed = Some(Instant::now());
+            Archive::open_in_within(storage, self.config.memory_bytes).await
+        });
+        let archive = match opened.await {
+            Ok(archive) => archive,
+            Err(error) if archive::is_nothing(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if refreshed.is_none_or(|at| at.elapsed() > VERSION_AGE_MAX) {
+            archive.refresh().await?;
+            *refreshed = Some(Instant::now());
+        }
+        Ok(Some(archive.clone()))
+    }
+}
+
+/// What the watermark rows say of the entities of these tables, as a reader would find it in the archive.
+fn summaries(rows: &[EntityWatermark], kinds: &[Kind], schema: &str) -> Vec<EntitySummary> {
+    let summary = |row: &EntityWatermark| {
+        let is_its = |kind: &&Kind| kind.source_table(schema).is_some_and(|name| name == row.source_table);
+        Some(EntitySummary {
+            kind: kinds.iter().find(is_its)?.name(),
+            space: row.entity.space.clone(),
+            name: row.entity.name.clone(),
+            version: row.entity.version.clone(),
+            first: row.min_created_at,
+            last: row.max_created_at,
+            rows: u64::try_from(row.row_count).unwrap_or_default(),
+        })
+    };
+    rows.iter().filter_map(summary).collect()
+}

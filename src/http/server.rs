@@ -1,0 +1,133 @@
+//! A socket on which a router answers: bounded in connections, in time and in what a request may be.
+
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::middleware;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_io_timeout::TimeoutStream;
+
+use super::access;
+use crate::config::{HttpAccess, HttpSettings, Setting};
+use crate::error::{Error, Result};
+
+/// Connections that are open at a time; those past it are closed at once.
+const CONNECTIONS_MAX: usize = 512;
+
+/// How long the head of a request may take, and a connection may be idle before the next one.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a client may take nothing of an answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The most bytes of a request's head.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+
+/// The most headers of a request.
+const HEADERS_MAX: usize = 64;
+
+/// How long a stop waits for answers that are under way.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The pause after a connection that could not be accepted: for want of file descriptors, say.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A socket that is open, for the routes of [`router`](super::router) or [`reader`](super::reader).
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    access: Arc<HttpAccess>,
+}
+
+impl Server {
+    /// Opens the socket that the settings name; `None` if they name none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if the address can't be had: somebody else has it, say.
+    pub async fn bind(settings: &HttpSettings) -> Result<Option<Self>> {
+        let Some(wanted) = settings.listen else { return Ok(None) };
+        let refused = |error: std::io::Error| Error::Setting {
+            setting: Setting::Http.variable().to_owned(),
+            value: wanted.to_string(),
+            accepted: format!(
+                "an address that is free ({error}): another program, or another Highwater, listens there; name another one, \
+                 or `off`"
+            ),
+        };
+        let listener = TcpListener::bind(wanted).await.map_err(refused)?;
+        let address = listener.local_addr().map_err(refused)?;
+        Ok(Some(Self { listener, address, access: Arc::new(settings.access.clone()) }))
+    }
+
+    /// The address, with the port that was chosen if the settings leave that open.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers until `stop`; then what is under way is finished, for a few seconds.
+    pub async fn serve(self, router: Router, stop: impl Future<Output = ()>) {
+        let router = router.layer(middleware::from_fn_with_state(Arc::clone(&self.access), access::admit));
+        let (graceful, places) = (GracefulShutdown::new(), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
+        let mut stop = pin!(stop);
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = &mut stop => break,
+                accepted = self.listener.accept() => accepted,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::debug!(%error, "a connection was not accepted");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            // Dropping the stream closes it.
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+            let connection = graceful.watch(connection(stream, router.clone()));
+            tokio::spawn(async move {
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "a connection ended");
+                }
+                drop(place);
+            });
+        }
+        drop(self.listener);
+        if timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
+            tracing::warn!("answers that were under way are cut short");
+        }
+    }
+}
+
+/// A stream whose other end may not be silent for long.
+type Patient = Pin<Box<TimeoutStream<TcpStream>>>;
+
+/// A connection, which is bounded in its heads and in how slow it may be.
+fn connection(
+    stream: TcpStream,
+    router: Router,
+) -> http1::Connection<TokioIo<Patient>, TowerToHyperService<Router>> {
+    // Small answers go out at once; without it they are slower, no more.
+    let _ = stream.set_nodelay(true);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(WRITE_TIMEOUT));
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
+}

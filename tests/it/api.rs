@@ -1,0 +1,191 @@
+//! The history over HTTP: the same answers as those of the command line, tags, and turns.
+
+use std::io::Cursor;
+use std::time::Duration;
+
+use arrow::ipc::reader::StreamReader;
+use futures::future::join_all;
+use serde_json::Value;
+
+use crate::support::http::Site;
+use crate::support::load::{Load, create_entities};
+use crate::support::schema::Shape;
+use crate::support::stage::Stage;
+use crate::support::wait::until;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+const MODEL: &str = "space=shop&name=ranking&version=1.0.0";
+const MODEL_FLAGS: [&str; 6] = ["--space", "shop", "--name", "ranking", "--version", "1.0.0"];
+
+/// The same with numbers to nine digits: the last ones depend on the order in which values are added up.
+fn rounded(value: Value) -> Value {
+    match value {
+        Value::Number(number) if number.is_f64() => format!("{:.8e}", number.as_f64().unwrap()).into(),
+        Value::Array(values) => values.into_iter().map(rounded).collect(),
+        Value::Object(members) => members.into_iter().map(|(name, value)| (name, rounded(value))).collect(),
+        other => other,
+    }
+}
+
+/// An archive with a load's rows, and a sidecar that goes on.
+async fn archived(stage: &Stage) -> crate::support::sidecar::Sidecar {
+    create_entities(&stage.connect().await).await;
+    let sidecar = stage.start().await;
+    let load = Load::start(&stage.cluster().uri_unix(&stage.name), Shape::Entity);
+    load.goes_on(3_000, DEADLINE).await;
+    load.stop().await;
+    stage.assert_archived(DEADLINE).await;
+    sidecar
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_answers_as_the_command_line_does() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let sidecar = archived(&stage).await;
+    let site = Site::of(&sidecar).await;
+    let launch = stage.launch();
+    let (from, to) = ("2000-01-01", "2100-01-01");
+    for table in ["custom", "psi", "spc"] {
+        let path = format!("/api/query/{table}?{MODEL}&from={from}&to={to}&bin=365d");
+        let flags = [
+            &["query", table, "--from", from, "--to", to, "--bin", "365d", "--format", "json"][..],
+            &MODEL_FLAGS,
+        ]
+        .concat();
+        let expected: Value = serde_json::from_str(&launch.must(&flags)).unwrap();
+        assert_eq!(rounded(site.json(&path).await), rounded(expected), "{table}");
+        let arrow = site.clone().with("accept", "application/vnd.apache.arrow.stream").get(&path).await;
+        let batches: Vec<_> =
+            StreamReader::try_new(Cursor::new(&arrow.body), None).unwrap().map(Result::unwrap).collect();
+        assert!(batches.iter().map(|batch| batch.num_rows()).sum::<usize>() > 0, "{table}");
+    }
+    let path = format!(
+        "/api/query/custom?from={from}&to={to}&bin=365d&value=value&by=metric&stat=count&stat=max&{MODEL}"
+    );
+    let found = site.json(&path).await;
+    assert!(found["series"].as_array().is_some_and(|series| !series.is_empty()), "{found}");
+    let entities: Value = serde_json::from_str(&launch.must(&["entities", "--format", "json"])).unwrap();
+    let told = site.json("/api/entities").await;
+    assert_eq!(told.as_array().unwrap().len(), entities.as_array().unwrap().len());
+    for one in told.as_array().unwrap() {
+        let is_it =
+            |other: &&Value| ["kind", "space", "name", "version"].iter().all(|key| one[key] == other[key]);
+        let other = entities.as_array().unwrap().iter().find(is_it).unwrap_or_else(|| panic!("{one}"));
+        assert_eq!(one["rows"], other["rows"]);
+    }
+    let found = site.json("/api/entities?search=RANK&table=psi&limit=1").await;
+    assert_eq!((found.as_array().unwrap().len(), &found[0]["kind"]), (1, &"psi".into()));
+    let coverage = site.json("/api/coverage").await;
+    assert!(coverage["tables"].as_array().unwrap().iter().any(|table| {
+        table["table"] == "custom"
+            && table["days"].as_object().unwrap().values().any(|day| day["files"].as_u64() > Some(0))
+    }));
+    let description = site.json("/api/openapi.json").await;
+    for (path, about) in description["paths"].as_object().unwrap() {
+        assert!(about["get"]["summary"].is_string());
+        if !path.contains('{') {
+            assert_eq!(site.get(path).await.status, 200, "{path}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_has_not_changed_is_not_sent_again() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let sidecar = archived(&stage).await;
+    let site = Site::of(&sidecar).await;
+    let path = format!("/api/query/custom?{MODEL}&from=2000-01-01&to=2100-01-01&bin=365d");
+    let first = site.get(&path).await;
+    let tag = first.header("etag").to_owned();
+    assert!(!tag.is_empty() && first.header("cache-control").contains("no-cache"));
+    let again = site.clone().with("if-none-match", &tag);
+    let unchanged = again.get(&path).await;
+    assert_eq!((unchanged.status, unchanged.body.len(), unchanged.header("etag")), (304, 0, tag.as_str()));
+    // Another question, and the same one once more is archived.
+    assert_eq!(again.get(&path.replace("365d", "366d")).await.status, 200);
+    stage.assert_archived(DEADLINE).await;
+    until("the answer is a new one", DEADLINE, async || (again.get(&path).await.status == 200).then_some(()))
+        .await;
+    // What is not archived yet has no version.
+    let fresh = site.get(&format!("{path}&fresh=true")).await;
+    assert_eq!((fresh.status, fresh.header("etag")), (200, ""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_who_ask_at_once_take_turns_and_the_archive_goes_on() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let sidecar = archived(&stage).await;
+    let site = Site::of(&sidecar).await;
+    let client = stage.connect().await;
+    let ask = async |number: usize| {
+        let mut statuses = Vec::new();
+        for turn in 0..10 {
+            let bin = 3_600 + number * 100 + turn;
+            let answer = site.get(&format!("/api/query/psi?{MODEL}&from=-30d&bin={bin}s")).await;
+            if answer.status == 429 {
+                assert_eq!(answer.header("retry-after"), "1");
+            }
+            statuses.push(answer.status);
+        }
+        statuses
+    };
+    let asking = join_all((0..50).map(ask));
+    let archiving = async {
+        for _ in 0..5 {
+            let target = stage.insert_one(&client, "beside", Some(1.0)).await;
+            stage.acknowledged(&client, target, DEADLINE).await;
+        }
+    };
+    let (statuses, ()) = tokio::join!(asking, archiving);
+    let statuses: Vec<u16> = statuses.into_iter().flatten().collect();
+    assert!(statuses.iter().all(|status| [200, 429].contains(status)), "{statuses:?}");
+    assert!(statuses.iter().filter(|status| **status == 200).count() >= 50, "{statuses:?}");
+    assert_eq!(site.get(&format!("/api/query/psi?{MODEL}&from=-30d")).await.status, 200);
+    stage.assert_archived(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_only_reads_answers_without_a_database() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let mut sidecar = archived(&stage).await;
+    let expected = Site::of(&sidecar).await.json("/api/entities").await;
+    assert!(sidecar.terminate(DEADLINE).await.success());
+    let mut reader = stage
+        .launch()
+        .with("DATABASE_URI", "postgresql://nobody@127.0.0.1:1/nothing")
+        .start_command(&["serve"]);
+    let site = Site::of(&reader).await;
+    assert_eq!((site.get("/livez").await.status, site.get("/readyz").await.status), (200, 200));
+    let found = site.json("/api/entities").await;
+    let keys = |all: &Value| -> Vec<String> {
+        all.as_array()
+            .unwrap()
+            .iter()
+            .map(|one| format!("{} {} {}", one["kind"], one["name"], one["rows"]))
+            .collect()
+    };
+    assert_eq!(keys(&found), keys(&expected));
+    assert_eq!(site.get(&format!("/api/query/custom?{MODEL}&from=2000-01-01&bin=365d")).await.status, 200);
+    assert_eq!(site.json("/api/state").await["archives"], false);
+    let coverage = site.json("/api/coverage").await;
+    assert!(coverage["database"].is_string() && !coverage["tables"].as_array().unwrap().is_empty());
+    let text = site.get("/metrics").await.text();
+    assert!(
+        text.contains("highwater_build_info") && !text.contains("highwater_archive_lag_seconds"),
+        "{text}"
+    );
+    assert!(reader.terminate(DEADLINE).await.success());
+    // Nothing there yet is no error.
+    let empty = stage.folder().join("empty");
+    fs_create(&empty);
+    let launch = stage.launch().with("SCOUTER_STORAGE_URI", &empty.display().to_string());
+    let reader = launch.start_command(&["serve"]);
+    let site = Site::of(&reader).await;
+    assert_eq!(site.json("/api/entities").await, Value::Array(Vec::new()));
+    assert_eq!(site.get(&format!("/api/query/custom?{MODEL}&from=-1d")).await.status, 404);
+}
+
+fn fs_create(folder: &std::path::Path) {
+    std::fs::create_dir_all(folder).unwrap();
+}
