@@ -20,7 +20,7 @@ demo:
 	cargo run --quiet $(FEATURES) --example demo
 
 test:
-	scripts/setup reader stores spark postgres
+	scripts/setup reader stores spark postgres browser
 	$(if $(shell command -v clippy-driver),$(LINTED)) cargo test $(FEATURES) -- --test-threads=$(TEST_THREADS)
 
 lint:

@@ -1,7 +1,7 @@
 //! Shows Highwater at work, from nothing: a throw-away PostgreSQL, drift of several models, the sidecar,
 //! a kill -9 in the middle, and the proof that not a row was lost or doubled. `make demo` runs it.
 //!
-//! `DEMO_SECONDS` sets how long drift is written (30 unless told).
+//! `DEMO_SECONDS` sets how long drift is written (30 unless told); with `DEMO_KEEP=1` it ends with a page, and stays up.
 
 #![allow(
     clippy::unwrap_used,
@@ -22,6 +22,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use support::archive::{compare, files};
 use support::cluster::{CRON_DATABASE, Cluster};
+use support::http::Site;
 use support::schema::{self, KINDS, Partitions, Shape};
 use support::sidecar::{Launch, Sidecar};
 use support::wait::{until, within};
@@ -89,7 +90,9 @@ async fn show() -> bool {
     let (mut sidecar, mut generator) = stage.archive_drift(Duration::from_secs(seconds)).await;
     let is_clean = stage.finish(&mut sidecar, &mut generator).await;
     stage.show_archive();
-    stage.prove(&sidecar, is_clean).await
+    let is_proved = stage.prove(&sidecar, is_clean).await;
+    stage.keep().await;
+    is_proved
 }
 
 /// The server with its drift tables, and how the sidecar is started beside it.
@@ -198,6 +201,28 @@ impl Stage {
         }
     }
 
+    /// Shows where the page is; it stays up if that is wanted.
+    async fn keep(&self) {
+        let is_kept = std::env::var_os("DEMO_KEEP").is_some_and(|value| value != "0");
+        if !is_kept {
+            println!("\nDEMO_KEEP=1 keeps it up, with a page that shows the state and the history.");
+            return;
+        }
+        let address = match std::net::TcpListener::bind("127.0.0.1:9808") {
+            Ok(_) => "127.0.0.1:9808",
+            Err(_) => "127.0.0.1:0",
+        };
+        let sidecar = self.launch.clone().with("HIGHWATER_HTTP", address).start();
+        let site = Site::of(&sidecar).await;
+        println!("\nThe page is at {}/ until you press Ctrl-C. Models go on reporting.", site.url);
+        let mut generator = Generator::new(&self.client).await;
+        let start = Instant::now();
+        while start.elapsed() < FOR_EVER {
+            generator.write(&self.client, (start.elapsed().as_secs_f64() / 600.0).min(1.0)).await;
+            within(PACE * 10, async || None::<()>).await;
+        }
+    }
+
     async fn prove(&self, sidecar: &Sidecar, is_clean: bool) -> bool {
         step(7, "The proof: all rows of the source against all rows of the archive, bit by bit");
         let mut is_same = true;
@@ -208,9 +233,7 @@ impl Stage {
         }
         match (is_same, is_clean) {
             (true, true) => {
-                println!(
-                    "\nThe same rows, once each, in spite of the kill. Server and files are removed now."
-                );
+                println!("\nThe same rows, once each, in spite of the kill.");
             }
             (false, _) => println!("\nFAILED: they differ. The sidecar's log:\n{}", sidecar.log()),
             (true, false) => println!("\nFAILED: the sidecar ended badly. Its log:\n{}", sidecar.log()),
@@ -218,6 +241,9 @@ impl Stage {
         is_same && is_clean
     }
 }
+
+/// How long the page stays up that nobody ends.
+const FOR_EVER: Duration = Duration::from_hours(24 * 365);
 
 /// At most this many files are listed of each table.
 const SHOWN_FILES: usize = 3;

@@ -21,6 +21,8 @@ mod report;
 mod requests;
 mod served;
 mod server;
+mod tag;
+mod ui;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,6 +52,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// | `/status` | what `highwater --watermarks --format json` prints |
 /// | `/metrics` | OpenMetrics, or Prometheus' text |
 /// | `/api/...` | the history; `/api/openapi.json` describes it |
+/// | `/ui/` | the page |
 ///
 /// All of them only read. Whoever reaches them may ask: the server that nests them decides who that is.
 ///
@@ -81,6 +84,7 @@ fn routes(served: Arc<Served>) -> Router {
         .route("/status", get(health::status))
         .route("/metrics", get(metrics::metrics))
         .merge(api::routes())
+        .merge(ui::routes())
         .fallback(async |request: Request| Problem::not_found(request.uri().path()))
         .method_not_allowed_fallback(async || Problem::method())
         .layer(middleware::from_fn(only_reads))

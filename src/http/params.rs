@@ -61,6 +61,16 @@ impl Given {
         Ok(given)
     }
 
+    /// The same of one whose askers may give more than is known: that is passed over.
+    pub(super) fn read_known(query: Option<&str>, known: &[Param]) -> Result<Self, Problem> {
+        let pairs = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+        let is_known = |name: &str| known.iter().any(|param| param.name == name);
+        let text = url::form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(pairs.filter(|(name, _)| is_known(name)))
+            .finish();
+        Self::read(Some(&text), &[known])
+    }
+
     /// The value, if it was given and is not empty.
     pub(super) fn text(&self, name: &str) -> Option<&str> {
         let found = self.0.iter().find(|(given, value)| given == name && !value.is_empty());

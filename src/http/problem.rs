@@ -4,7 +4,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use crate::error::Error;
+use crate::error::{Error, Policy};
 
 /// What went wrong with a request, as `application/problem+json` (RFC 9457).
 #[derive(Debug, Serialize)]
@@ -55,7 +55,10 @@ impl From<Error> for Problem {
             Error::Query { detail } => Self::bad(detail.clone()),
             Error::Setting { .. } => Self::bad(error.chain()),
             Error::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.chain()),
-            _ => Self::unavailable(error.chain()),
+            _ => Self::unavailable(match error.policy() {
+                Policy::Stop { advice } => format!("{}; what to do: {advice}", error.chain()),
+                Policy::Retry => error.chain(),
+            }),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use prometheus_client::registry::Registry;
 use tokio::sync::{Mutex, OnceCell, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
+use tokio_postgres::Client;
 
 use super::problem::Problem;
 use super::report::LastReport;
@@ -14,6 +15,7 @@ use crate::archive::{self, Storage};
 use crate::archiver::Archiver;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::postgres::Session;
 use crate::reader::{Archive, EntitySummary};
 use crate::sidecar::Owned;
 use crate::status::{self, Observer};
@@ -29,6 +31,9 @@ const TURN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a query may take.
 pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the database may take for a short question.
+const DATABASE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the database may take to list the entities.
 const ENTITIES_PATIENCE: Duration = Duration::from_secs(5);
@@ -51,6 +56,8 @@ pub(super) struct Served {
     entities: Mutex<(Versions, Arc<Vec<EntitySummary>>)>,
     pub(super) report: LastReport,
     turns: Semaphore,
+    /// For short questions.
+    session: Mutex<Session>,
     /// Watches in place of an archiver.
     _watching: Option<Owned<()>>,
 }
@@ -74,6 +81,7 @@ impl Served {
         observer.register(ours);
         let requests = Requests::default();
         requests.register(ours);
+        let session = Session::new(observer.config.source.clone());
         let history = History {
             config: observer.config.clone(),
             counters: observer.vitals.counters.clone(),
@@ -89,6 +97,7 @@ impl Served {
             entities: Mutex::default(),
             report: LastReport::default(),
             turns: Semaphore::new(QUERIES_MAX),
+            session: Mutex::new(session),
             _watching: watching,
         }
     }
@@ -121,6 +130,19 @@ impl Served {
             *known = (versions, Arc::new(all));
         }
         Ok(Arc::clone(&known.1))
+    }
+
+    /// Asks the database, whose schema of drift tables is the second argument.
+    pub(super) async fn database<T>(
+        &self,
+        work: impl AsyncFnOnce(&Client, &str) -> Result<T>,
+    ) -> Result<T, Problem> {
+        let asked = async {
+            let mut session = self.session.lock().await;
+            session.run(async |client| work(client, &self.config.schema).await).await
+        };
+        let silent = |_| Problem::unavailable("the database does not answer");
+        Ok(timeout(DATABASE_PATIENCE, asked).await.map_err(silent)??)
     }
 
     /// A turn for a query; it ends when this is dropped.

@@ -11,6 +11,7 @@ pub(crate) mod identity;
 pub(crate) mod lookup;
 mod partition;
 mod point;
+pub(crate) mod scouter;
 pub(crate) mod slot;
 mod sums;
 mod time;

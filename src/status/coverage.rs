@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use tokio_postgres::Client;
 
 use crate::error::{Error, Result};
+use crate::purge;
 use crate::source::{self, Source};
 use crate::watermark::{self, State};
 
@@ -12,8 +13,10 @@ use crate::watermark::{self, State};
 #[derive(Clone, Debug)]
 pub(crate) struct PartitionCover {
     pub(crate) source_table: String,
-    /// Microseconds since the epoch that its rows are within (first, and first after the last); `None` if nothing says so.
-    pub(crate) range: Option<(i64, i64)>,
+    /// Microseconds since the epoch that its rows are within (first, and first after the last), if it has any.
+    pub(crate) range: (i64, i64),
+    /// Whether the range is a partition's; else it may have rows of any day in it, and none of many.
+    pub(crate) is_bounded: bool,
     /// Every row of it is archived, or on its way.
     pub(crate) is_covered: bool,
     /// It was compared with the archive, and is equal.
@@ -29,10 +32,18 @@ pub(super) async fn read(client: &Client, slot_name: &str) -> Result<Vec<Partiti
     for row in watermark::read(client).await?.iter().filter(|row| row.slot_name == slot_name) {
         let Some(source) = Source::find(client, row).await? else { continue };
         let is_whole = row.state == State::Streaming;
+        // What is not a partition of its own is purged row by row.
+        let purged = purge::cutoff(client, &row.source_table, true).await?.unwrap_or(i64::MIN);
         for holder in source::holders(client, &row.source_table, source.oid).await? {
+            let bounds = holder.bounds.or(holder.extent);
+            // A default partition mostly.
+            if bounds.is_none() && holder.rows_expected < 1.0 {
+                continue;
+            }
             all.push(PartitionCover {
                 source_table: row.source_table.clone(),
-                range: holder.bounds.or(holder.extent),
+                range: bounds.unwrap_or((purged, i64::MAX)),
+                is_bounded: bounds.is_some(),
                 is_covered: holder.is_covered && is_whole,
                 is_verified: verified.contains(&(row.source_table.clone(), holder.oid)),
                 lacks: holder.lacks,

@@ -34,6 +34,7 @@ mod intruder;
 mod liar;
 mod metrics;
 mod moved;
+mod page;
 mod partition;
 mod partman;
 mod purge;

@@ -69,7 +69,7 @@ fn assert_documented(text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_under_load_are_true_documented_and_well_formed() {
     let stage = Stage::private_partitioned(Shape::Entity).await;
-    stage.cluster().conf(&[("max_slot_wal_keep_size", "'1GB'")]);
+    stage.cluster().conf(&[("max_slot_wal_keep_size", "1GB")]);
     stage.cluster().reload();
     let client = stage.connect().await;
     create_entities(&client).await;

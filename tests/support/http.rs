@@ -113,7 +113,7 @@ pub fn promtool(arguments: &[&str], input: &str) -> Result<(), String> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("promtool: run `scripts/setup stores`");
+        .expect("promtool: run `scripts/setup browser`");
     child.stdin.take().expect("a pipe").write_all(input.as_bytes()).expect("promtool reads");
     let output = child.wait_with_output().expect("promtool");
     let text =

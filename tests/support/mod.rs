@@ -15,6 +15,7 @@
 )]
 
 pub mod archive;
+pub mod browser;
 pub mod cluster;
 pub mod freeze;
 pub mod http;

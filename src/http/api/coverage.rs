@@ -12,7 +12,8 @@ use serde::Serialize;
 
 use super::super::problem::Problem;
 use super::super::served::Served;
-use super::{Tag, json};
+use super::super::tag::Tag;
+use super::json;
 use crate::error::Error;
 use crate::reader::Archive;
 use crate::status::PartitionCover;
@@ -86,22 +87,20 @@ pub(in crate::http) async fn coverage(
     Tag::of_body(json(&found)?, &headers).await
 }
 
-/// Adds what Postgres says of a partition to its days; of one without bounds to all that are known.
+/// Adds what Postgres says of a partition to its days; of one without bounds to those that are known.
 fn add(days: &mut BTreeMap<i64, DayObject>, cover: &PartitionCover) {
     let of = |known: &mut DayObject| {
-        known.in_postgres |= cover.range.is_some();
+        known.in_postgres = true;
         known.is_covered |= cover.is_covered;
         known.is_verified |= cover.is_verified;
         known.is_gap |= !cover.is_covered || cover.lacks;
     };
-    match cover.range {
-        Some((start, end)) => {
-            for day in start.div_euclid(MICROS_PER_DAY)..=(end - 1).div_euclid(MICROS_PER_DAY) {
-                of(days.entry(day).or_default());
-            }
-        }
-        None if !cover.is_covered || cover.lacks => days.values_mut().for_each(of),
-        None => {}
+    let (start, end) = cover.range;
+    let range = start.div_euclid(MICROS_PER_DAY)..=(end - 1).div_euclid(MICROS_PER_DAY);
+    if cover.is_bounded {
+        range.for_each(|day| of(days.entry(day).or_default()));
+    } else {
+        days.range_mut(range).for_each(|(_, known)| of(known));
     }
 }
 

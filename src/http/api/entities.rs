@@ -10,7 +10,8 @@ use serde::Serialize;
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
 use super::super::served::Served;
-use super::{Tag, json};
+use super::super::tag::Tag;
+use super::json;
 use crate::reader::EntitySummary;
 use crate::tables::Kind;
 

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::health;
 use super::super::params::Param;
-use super::{entities, query};
+use super::{entities, query, scouter};
 
 /// A route as it is described.
 struct Route {
@@ -21,7 +21,7 @@ const JSON: &str = "application/json";
 const TEXT: &str = "text/plain";
 
 /// All routes but this one and the page.
-const ROUTES: [Route; 10] = [
+const ROUTES: [Route; 13] = [
     Route {
         path: "/livez",
         summary: "Whether the tasks run; also /healthz",
@@ -71,6 +71,27 @@ const ROUTES: [Route; 10] = [
         params: &query::QUERY,
         content: &[JSON, "application/vnd.apache.arrow.stream"],
         statuses: &[304, 400, 404, 429, 503, 504],
+    },
+    Route {
+        path: "/scouter/drift/custom",
+        summary: "Scouter's own route: means of custom metrics, with what is not archived yet",
+        params: &scouter::DRIFT,
+        content: &[JSON],
+        statuses: &[400, 404, 429, 503, 504],
+    },
+    Route {
+        path: "/scouter/drift/psi",
+        summary: "Scouter's own route: the population stability index of each feature against its profile",
+        params: &scouter::DRIFT,
+        content: &[JSON],
+        statuses: &[400, 404, 429, 503, 504],
+    },
+    Route {
+        path: "/scouter/drift/spc",
+        summary: "Scouter's own route: means of features, with what is not archived yet",
+        params: &scouter::DRIFT,
+        content: &[JSON],
+        statuses: &[400, 404, 429, 503, 504],
     },
     Route {
         path: "/api/state",

@@ -3,8 +3,7 @@
 
 const BASE = new URL('../api/', import.meta.url);
 const AT_ONCE = 4;
-/** Of a request that the server is too busy for: the first, and three more. */
-const ATTEMPTS = 4;
+const ATTEMPTS = 4; // If the server is too busy.
 
 /** An answer that is none. */
 class Problem extends Error {
@@ -17,37 +16,17 @@ class Problem extends Error {
 let running = 0;
 const waiting = [];
 
-/** Waits until `start(go)` calls go, or the signal says to give up; then `leave(go)` is called. */
-function unlessAborted(signal, start, leave) {
-	return new Promise((resolve, reject) => {
-		const go = () => {
-			signal?.removeEventListener('abort', abort);
-			resolve();
-		};
-		const abort = () => {
-			leave(go);
-			reject(signal.reason);
-		};
-		signal?.addEventListener('abort', abort, { once: true });
-		start(go);
-	});
-}
-
 async function enter(signal) {
+	if (running >= AT_ONCE) await new Promise((go) => waiting.push(go));
+	else running += 1;
+	if (signal?.aborted) exit();
 	signal?.throwIfAborted();
-	if (running < AT_ONCE) running += 1;
-	else await unlessAborted(signal, (go) => waiting.push(go), (go) => waiting.splice(waiting.indexOf(go), 1));
 }
 
 function exit() {
 	const next = waiting.shift();
 	if (next) next(); // It takes over the place.
 	else running -= 1;
-}
-
-function sleep(seconds, signal) {
-	let timer;
-	return unlessAborted(signal, (go) => (timer = setTimeout(go, seconds * 1000)), () => clearTimeout(timer));
 }
 
 async function problemOf(response) {
@@ -73,6 +52,6 @@ export async function get(path, query = [], signal = undefined) {
 		} finally {
 			exit();
 		}
-		await sleep(wait, signal);
+		await new Promise((go) => setTimeout(go, wait * 1000));
 	}
 }

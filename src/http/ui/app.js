@@ -2,7 +2,7 @@
 // the state every 5 s in the state view, else every 30 s, and not while nobody looks.
 
 import { get } from './api.js';
-import { h, icon } from './dom.js';
+import { h, icon, replace } from './dom.js';
 import * as history from './history.js';
 import * as route from './route.js';
 import * as state from './state.js';
@@ -39,11 +39,9 @@ async function poll() {
 function header() {
 	const place = document.getElementById('process');
 	const { state: known, error } = shared;
-	const mode = known?.archives ? 'archiving' : 'read only';
+	const mode = `${known?.archives ? 'archiving' : 'read only'}${known?.is_ready ? '' : ', not ready'}`;
 	place.dataset.level = error ? 'error' : known.is_ready ? 'ok' : 'warning';
-	place.title = error ? 'no answer' : known.is_ready ? 'ready' : 'not ready';
-	const parts = [h('span.dot'), error ? 'no answer' : mode, known && h('span.version.muted', `v${known.version}`)];
-	place.replaceChildren(...parts.filter(Boolean));
+	replace(place, h('span.dot'), h('span', error ? 'no answer' : mode), known && h('span.version.muted', `v${known.version}`));
 }
 
 function show() {

@@ -1,6 +1,6 @@
 // The calendar of what is where: a cell for each day of each table. Knows what the parts of /api/coverage mean together.
 
-import { h, name, segments, setText } from './dom.js';
+import { h, name, segments, replace } from './dom.js';
 import * as format from './format.js';
 import * as route from './route.js';
 
@@ -68,7 +68,6 @@ function legend() {
 	return h('ul.legend', { 'aria-label': 'Legend' }, Object.keys(KINDS).map((kind) => h('li', cellOf(kind), KINDS[kind][0])));
 }
 
-/** The calendar of one table, on one page. */
 function grid({ table, days }, page, today, isPostgresKnown) {
 	const rows = WEEKDAYS.map((text, row) => {
 		const title = h('span.weekday', { role: 'rowheader' }, text);
@@ -91,7 +90,8 @@ function grid({ table, days }, page, today, isPostgresKnown) {
 			href: route.href('history', [['table', table], ['from', text], ['to', format.day(at + DAY)]]),
 			title,
 			'aria-label': title,
-			test: 'day', data: { table, day: text, base, kind: quarantined && base !== 'gap' ? 'quarantine' : base },
+			test: 'day',
+			data: { table, day: text, base, kind: quarantined && base !== 'gap' ? 'quarantine' : base },
 		});
 		if (quarantined) cell.dataset.quarantined = quarantined;
 		cell.classList.toggle('today', at === today);
@@ -125,7 +125,6 @@ function grid({ table, days }, page, today, isPostgresKnown) {
 	return element;
 }
 
-/** How many days of a table are what. */
 function sumOf({ days }, today, isPostgresKnown) {
 	const counts = {};
 	const add = (kind) => (counts[kind] = (counts[kind] ?? 0) + 1);
@@ -146,8 +145,8 @@ export function calendar(now) {
 	const tables = h('div.calendars');
 	const readout = h('p.readout.muted', { test: 'readout' }, HINT);
 	const note = h('p.muted');
-	const element = h('div', h('div.calendar-head', legend(), years.element), note, tables, readout);
-	const tell = ({ target: { dataset, title } }) => dataset.day && setText(readout, `${dataset.table} · ${title}`);
+	const element = h('div', h('div.calendar-head.row', legend(), years.element), note, tables, readout);
+	const tell = ({ target: { dataset, title } }) => dataset.day && replace(readout, `${dataset.table} · ${title}`);
 	tables.addEventListener('focusin', tell);
 	tables.addEventListener('mouseover', tell);
 
@@ -158,7 +157,7 @@ export function calendar(now) {
 		if (text === drawn) return;
 		drawn = text;
 		const { database } = answer;
-		note.replaceChildren(...(database ? ['Postgres is not known, so neither is what is verified, purged or missing: ', name(database)] : []));
+		replace(note, database && ['Postgres is not known, so neither is what is verified, purged or missing: ', name(database)]);
 		const all = answer.tables.flatMap(({ days }) => Object.keys(days)).sort();
 		readout.hidden = all.length === 0;
 		if (all.length === 0) {
@@ -174,7 +173,7 @@ export function calendar(now) {
 		years.press(shown.id);
 		tables.replaceChildren(
 			...answer.tables.map((table) => {
-				const head = h('div.calendar-title', h('h3', name(table.table)), h('span.muted', sumOf(table, today, !database)));
+				const head = h('div.calendar-title.row', h('h3', name(table.table)), h('span.muted', sumOf(table, today, !database)));
 				return h('section', head, h('div.scroll', grid(table, shown, today, !database)));
 			}),
 		);

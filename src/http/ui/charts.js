@@ -6,23 +6,22 @@ import * as format from './format.js';
 
 const { uPlot } = globalThis;
 const font = (size, weight = '') => `${weight} ${size}px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif`;
+/** How an axis writes times with steps of so many seconds, and below it what changes with a year or a day. */
+const stamps = (step, each, year, day = null) => [step, each, year, null, day, null, null, null, 1];
 const TIMES = [
-	[31536000, '{YYYY}', null, null, null, null, null, null, 1],
-	[2419200, '{MMM}', '\n{YYYY}', null, null, null, null, null, 1],
-	[86400, '{D} {MMM}', '\n{YYYY}', null, null, null, null, null, 1],
-	[60, '{HH}:{mm}', '\n{D} {MMM} {YYYY}', null, '\n{D} {MMM}', null, null, null, 1],
-	[1, '{HH}:{mm}:{ss}', '\n{D} {MMM} {YYYY}', null, '\n{D} {MMM}', null, null, null, 1],
+	stamps(31536000, '{YYYY}', null),
+	stamps(2419200, '{MMM}', '\n{YYYY}'),
+	stamps(86400, '{D} {MMM}', '\n{YYYY}'),
+	stamps(60, '{HH}:{mm}', '\n{D} {MMM} {YYYY}', '\n{D} {MMM}'),
+	stamps(1, '{HH}:{mm}:{ss}', '\n{D} {MMM} {YYYY}', '\n{D} {MMM}'),
 ];
 const NO_POINTS = { show: false };
-
-/** The colour of the n-th model. */
-export const seriesColor = (n) => color(`--s${n}`);
 
 /** Colours of n bins, from light to dark: they are told apart without hues too. */
 export const rampColors = (n) =>
 	Array.from({ length: n }, (_, index) => {
 		const place = n > 1 ? index / (n - 1) : 0.5;
-		return `hsl(${50 + 200 * place} ${75 - 25 * place}% ${84 - 54 * place}%)`;
+		return `hsl(${55 + 195 * place} 48% ${86 - 56 * place}%)`;
 	});
 
 /** The usual distance of times; null, if there are less than two. */
@@ -148,8 +147,8 @@ export function lineChart(host, { lines, bounds = [], min = null, ...rest }) {
 	const series = [];
 	const bands = [];
 	for (const { n, hasBand, isArea } of lines) {
-		const stroke = seriesColor(n);
-		const points = { show: false, size: 5, fill: stroke, filter: lonely };
+		const stroke = color(`--s${n}`);
+		const points = { show: false, size: 7, fill: stroke, filter: lonely };
 		series.push({ stroke, width: 1.6, dash: DASHES[n], points, ...(isArea && { fill: `${stroke}24` }) });
 		if (!hasBand) continue;
 		for (let edge = 0; edge < 2; edge += 1) series.push({ stroke: 'transparent', width: 0, points: NO_POINTS });
@@ -214,53 +213,40 @@ export function stackChart(host, { colors, overall, ...rest }) {
 /** A PNG of charts below each other, each {title, plot, keys: [{text, color, dash}]}. */
 export function png(heading, charts) {
 	const scale = devicePixelRatio;
-	const edge = 16;
 	const canvas = h('canvas');
 	const ctx = canvas.getContext('2d');
-	const write = (text, x, y, size, variable, weight) => {
+	const widthOf = (text) => ctx.measureText(text).width + 46;
+	ctx.font = font(12);
+	const keysOf = ({ keys }) => keys.reduce((sum, { text }) => sum + widthOf(text), 0);
+	const width = Math.max(widthOf(heading), ...charts.map((part) => Math.max(part.plot.width + 32, keysOf(part))));
+	canvas.width = width * scale;
+	canvas.height = charts.reduce((sum, { plot }) => sum + plot.height + 50, 56) * scale;
+	ctx.scale(scale, scale);
+	ctx.fillStyle = color('--panel');
+	ctx.fillRect(0, 0, width, canvas.height);
+	const write = (text, x, y, variable, size = 12, weight = '') => {
 		ctx.font = font(size, weight);
 		ctx.fillStyle = color(variable);
 		ctx.fillText(text, x, y);
 	};
-	ctx.font = font(12);
-	const width = Math.max(...charts.map(({ plot }) => plot.width), ctx.measureText(heading).width) + 2 * edge;
-	/** Where each key is: as many in a line as fit. */
-	const layout = (keys) => {
-		let [x, line] = [edge, 0];
-		ctx.font = font(11);
-		return keys.map((key) => {
-			const wide = 46 + ctx.measureText(key.text).width;
-			if (x > edge && x + wide > width) [x, line] = [edge, line + 1];
-			x += wide;
-			return { ...key, x: x - wide, line };
-		});
-	};
-	const parts = charts.map((part) => {
-		const keys = layout(part.keys);
-		return { ...part, keys, above: 50 + 18 * (keys.at(-1)?.line ?? -1) };
-	});
-	canvas.width = width * scale;
-	canvas.height = (40 + edge + parts.reduce((sum, { plot, above }) => sum + plot.height + above, 0)) * scale;
-	ctx.scale(scale, scale);
-	ctx.fillStyle = color('--panel');
-	ctx.fillRect(0, 0, width, canvas.height);
-	write(heading, edge, 26, 12, '--muted');
-	let top = 40;
-	for (const { title, plot, keys, above } of parts) {
-		write(clean(title), edge, top + 16, 14, '--text', 600);
-		for (const { text, color: stroke, dash, x, line } of keys) {
-			const y = top + 36 + 18 * line;
+	write(heading, 16, 26, '--muted');
+	let y = 56;
+	for (const { title, plot, keys } of charts) {
+		write(clean(title), 16, y, '--text', 14, 600);
+		let x = 16;
+		for (const { text, color: stroke, dash } of keys) {
 			ctx.strokeStyle = stroke;
 			ctx.lineWidth = dash ? 2 : 9;
 			ctx.setLineDash(dash ?? []);
 			ctx.beginPath();
-			ctx.moveTo(x, y - 4);
-			ctx.lineTo(x + 22, y - 4);
+			ctx.moveTo(x, y + 16);
+			ctx.lineTo(x + 22, y + 16);
 			ctx.stroke();
-			write(text, x + 28, y, 11, '--text');
+			write(text, x + 28, y + 20, '--text');
+			x += widthOf(text);
 		}
-		ctx.drawImage(plot.ctx.canvas, edge, top + above, plot.width, plot.height);
-		top += plot.height + above;
+		ctx.drawImage(plot.ctx.canvas, 16, y + 30, plot.width, plot.height);
+		y += plot.height + 50;
 	}
 	return new Promise((done) => canvas.toBlob(done));
 }

@@ -29,17 +29,18 @@ export function h(spec, props, ...children) {
 	return made;
 }
 
-/** A button; `test` is its data-test. */
 export const button = (content, onclick, test, props) =>
-	h('button', { type: 'button', onclick, data: { test: test ?? '' }, ...props }, content);
+	h('button', { type: 'button', onclick, test, ...props }, content);
 
-/** A group of buttons of which one is pressed: [id, text] each. `press(id)` says which. */
+/** Buttons of [id, text], of which one is pressed: `press(id)`. */
 export function segments(label, choices, test, choose) {
 	const element = h('div.segments', { role: 'group', 'aria-label': label });
-	const set = (now) =>
-		element.replaceChildren(
-			...now.map(([id, text]) => button(text, () => choose(id), test, { data: { test, [test]: id } })),
-		);
+	let drawn;
+	const set = (now) => {
+		if (drawn === String(now)) return; // What has the focus keeps it.
+		drawn = String(now);
+		element.replaceChildren(...now.map(([id, text]) => button(text, () => choose(id), test, { data: { [test]: id } })));
+	};
 	const press = (id) => {
 		for (const one of element.children) one.setAttribute('aria-pressed', String(one.dataset[test] === id));
 	};
@@ -47,15 +48,15 @@ export function segments(label, choices, test, choose) {
 	return { element, set, press };
 }
 
-/** Sets a text, if it is another one: what is selected or read aloud is left alone. */
-export function setText(element, text) {
-	if (element.textContent !== text) element.textContent = text;
+/** Replaces what is in a place, if it says something else: what is selected, or was read aloud, is left alone. */
+export function replace(place, ...content) {
+	const made = h('div', content);
+	if (made.textContent !== place.textContent) place.replaceChildren(...made.childNodes);
 }
 
-function svg(kind, box, d, attribute, value) {
+function svg(kind, box, d) {
 	const [made, path] = ['svg', 'path'].map((tag) => document.createElementNS('http://www.w3.org/2000/svg', tag));
 	path.setAttribute('d', d);
-	if (attribute) path.setAttribute(attribute, value);
 	made.setAttribute('viewBox', box);
 	made.setAttribute('class', kind);
 	made.setAttribute('aria-hidden', 'true');
@@ -71,34 +72,34 @@ const ICONS = {
 	sun: 'M12 8a4 4 0 1 0 0 8a4 4 0 0 0 0-8M12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M5.3 18.7l1.4-1.4M17.3 6.7l1.4-1.4',
 	moon: 'M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z',
 	download: 'M12 4v11M7.5 11l4.5 4.5l4.5-4.5M4.5 20h15',
-	image: 'M4 5h16v14H4zM4 16l5-5l4 4l2.5-2.5L20 17M15.5 8.8v.1',
 	search: 'M10.5 4a6.5 6.5 0 1 0 0 13a6.5 6.5 0 0 0 0-13M15.5 15.5l5 5',
 	close: 'M6 6l12 12M18 6L6 18',
-	retry: 'M19.5 12a7.5 7.5 0 1 1-2.2-5.3M18.5 3v4.5H14',
 };
 
 /** An icon for the eye only: what it means must also be said in text. */
 export const icon = (kind) => svg(`icon ${kind}`, '0 0 24 24', ICONS[kind]);
 
-export const DASHES = [[], [9, 4], [2, 3], [12, 3, 2, 3], [6, 2], [16, 4], [1, 4], [9, 3, 2, 3, 2, 3]];
+/** Of the lines of models: so many can be told apart. */
+export const DASHES = [[], [9, 4], [2, 3], [12, 3, 2, 3], [6, 2], [16, 4]];
 
 /** A sample of the line of the n-th model. */
-export const swatch = (n) => svg(`swatch s${n}`, '0 0 26 10', 'M1 5h24', 'stroke-dasharray', DASHES[n].join(' '));
+export function swatch(n) {
+	const made = svg('swatch', '0 0 26 10', 'M1 5h24');
+	Object.assign(made.style, { stroke: `var(--s${n})`, strokeDasharray: DASHES[n].join(' ') });
+	return made;
+}
 
-/** A box with a colour. */
 export function colorBox(color) {
 	const made = h('span.box');
 	made.style.background = color;
 	return made;
 }
 
-/** A colour of the style sheet. */
 export const color = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
 
-/** Says something to screen readers. */
-export const announce = (text) => setText(document.getElementById('announce'), text);
+export const announce = (text) => replace(document.getElementById('announce'), text);
 
-/** Whether the view has what it asked for: tests wait for it. */
+/** Whether the view has what it asked for. */
 export function setReady(isReady) {
 	document.documentElement.dataset.ready = String(isReady);
 }
@@ -110,9 +111,9 @@ export const errorBox = ({ status, title, detail, message }, retry) =>
 		{ role: 'alert', test: 'error' },
 		icon('error'),
 		h('div', h('b', clean(`${status || ''} ${title ?? 'Error'}`)), h('p', clean(detail ?? message))),
-		button([icon('retry'), 'Retry'], retry, 'retry'),
+		button('Retry', retry, 'retry'),
 	);
 
-/** Work in progress: seen after 200 ms, and can be given up. */
+/** Work in progress, seen after 200 ms. */
 export const spinner = (text, cancel) =>
 	h('div.spinner', { role: 'status', test: 'spinner' }, h('span.wheel'), text, cancel && button('Cancel', cancel, 'cancel'));

@@ -3,7 +3,7 @@
 
 import { get } from './api.js';
 import * as charts from './charts.js';
-import { DASHES, announce, button, clean, colorBox, errorBox, h, icon, name, segments, setReady, setText, spinner, swatch } from './dom.js';
+import { DASHES, announce, button, clean, color, colorBox, errorBox, h, icon, name, segments, replace, setReady, spinner, swatch } from './dom.js';
 import * as format from './format.js';
 import { chip, label, labelText, modelsOf, picker } from './picker.js';
 import * as route from './route.js';
@@ -17,7 +17,6 @@ const DEFAULT_RANGE = '30d';
 const BINS = [10, 30, 60, 300, 900, 1800, 3600, 10800, 21600, 43200, DAY, 7 * DAY, 30 * DAY];
 /** So many bins may a chart have if their length is chosen. */
 const MOST_BINS = 3000;
-const MOST_MODELS = DASHES.length;
 /** So many metrics are shown if none are chosen. */
 const MOST_PANELS = 12;
 const HINTS = {
@@ -26,7 +25,6 @@ const HINTS = {
 	spc: 'Line: mean of each bin.',
 };
 
-/** The models of the archive, and when they were asked for. */
 let known = { at: -Infinity, models: [] };
 const modelAt = ({ key }) => known.models.find((model) => model.key === key);
 
@@ -40,7 +38,7 @@ function wantedOf(params) {
 	const models = params.getAll('m').map(route.modelOf).filter(Boolean);
 	const [kind, range, bin] = ['table', 'range', 'bin'].map((key) => params.get(key) ?? '');
 	return {
-		models: [...new Map(models.map((model) => [model.key, model])).values()].slice(0, MOST_MODELS),
+		models: [...new Map(models.map((model) => [model.key, model])).values()].slice(0, DASHES.length),
 		kind: Object.hasOwn(KINDS, kind) ? kind : null,
 		metrics: [...new Set(params.getAll('metric'))],
 		range: Object.hasOwn(RANGES, range) ? range : DEFAULT_RANGE,
@@ -87,8 +85,6 @@ export function mount(root, shared) {
 	let abort = new AbortController();
 	/** What is on the page: {kind, range, panels}. */
 	let shown = { panels: [] };
-	/** Where zooming began: double-click goes back to it. */
-	let unzoomed = null;
 	/** Titles of metrics, by kind and model, as far as all of them were seen. */
 	const titlesSeen = new Map();
 	const openTables = new Set();
@@ -97,8 +93,6 @@ export function mount(root, shared) {
 		location.hash = hrefOf({ ...wanted, ...change });
 	};
 
-	// The controls.
-
 	const models = picker({
 		models: () => known.models,
 		chosen: () => wanted.models.map(({ key }) => key),
@@ -106,8 +100,8 @@ export function mount(root, shared) {
 		toggle(key) {
 			const rest = wanted.models.filter((model) => model.key !== key);
 			if (rest.length < wanted.models.length) go({ models: rest });
-			else if (rest.length < MOST_MODELS) go({ models: [...rest, route.modelOf(key)] });
-			else announce(`At most ${MOST_MODELS} models are shown at once.`);
+			else if (rest.length < DASHES.length) go({ models: [...rest, route.modelOf(key)] });
+			else announce('No more models fit.');
 		},
 	});
 	const chips = h('div.row', { role: 'group', 'aria-label': 'Models shown' });
@@ -137,7 +131,7 @@ export function mount(root, shared) {
 	const fresh = h('input', { type: 'checkbox', onchange: () => go({ isFresh: fresh.checked }), test: 'fresh' });
 	const freshPlace = h('label.row', { title: 'Also rows in Postgres that are not archived yet' }, fresh, 'fresh rows');
 	const csvButton = button([icon('download'), 'CSV'], saveCsv, 'csv');
-	const pngButton = button([icon('image'), 'PNG'], () => savePng(shown.panels), 'png');
+	const pngButton = button([icon('download'), 'PNG'], () => savePng(shown.panels), 'png');
 	const facts = h('span.muted', { test: 'facts' });
 	const filter = h('input', { type: 'search', placeholder: 'Narrow', 'aria-label': 'Narrow the list', oninput: narrow });
 	const metricList = h('div.metric-list');
@@ -171,17 +165,12 @@ export function mount(root, shared) {
 		return has.includes(wanted.kind) ? wanted.kind : has[0] ?? 'custom';
 	}
 
-	/** First and last time of a kind, of all models together. */
-	function edgeOf(kind, edge, pick) {
-		const found = wanted.models.map((model) => modelAt(model)?.kinds[kind]?.[edge]).filter(Number.isFinite);
-		return found.length ? pick(...found) : null;
-	}
-
 	/** From and to in seconds; `isOpen`, if it goes up to now. */
 	function rangeOf(kind) {
 		const to = wanted.to ?? Math.ceil(shared.now());
 		const days = RANGES[wanted.range][1];
-		const first = days === null ? edgeOf(kind, 'first', Math.min) ?? to - 365 * DAY : to - days * DAY;
+		const firsts = wanted.models.map((model) => modelAt(model)?.kinds[kind] ?? to - 365 * DAY);
+		const first = days === null ? Math.min(to, ...firsts) : to - days * DAY;
 		const from = wanted.from ?? Math.floor(first / 60) * 60; // Whole minutes: the answer may be in the cache.
 		return { from, to: Math.max(to, from + 1), isOpen: wanted.to === null };
 	}
@@ -210,7 +199,7 @@ export function mount(root, shared) {
 	}
 
 	function drawMetrics(kind, titles, chosen) {
-		setText(metricTitle, kind === 'custom' ? 'Metrics' : 'Features');
+		replace(metricTitle, kind === 'custom' ? 'Metrics' : 'Features');
 		metrics.hidden = titles.length === 0;
 		filter.hidden = titles.length <= MOST_PANELS;
 		allMetrics.hidden = wanted.metrics.length === 0;
@@ -229,32 +218,27 @@ export function mount(root, shared) {
 		for (const box of boxes()) box.checked = chosen.includes(box.dataset.metric);
 	}
 
-	// What is asked for.
-
 	/** All metrics of the models; null, if they are not known of each. */
 	function titlesOf(kind) {
 		const found = wanted.models.map(({ key }) => titlesSeen.get(`${kind} ${key}`));
-		return found.every(Boolean) ? sorted(found.flat()) : null;
+		return found.every((titles) => titles?.length) ? sorted(found.flat()) : null;
 	}
 
 	async function ask(kind, model, range, signal) {
 		const { space, name: called, version, key } = model;
-		const path = `query/${kind}`;
+		if (!(kind in (modelAt(model)?.kinds ?? KINDS))) return [];
 		const pairs = Object.entries({ space, name: called, version, from: format.rfc3339(range.from) });
 		if (!range.isOpen) pairs.push(['to', format.rfc3339(range.to)]);
 		if (wanted.isFresh && shared.state?.archives) pairs.push(['fresh', 'true']);
 		const seen = `${kind} ${key}`;
-		const learn = (found) => titlesSeen.set(seen, sorted([...(titlesSeen.get(seen) ?? []), ...found.map(({ title }) => title)]));
 		const all = titlesOf(kind);
-		const only = wanted.metrics.length || !all || all.length <= MOST_PANELS ? wanted.metrics : all.slice(0, MOST_PANELS);
-		// If some are chosen, one bin of each says which there are.
-		const learned = only.length && !titlesSeen.has(seen) ? get(path, [...pairs, ['points', 1]], signal).then((answer) => learn(read(kind, answer)), () => {}) : null;
+		// Until it is known which there are, all are asked for.
+		const only = all && (wanted.metrics.length || all.length <= MOST_PANELS ? wanted.metrics : all.slice(0, MOST_PANELS));
 		const width = results.querySelector('.chart')?.clientWidth ?? Math.min(root.clientWidth, 640);
 		const bins = wanted.bin ? ['bin', wanted.bin] : ['points', Math.min(500, Math.max(50, Math.round(width / 30) * 10))];
 		const part = kind === 'custom' ? 'metric' : 'feature';
-		const found = read(kind, await get(path, [...pairs, bins, ...only.map((title) => [part, title])], signal));
-		await learned;
-		if (!only.length) learn(found);
+		const found = read(kind, await get(`query/${kind}`, [...pairs, bins, ...(only ?? []).map((title) => [part, title])], signal));
+		titlesSeen.set(seen, sorted([...(titlesSeen.get(seen) ?? []), ...found.map(({ title }) => title)]));
 		return found;
 	}
 
@@ -273,11 +257,7 @@ export function mount(root, shared) {
 			const [kind, range] = [kindShown(), rangeOf(kindShown())];
 			const answers = await Promise.allSettled(wanted.models.map((model) => ask(kind, model, range, signal)));
 			signal.throwIfAborted();
-			const errors = answers.map(({ reason }, n) => {
-				const box = reason && errorBox(reason, load);
-				box?.querySelector('b').append(' · ', label(wanted.models[n]));
-				return box;
-			});
+			const errors = answers.map(({ reason }, n) => reason && errorBox({ ...reason, title: `${reason.title} · ${labelText(wanted.models[n])}` }, load));
 			trouble.replaceChildren(...errors.filter(Boolean));
 			const parts = answers.flatMap(({ value }, n) => (value ?? []).map((found) => ({ n, model: wanted.models[n], found })));
 			clear();
@@ -303,8 +283,6 @@ export function mount(root, shared) {
 		finish();
 	}
 
-	// What is shown.
-
 	function clear() {
 		for (const { chart } of shown.panels) chart.destroy();
 		shown = { panels: [] };
@@ -314,14 +292,15 @@ export function mount(root, shared) {
 	/** Without a model: some to begin with. */
 	function drawStart() {
 		const all = known.models;
-		if (!all.length) return results.append(h('p.empty', 'There are no models in the archive yet.'));
+		const starter = (model) => {
+			const about = `${format.plural(model.rows, 'row')}, ${Object.keys(model.kinds).join(', ')}, last ${format.ago(model.last, shared.now())}`;
+			return h('a.panel', { href: hrefOf({ ...wanted, models: [model] }), test: 'starter', data: { model: model.key } }, label(model), h('span.muted.small', about));
+		};
 		const some = [...all].sort((a, b) => b.rows - a.rows).slice(0, 12);
-		const about = (model) => `${format.plural(model.rows, 'row')} · ${Object.keys(model.kinds).join(', ')} · last ${format.ago(model.last, shared.now())}`;
-		const starter = (model) =>
-			h('a', { href: hrefOf({ ...wanted, models: [model] }), test: 'starter', data: { model: model.key } }, label(model), h('span.muted', about(model)));
-		return results.append(
+		if (!all.length) results.append(h('p.empty', 'There are no models in the archive yet.'));
+		else results.append(
 			h('h2', wanted.from === null ? 'Choose a model' : `Choose a model to see it from ${format.time(wanted.from)} UTC on`),
-			h('p.muted', `Of ${format.plural(all.length, 'model')} these have the most rows. The others are found with the field above.`),
+			h('p.muted', `${format.plural(all.length, 'model')} can be found with the field above. With the most rows:`),
 			h('div.starters', some.map(starter)),
 		);
 	}
@@ -337,24 +316,16 @@ export function mount(root, shared) {
 		shown = { kind, range, panels };
 		const step = charts.stepOf([...new Set(parts.flatMap(({ found }) => found.times))].sort((a, b) => a - b));
 		const isCut = chosen.length < titles.length && !wanted.metrics.length;
-		setText(facts, panels.length ? `${step ? `bins of ${format.binName(step)}` : 'one bin'}${isCut ? `, the first ${MOST_PANELS} of ${titles.length}` : ''}` : '');
+		replace(facts, panels.length ? `${step ? `bins of ${format.binName(step)}` : 'one bin'}${isCut ? `, the first ${MOST_PANELS} of ${titles.length}` : ''}` : '');
 		if (panels.length) {
 			const grid = h('div.panels', panels.map(drawPanel));
 			results.append(h('p.muted.hint', `${HINTS[kind]} Drag to zoom, double-click to zoom out.`), grid);
 			panels.forEach(drawChart);
 			announce(format.plural(panels.length, 'chart'));
-		} else if (!trouble.firstChild) drawNothing(kind, range);
-	}
-
-	/** No rows in the range: says where there are some. */
-	function drawNothing(kind, range) {
-		const last = edgeOf(kind, 'last', Math.max);
-		const box = h('div.empty', { test: 'nothing' }, h('p', 'There are no rows in this time.'));
-		results.append(box);
-		if (last === null || (last >= range.from && last < range.to)) return;
-		const to = (Math.floor(last / DAY) + 1) * DAY;
-		const href = hrefOf({ ...wanted, from: to - 30 * DAY, to, bin: null });
-		box.append(h('p', `The last row is of ${format.time(last, false)} UTC. `, h('a', { href }, 'Show the 30 days up to it')));
+		} else if (!trouble.firstChild) {
+			const href = hrefOf({ ...wanted, range: 'all', from: null, to: null, bin: null });
+			results.append(h('p.empty', { test: 'nothing' }, 'There are no rows in this time. ', h('a', { href }, 'Show all of the time')));
+		}
 	}
 
 	/** What tells the models of the view apart, as text. */
@@ -369,17 +340,17 @@ export function mount(root, shared) {
 		const [{ n, model, found }] = parts;
 		const isPsi = kind === 'psi';
 		panel.host = h('div.chart');
-		panel.readout = h('span.readout.row.muted');
+		panel.readout = h('span.readouts.row.muted');
 		const isOf = isPsi && wanted.models.length > 1 && h('span.row.muted', swatch(n), h('bdi', shortLabel(model)));
 		const props = { class: 'icon-button', title: 'PNG of this chart', 'aria-label': `PNG of ${clean(title)}` };
-		const head = h('header.row', h('h3.row', name(title), isOf), panel.readout, button(icon('image'), () => savePng([panel]), 'panel-png', props));
+		const head = h('header.row', h('h3.row', name(title), isOf), panel.readout, button(icon('download'), () => savePng([panel]), 'panel-png', props));
 		const key = `${title} ${isPsi ? model.key : ''}`;
 		const make = () => valuesTable(kind, title, parts.map((part) => ({ label: shortLabel(part.model), found: part.found })));
 		const table = values(openTables.has(key), make, (isOpen) => openTables[isOpen ? 'add' : 'delete'](key));
 		panel.colors = charts.rampColors(found.ids?.length ?? 0);
 		const bins = isPsi && h('ul.bins', { 'aria-label': 'Bins' }, found.ids.map((id, at) => h('li', colorBox(panel.colors[at]), name(id))));
 		const data = { test: 'panel', metric: title, ...(isPsi && { model: model.key }) };
-		return h('section.panel.chart-panel', { 'aria-label': clean(title), data }, head, panel.host, bins, table.element);
+		return h('section.panel.chart-panel', { 'aria-label': clean(title), data }, head, panel.host, bins, table);
 	}
 
 	function drawChart(panel) {
@@ -392,8 +363,8 @@ export function mount(root, shared) {
 			height: shown.panels.length === 1 ? 340 : 220,
 			label: `${clean(title)} from ${format.time(range.from)} to ${format.time(range.to)} UTC. Arrow keys move through the values; a table follows.`,
 			sync: 'history',
-			onZoom: zoom,
-			onReset: zoomOut,
+			onZoom: (start, end) => go({ from: Math.floor(start), to: Math.ceil(end), bin: null }),
+			onReset: () => go({ from: null, to: null, bin: null }), // To the range, which is still in the address.
 		};
 		if (kind === 'psi') {
 			const [{ found }] = parts;
@@ -432,31 +403,16 @@ export function mount(root, shared) {
 		const at = found.times.indexOf(time);
 		const rows = found.ids.map((id, row) => {
 			const [share, all] = [found.shares[row][at], found.overall[row]];
-			const apart = ((share - all) * 100).toFixed(1);
-			const cells = [format.percent(share), format.percent(all), `${apart > 0 ? '+' : ''}${Number(apart) === 0 ? '0.0' : apart}`];
+			const apart = Math.round((share - all) * 1000) / 10 || 0;
+			const cells = [format.percent(share), format.percent(all), `${apart > 0 ? '+' : ''}${apart}`];
 			return h('tr', h('th', colorBox(colors[row]), name(id)), cells.map((text) => h('td', text)));
 		});
 		const head = h('tr', ['bin', 'here', 'all', 'differs'].map((text) => h('th', text)));
 		return [h('b', `${format.time(time)} UTC`), h('table', h('thead', head), h('tbody', rows.reverse()))];
 	}
 
-	// What is done with it.
-
-	function zoom(start, end) {
-		const [from, to] = [Math.floor(start), Math.ceil(end)];
-		if (to - from < 10) return;
-		unzoomed ??= { range: wanted.range, from: wanted.from, to: wanted.to, bin: wanted.bin };
-		go({ from, to, bin: null });
-	}
-
-	function zoomOut() {
-		go(unzoomed ?? { from: null, to: null, bin: null });
-	}
-
-	const fileName = (ending) => `highwater-${shown.kind}.${ending}`;
-
 	function saveCsv() {
-		charts.save(new Blob([csv(shown.kind, shown.panels)], { type: 'text/csv;charset=utf-8' }), fileName('csv'));
+		charts.save(new Blob([csv(shown.kind, shown.panels)], { type: 'text/csv' }), `highwater-${shown.kind}.csv`);
 	}
 
 	async function savePng(panels) {
@@ -465,11 +421,11 @@ export function mount(root, shared) {
 		const heading = `Highwater · ${KINDS[kind]} · ${times} UTC`;
 		const drawn = panels.map(({ title, parts, colors, chart: { plot } }) => {
 			const [{ found, model }] = parts;
-			if (kind !== 'psi') return { title, plot, keys: parts.map((part) => ({ text: labelText(part.model), color: charts.seriesColor(part.n), dash: DASHES[part.n] })) };
+			if (kind !== 'psi') return { title, plot, keys: parts.map((part) => ({ text: labelText(part.model), color: color(`--s${part.n}`), dash: DASHES[part.n] })) };
 			return { title: `${title} · ${labelText(model)}`, plot, keys: found.ids.map((id, at) => ({ text: `bin ${id}`, color: colors[at] })) };
 		});
 		const blob = await charts.png(heading, drawn);
-		if (blob) charts.save(blob, fileName('png'));
+		if (blob) charts.save(blob, `highwater-${kind}.png`);
 	}
 
 	function onState() {
@@ -479,9 +435,7 @@ export function mount(root, shared) {
 	return {
 		update(params) {
 			wanted = wantedOf(params);
-			const isZoomed = unzoomed && wanted.from !== null && (wanted.from !== unzoomed.from || wanted.to !== unzoomed.to);
-			if (!isZoomed) unzoomed = null;
-			document.title = [...wanted.models.map((model) => `${clean(model.name)} ${clean(model.version)}`), 'History · Highwater'].join(' · ');
+			document.title = [...wanted.models.map(labelText), 'History', 'Highwater'].join(' · ');
 			drawControls();
 			load();
 		},

@@ -4,10 +4,9 @@ import { button, clean, h, icon, name, swatch } from './dom.js';
 import * as format from './format.js';
 import * as route from './route.js';
 
-/** So many are listed at once: typing narrows them. */
-const MOST_OPTIONS = 200;
+const MOST_OPTIONS = 200; // Typing narrows them.
 
-/** One model of each space, name and version, of entities of one kind each. */
+/** One model of each space, name and version, of entities of one kind each; `kinds` says since when there is one. */
 export function modelsOf(entities) {
 	const found = new Map();
 	for (const { kind, first, last, rows, ...names } of entities) {
@@ -15,9 +14,9 @@ export function modelsOf(entities) {
 		const text = `${names.space}/${names.name}/${names.version}`.toLowerCase();
 		if (!found.has(key)) found.set(key, { ...names, key, text, kinds: {}, rows: 0, last: null });
 		const model = found.get(key);
-		model.kinds[kind] = { first: format.seconds(first), last: format.seconds(last) };
+		model.kinds[kind] = format.seconds(first);
 		model.rows += rows ?? 0;
-		model.last = Math.max(model.last, model.kinds[kind].last) || null;
+		model.last = Math.max(model.last, format.seconds(last)) || null;
 	}
 	return [...found.values()];
 }
@@ -26,7 +25,6 @@ export function modelsOf(entities) {
 export const label = (model) =>
 	h('span', h('span.muted', name(model.space), '/'), h('b', name(model.name)), h('span.tag', name(model.version)));
 
-/** The same as plain text. */
 export const labelText = (model) => [model.space, model.name, model.version].map((part) => clean(part) || 'empty').join('/');
 
 /**
@@ -62,11 +60,12 @@ export function picker({ models, chosen, toggle, now }) {
 				role: 'option',
 				'aria-selected': String(chosen().includes(model.key)),
 				'aria-label': `${labelText(model)}, ${format.plural(model.rows, 'row')}`,
-				test: 'model-option', data: { model: model.key },
+				test: 'model-option',
+				data: { model: model.key },
 			},
 			h('span.tick'),
 			h('span', h('b', name(model.name)), h('span.tag', name(model.version))),
-			h('span.kinds', Object.keys(model.kinds).map((kind) => h('span.tag', kind))),
+			h('span.kinds.small', Object.keys(model.kinds).map((kind) => h('span.tag', kind))),
 			h('span.muted', format.plural(model.rows, 'row')),
 			h('span.muted.last', { title: `last row ${format.time(model.last, true)} UTC` }, format.ago(model.last, now())),
 		);

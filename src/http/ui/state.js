@@ -4,16 +4,14 @@
 import { get } from './api.js';
 import { calendar } from './calendar.js';
 import { lineChart } from './charts.js';
-import { clean, errorBox, h, icon, name, segments, setReady, setText, spinner } from './dom.js';
+import { clean, errorBox, h, icon, name, replace, setReady, spinner } from './dom.js';
 import * as format from './format.js';
 import { values, valuesTable } from './table.js';
 
-const SPANS = [['900', '15 min'], ['3600', '1 h'], ['21600', '6 h']];
 /** The lag is bad at so many times of what is wanted at most. */
 const BAD_LAG = 3;
 const LEVELS = { ok: 'Good', warning: 'Warning', error: 'Error' };
 const TABLE_STATES = { streaming: 'ok', gap: 'error' };
-/** Sizes at which an axis of bytes has its marks. */
 const BYTE_STEPS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 
 const section = (title, ...content) => h('section.panel', { 'aria-label': title }, h('h2', title), content);
@@ -75,10 +73,10 @@ function headlineOf(state, error, findings) {
 		return ['error', title, state ? `What follows is of ${format.time(state.now, true)} UTC.` : ''];
 	}
 	const bad = state.checks.filter((check) => !check.is_good);
-	const count = (level) => findings.filter((finding) => finding.level === level).length;
-	const passed = state.checks.length === 1 ? 'The one check passes.' : `All ${state.checks.length} checks pass.`;
+	const count = (level) => findings.filter((finding) => finding.severity === level).length;
+	const passed = `${format.plural(state.checks.length, 'check')} passed.`;
 	if (bad.length) {
-		return ['error', `Not well: ${bad.map((check) => check.name).join(', ')}`, `${bad.length} of ${state.checks.length} checks fail.`];
+		return ['error', `Not well: ${bad.map((check) => check.name).join(', ')}`, `${bad.length} of ${format.plural(state.checks.length, 'check')} failed.`];
 	}
 	if (!state.is_ready) return ['warning', 'Not ready', `${passed} But the process is not ready yet.`];
 	if (count('error')) return ['error', 'Something is wrong', `${passed} But there is more: see the findings.`];
@@ -106,80 +104,67 @@ function purgeOf(purge, now) {
 	];
 }
 
-function tableRow(table, now) {
+const COLUMNS = { State: 'text', Rows: 'number', Files: 'number', Size: 'number', 'Newest row': 'number', Lag: 'number', 'Purge from Postgres': 'purge' };
+
+function cellsOf(table, now) {
 	const newest = format.seconds(table.max_created_at);
-	const cell = (label, kind, ...content) => h(`td.${kind}`, { data: { label } }, content);
-	return h(
-		'tr',
-		{ data: { table: table.source_table } },
-		h('th', { scope: 'row' }, name(table.source_table)),
-		cell('State', 'text', h('span.badge', { data: { level: TABLE_STATES[table.state] ?? 'info' } }, clean(table.state))),
-		cell('Rows', 'number', format.count(table.row_count)),
-		cell('Files', 'number', format.count(table.file_count)),
-		cell('Size', 'number', format.bytes(table.byte_count)),
-		cell('Newest row', 'number', h('time', { title: `${format.time(newest, true)} UTC` }, format.ago(newest, now))),
-		cell('Lag', 'number', h('span', { title: `archived up to ${table.flushed_lsn}` }, format.bytes(table.lag_bytes))),
-		cell('Purge from Postgres', 'purge', purgeOf(table.purge, now)),
-	);
+	return [
+		h('span.badge', { data: { level: TABLE_STATES[table.state] ?? 'info' } }, clean(table.state)),
+		format.count(table.row_count),
+		format.count(table.file_count),
+		format.bytes(table.byte_count),
+		h('time', { title: `${format.time(newest, true)} UTC` }, format.ago(newest, now)),
+		h('span', { title: `archived up to ${table.flushed_lsn}` }, format.bytes(table.lag_bytes)),
+		purgeOf(table.purge, now),
+	];
 }
 
 function tablesTable() {
 	const body = h('tbody');
-	const heads = ['Table', 'State', 'Rows', 'Files', 'Size', 'Newest row', 'Lag', 'Purge from Postgres'];
-	const numbers = new Set(['Rows', 'Files', 'Size', 'Newest row', 'Lag']);
-	const head = heads.map((text) => h(numbers.has(text) ? 'th.number' : text.startsWith('Purge') ? 'th.purge' : 'th', { scope: 'col' }, text));
+	const head = Object.entries({ Table: 'text', ...COLUMNS }).map(([text, kind]) => h(`th.${kind}`, { scope: 'col' }, text));
 	const element = h('table.tables', { test: 'tables' }, h('thead', h('tr', head)), body);
-	const rows = new Map();
-	return {
-		element,
-		set(tables, now) {
-			for (const table of tables) {
-				const key = table.source_table;
-				const [made, old] = [tableRow(table, now), rows.get(key)];
-				if (old?.textContent === made.textContent) continue;
-				const details = old?.querySelector('details');
-				if (details?.open) made.querySelector('details')?.setAttribute('open', '');
-				const hadFocus = details?.contains(document.activeElement);
-				if (old) old.replaceWith(made);
-				else body.append(made);
-				if (hadFocus) made.querySelector('summary')?.focus();
-				rows.set(key, made);
-			}
-		},
-	};
+	function rowOf(table) {
+		const found = [...body.children].find((row) => row.dataset.table === table);
+		if (found) return found;
+		const cells = Object.entries(COLUMNS).map(([label, kind]) => h(`td.${kind}`, { data: { label } }));
+		body.append(h('tr', { data: { table } }, h('th', { scope: 'row' }, name(table)), cells));
+		return body.lastChild;
+	}
+	function set(tables, now) {
+		for (const table of tables) {
+			const row = rowOf(table.source_table);
+			cellsOf(table, now).forEach((content, at) => replace(row.children[at + 1], content));
+		}
+	}
+	return { element, set };
 }
 
-/** The charts of the lag and of the WAL that Postgres keeps, as they were over the last hours. */
 function sampleCharts(shared) {
-	let span = SPANS[2][0];
 	let charts = [];
 	const shapes = [
 		{ key: 'lag_seconds', title: 'Lag', test: 'lag-chart', show: format.duration },
 		{ key: 'retained_wal_bytes', title: 'WAL kept by Postgres', test: 'wal-chart', show: format.bytes, incrs: BYTE_STEPS },
 	];
-	const spans = segments('Time shown', SPANS, 'span', (id) => {
-		span = id;
-		update();
-	});
 	for (const shape of shapes) {
-		shape.host = h('div.chart', { data: { test: shape.test } });
+		shape.host = h('div.chart', { test: shape.test });
 		shape.last = h('span.muted');
-		const parts = () => [{ found: Object.fromEntries(['times', 'avg'].map((key, at) => [key, data(shape.key)[at]])) }];
-		shape.values = values(false, () => valuesTable('spc', shape.title, parts(), shape.show));
-		shape.element = h('div', h('h3', shape.title, ' ', shape.last), shape.host, shape.values.element);
+		const make = () => {
+			const [times, avg] = data(shape.key);
+			return valuesTable('spc', shape.title, [{ found: { times, avg } }], shape.show);
+		};
+		shape.element = h('div', h('h3', shape.title, ' ', shape.last), shape.host, values(false, make));
 	}
 	const none = h('p.empty', 'No samples yet: one is taken every 10 s while this process archives.');
 	const plots = h('div.two', shapes.map(({ element }) => element));
-	const element = section('Last hours', spans.element, none, plots);
-	spans.element.classList.add('corner');
+	const element = section('Last hours', none, plots);
 
 	const samples = () => shared.state.samples;
-	const from = () => Math.max(shared.now() - span, Math.min(samples()[0].at, shared.now() - 900));
+	const from = () => Math.min(samples()[0].at, shared.now() - 900);
 
 	/** Times and values, with a break where no samples were taken. */
 	function data(key) {
 		const [times, values] = [[], []];
-		for (const sample of samples().filter(({ at }) => at >= from())) {
+		for (const sample of samples()) {
 			if (sample.at - times.at(-1) > 60) {
 				times.push(times.at(-1) + 10);
 				values.push(null);
@@ -212,22 +197,18 @@ function sampleCharts(shared) {
 				incrs,
 				fill(index) {
 					const [times, values] = data(key);
-					return [h('b', `${format.time(times[index], true)} UTC`), h('span', show(values[index]))];
+					return [h('b', `${format.time(times[index], true)} UTC`), h('div', show(values[index]))];
 				},
 			}),
 		);
 	}
 
 	function update() {
-		spans.press(span);
 		const hasSamples = samples().length > 0;
 		none.hidden = hasSamples;
 		plots.hidden = !hasSamples;
 		if (!hasSamples) return;
-		for (const shape of shapes) {
-			setText(shape.last, shape.show(samples().at(-1)[shape.key]));
-			shape.values.update();
-		}
+		for (const { key, show, last } of shapes) replace(last, show(samples().at(-1)[key]));
 		if (charts.length) for (const chart of charts) chart.set();
 		else draw();
 	}
@@ -269,10 +250,8 @@ export function mount(root, shared) {
 
 	function showHeadline() {
 		const [level, title, text] = headlineOf(shared.state, shared.error, found);
-		const said = h('div', h('p.title', clean(title)), h('p.muted', clean(text)));
-		if (headline.textContent === said.textContent) return; // It is not read aloud again.
 		headline.dataset.level = level;
-		headline.replaceChildren(icon(level), said);
+		replace(headline, icon(level), h('div', h('p.title', clean(title)), h('p.muted', clean(text))));
 	}
 
 	function onState() {
@@ -281,18 +260,16 @@ export function mount(root, shared) {
 		showHeadline();
 		content.hidden = !state;
 		content.classList.toggle('stale', Boolean(error));
-		const box = error && errorBox(error, shared.poll);
-		if (!error) top.replaceChildren();
-		else if (top.textContent !== box.textContent) top.replaceChildren(box);
+		replace(top, error && errorBox(error, shared.poll));
 		if (!error) {
-			cardPlace.replaceChildren(...cards(state));
+			replace(cardPlace, cards(state));
 			const known = state.watermarks?.tables ?? [];
 			noTables.hidden = known.length > 0;
 			tables.element.hidden = known.length === 0;
 			tables.set(known, shared.now());
 			samples.element.hidden = !state.archives && state.samples.length === 0;
 			samples.update();
-			checks.replaceChildren(...state.checks.map((check) => checkItem(check.is_good ? 'ok' : 'error', check.name, check.detail)));
+			replace(checks, state.checks.map((check) => checkItem(check.is_good ? 'ok' : 'error', check.name, check.detail)));
 		}
 		done('state');
 	}
@@ -310,8 +287,8 @@ export function mount(root, shared) {
 
 	async function askFindings() {
 		try {
-			found = (await get('check', [], abort.signal)).findings;
-			findings.replaceChildren(...found.map(({ level, topic, text, remedy }) => checkItem(level in LEVELS ? level : 'warning', topic, text, remedy)));
+			found = (await get('check', [], abort.signal)).findings.filter((one) => one.severity !== 'ok');
+			replace(findings, found.map(({ severity, id, object, message, remedy }) => checkItem(severity, `${id}: ${object}`, message, remedy)));
 			findingSection.hidden = found.length === 0;
 			if (shared.state) showHeadline();
 		} catch (error) {

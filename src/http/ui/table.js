@@ -3,36 +3,34 @@
 import { h, name } from './dom.js';
 import * as format from './format.js';
 
-const MOST_ROWS = 1000;
 /** Columns of a kind: the key of the values, and what it is called. */
 const COLUMNS = {
 	custom: [['avg', 'mean'], ['lower', 'lower'], ['upper', 'upper']],
 	spc: [['avg', 'value']],
 };
 
-/** What a chart shows, as a table that is made when it is opened. `make` gives it; `remember` is told. */
+/** What a chart shows, as a table that `make` makes when it is opened. `remember` is told whether it is. */
 export function values(isOpen, make, remember) {
-	const element = h('details.values-of', { open: isOpen, test: 'values', ontoggle: update }, h('summary', 'Values'));
-	function update() {
+	const element = h('details.values-of', { open: isOpen, test: 'values' }, h('summary', 'Values'));
+	element.addEventListener('toggle', () => {
 		if (element.open) element.replaceChildren(element.firstChild, make());
 		remember?.(element.open);
-	}
-	return { element, update: () => element.open && update() };
+	});
+	return element;
 }
 
 /** The table. `parts` are {label, found} of each model; `show` makes a text of a value. */
 export function valuesTable(kind, title, parts, show = kind === 'psi' ? format.percent : format.value) {
-	const { ids, overall } = parts[0].found;
+	const [{ found: first }] = parts;
 	const isPsi = kind === 'psi';
 	const columns = isPsi
-		? ids.map((id, bin) => ({ title: `bin ${id}`, found: parts[0].found, values: parts[0].found.shares[bin] }))
+		? first.ids.map((id, bin) => ({ title: `bin ${id}`, found: first, values: first.shares[bin] }))
 		: parts.flatMap(({ label, found }) =>
 				COLUMNS[kind].map(([key, called]) => ({ title: parts.length > 1 ? `${label}: ${called}` : called, found, values: found[key] })),
 			);
 	for (const column of columns) column.places = new Map(column.found.times.map((at, index) => [at, index]));
 	const times = [...new Set(parts.flatMap(({ found }) => found.times))].sort((a, b) => a - b);
-	const row = (first, values) => h('tr', h('th', { scope: 'row' }, first), values.map((value) => h('td', show(value))));
-	const more = times.length - MOST_ROWS;
+	const row = (title, values) => h('tr', h('th', { scope: 'row' }, title), values.map((value) => h('td', show(value))));
 	return h(
 		'div.scroll',
 		{ tabindex: 0, role: 'region', 'aria-label': 'Values' },
@@ -41,10 +39,9 @@ export function valuesTable(kind, title, parts, show = kind === 'psi' ? format.p
 			{ test: 'values-table' },
 			h('caption.sr', 'Values of ', name(title)),
 			h('thead', h('tr', ['Time (UTC)', ...columns.map((column) => column.title)].map((text) => h('th', { scope: 'col' }, name(text))))),
-			h('tbody', times.slice(0, MOST_ROWS).map((at) => row(format.time(at), columns.map(({ places, values }) => values[places.get(at)])))),
-			isPsi && h('tfoot', row('All', overall)),
+			h('tbody', times.map((at) => row(format.time(at), columns.map(({ places, values }) => values[places.get(at)])))),
+			isPsi && h('tfoot', row('All', first.overall)),
 		),
-		more > 0 && h('p.muted', `${format.count(more)} more rows are in the CSV.`),
 	);
 }
 

@@ -1,0 +1,53 @@
+//! What Scouter's database knows of its models.
+
+use tokio_postgres::{Client, Row};
+
+use crate::error::{Error, Result};
+use crate::postgres::quote_identifier;
+use crate::tables::Entity;
+
+/// The model with this uid.
+///
+/// # Errors
+///
+/// The query failed: there is no such table, say.
+pub(crate) async fn entity_of(client: &Client, schema: &str, uid: &str) -> Result<Option<Entity>> {
+    let query = format!(
+        "select space::text, name::text, version::text from {}.drift_entities where uid = $1 limit 1",
+        quote_identifier(schema)
+    );
+    let failed = || {
+        Error::sql(format!(
+            "looking up a model by its uid (the role needs select on {schema}.drift_entities)"
+        ))
+    };
+    let row = client.query_opt(&query, &[&uid]).await.map_err(failed())?;
+    let of =
+        |row: Row| Ok(Entity { space: row.try_get(0)?, name: row.try_get(1)?, version: row.try_get(2)? });
+    row.map(of).transpose().map_err(failed())
+}
+
+/// The profile against which the population stability of a model is computed, as Scouter has it.
+///
+/// # Errors
+///
+/// The query failed: there is no such table, say.
+pub(crate) async fn psi_profile(
+    client: &Client,
+    schema: &str,
+    entity: &Entity,
+) -> Result<Option<serde_json::Value>> {
+    let query = format!(
+        "select profile::jsonb from {}.drift_profile
+         where (space, name, version) = ($1, $2, $3) and lower(drift_type) = 'psi' limit 1",
+        quote_identifier(schema)
+    );
+    let failed = || {
+        Error::sql(format!(
+            "reading the profile of a model (the role needs select on {schema}.drift_profile)"
+        ))
+    };
+    let row =
+        client.query_opt(&query, &[&entity.space, &entity.name, &entity.version]).await.map_err(failed())?;
+    row.map(|row| row.try_get(0)).transpose().map_err(failed())
+}
