@@ -24,7 +24,7 @@
 //!   reason.
 //!
 //! Rows that did not come by the stream (earlier ones, those of a gap) are found by comparison and added; see the
-//! README for what is still to come.
+//! `docs/limits.md` for what is not done.
 //!
 //! # Use
 //!
@@ -77,11 +77,13 @@
 //! | `archiver` | [`Archiver`]: sessions, and verifications beside them |
 //! | [`reader`] | the history: binned queries, SQL |
 //! | [`check`] | the preflight |
+//! | `apart` | SQL of anybody, in a process of its own |
 //! | [`http`] | health, metrics and the history over HTTP |
 //! | [`cli`] | the command line |
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic"))]
 
+mod apart;
 pub mod archive;
 mod archiver;
 pub mod batch;
@@ -113,7 +115,7 @@ pub use error::{Error, Policy, Result};
 pub use lsn::Lsn;
 pub use reader::Archive;
 
-/// The README's examples compile.
+/// The documentation's examples compile.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;

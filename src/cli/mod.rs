@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
+use crate::apart;
 use crate::config::{Config, Layers, environment_variable};
 use crate::error::{Error, Policy, Result};
 use crate::failpoint;
@@ -222,7 +223,7 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
     config.accept_new_system = cli.accept_new_system;
     let style = Style::new(cli.format, cli.spreadsheet)?;
     let runtime = if cli.apart {
-        sql::runtime(&config)
+        apart::runtime(&config)
     } else {
         tokio::runtime::Builder::new_multi_thread().enable_all().build()
     };

@@ -51,7 +51,7 @@ pub(super) async fn run(config: &Config) -> Result<()> {
             // The sender is gone with us.
             let _ = archived.changed().await;
         };
-        Owned(tokio::spawn(server.serve(http::router(&archiver), stopped)))
+        Owned(tokio::spawn(server.serve(http::program_router(&archiver), stopped)))
     });
     let observer = Arc::clone(archiver.observer());
     let _watched = Owned(tokio::spawn(notify::watchdog(move || observer.is_alive())));

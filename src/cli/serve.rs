@@ -24,7 +24,7 @@ pub(super) async fn serve(config: &Config) -> Result<()> {
     );
     notify::ready();
     let _watched = Owned(tokio::spawn(notify::watchdog(|| true)));
-    server.serve(http::reader(config), stops.next()).await;
+    server.serve(http::program_reader(config), stops.next()).await;
     tracing::info!("stopped");
     Ok(())
 }

@@ -65,6 +65,11 @@ pub fn router(archiver: &Archiver) -> Router {
     routes(Served::by_archiver(archiver))
 }
 
+/// The same for `highwater run`.
+pub(crate) fn program_router(archiver: &Archiver) -> Router {
+    routes(Served::by_archiver(archiver).of_program())
+}
+
 /// The same without an archiver, for an archive that another process writes: health, metrics of the process, and the history.
 /// Runs tasks that watch the storage for as long as the router lives.
 ///
@@ -75,7 +80,13 @@ pub fn reader(config: &Config) -> Router {
     routes(Served::by_reader(config))
 }
 
-fn routes(served: Arc<Served>) -> Router {
+/// The same for `highwater serve`.
+pub(crate) fn program_reader(config: &Config) -> Router {
+    routes(Served::by_reader(config).of_program())
+}
+
+fn routes(served: Served) -> Router {
+    let served = Arc::new(served);
     let counted = served.requests.clone();
     Router::new()
         .route("/livez", get(health::livez))

@@ -51,6 +51,8 @@ pub(super) struct Served {
     pub(super) observer: Arc<Observer>,
     pub(super) registry: Registry,
     pub(super) requests: Requests,
+    /// Whether `/api/sql` is answered, for which this has to be the program itself.
+    pub(super) answers_sql: bool,
     history: Arc<History>,
     /// The entities of these versions.
     entities: Mutex<(Versions, Arc<Vec<EntitySummary>>)>,
@@ -63,15 +65,20 @@ pub(super) struct Served {
 }
 
 impl Served {
-    pub(super) fn by_archiver(archiver: &Archiver) -> Arc<Self> {
-        Arc::new(Self::new(Arc::clone(archiver.observer()), None))
+    pub(super) fn by_archiver(archiver: &Archiver) -> Self {
+        Self::new(Arc::clone(archiver.observer()), None)
     }
 
-    pub(super) fn by_reader(config: &Config) -> Arc<Self> {
+    /// The same for the program itself, which can run its queries in SQL in a process of their own.
+    pub(super) fn of_program(self) -> Self {
+        Self { answers_sql: self.config.http.sql, ..self }
+    }
+
+    pub(super) fn by_reader(config: &Config) -> Self {
         let observer = Arc::new(Observer::of_reader(config.clone()));
         let watched = Arc::clone(&observer);
         let watching = Owned(tokio::spawn(async move { watched.watch().await }));
-        Arc::new(Self::new(observer, Some(watching)))
+        Self::new(observer, Some(watching))
     }
 
     fn new(observer: Arc<Observer>, watching: Option<Owned<()>>) -> Self {
@@ -93,6 +100,7 @@ impl Served {
             observer,
             registry,
             requests,
+            answers_sql: false,
             history: Arc::new(history),
             entities: Mutex::default(),
             report: LastReport::default(),

@@ -122,6 +122,9 @@ impl Observer {
             let has_looked = known.is_none();
             let taken = Look::take(&mut session, &self.config.slot, known).await;
             if let Ok(look) = &taken {
+                if last.is_none() {
+                    self.look_back(look);
+                }
                 self.vitals.lag.looked(look.end, look.server_now.timestamp_micros());
                 if has_looked {
                     purge_at = Instant::now() + PURGE_INTERVAL;
@@ -134,6 +137,14 @@ impl Observer {
             let result = taken.map(Arc::new).map_err(|error| error.chain());
             last = result.as_ref().ok().map(Arc::clone).or(last);
             self.looks.answered(result, if self.archives { LOOK_INTERVAL } else { FOREVER }).await;
+        }
+    }
+
+    /// What was committed before we began is as old as the last watermark at most.
+    fn look_back(&self, look: &Look) {
+        let behind = look.rows_of(&self.config.slot).filter(|row| row.flushed_lsn < look.end);
+        if let Some(then) = behind.map(|row| row.updated_at.timestamp_micros()).min() {
+            self.vitals.lag.archived_until(look.end, then);
         }
     }
 

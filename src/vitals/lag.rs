@@ -74,6 +74,12 @@ impl Lag {
         self.forget_covered(&mut state);
     }
 
+    /// Before the first look: the log that ends here now was archived up to some place before that at this time of the server's, and
+    /// nobody knows what was committed since.
+    pub(crate) fn archived_until(&self, end: Lsn, then: i64) {
+        self.state().looks.push_front((end, then));
+    }
+
     /// The server's log ended here, at this time of the server's.
     pub(crate) fn looked(&self, end: Lsn, server_now: i64) {
         let mut state = self.state();
@@ -183,6 +189,21 @@ mod tests {
         lag.begin(Lsn(100));
         assert_eq!(seconds(&lag), 90);
         lag.seen(Lsn(130));
+        assert_eq!(seconds(&lag), 0);
+    }
+
+    #[test]
+    fn what_came_while_nobody_was_there_counts_from_the_last_watermark() {
+        let lag = Lag::default();
+        lag.archived_until(Lsn(200), ago(600));
+        lag.looked(Lsn(200), now());
+        assert_eq!(seconds(&lag), 600);
+        lag.begin(Lsn(100));
+        assert_eq!(seconds(&lag), 600);
+        lag.received(Lsn(110), ago(500));
+        lag.seen(Lsn(200));
+        assert_eq!(seconds(&lag), 500);
+        lag.archived(Lsn(200));
         assert_eq!(seconds(&lag), 0);
     }
 

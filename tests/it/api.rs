@@ -247,3 +247,39 @@ async fn scouters_own_routes_answer_in_scouters_own_form() {
     assert_eq!(site.get("/scouter/drift/psi?time_interval=OneHour").await.status, 400);
     assert_eq!(site.get("/scouter/drift/psi?space=shop&name=ranking&version=1.1.0").await.status, 404);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sql_is_answered_where_it_is_allowed_and_ends_with_its_request() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let mut sidecar = archived(&stage).await;
+    let site = Site::of(&sidecar).await;
+    let path = "/api/sql?query=select+metric,count(*)+as+rows+from+custom+group+by+metric+order+by+metric";
+    assert_eq!(site.get(path).await.status, 404);
+    assert!(sidecar.terminate(DEADLINE).await.success());
+    let sidecar = stage.launch().with("HIGHWATER_HTTP_SQL", "on").with("HIGHWATER_MEMORY", "64MiB").start();
+    let site = Site::of(&sidecar).await;
+    let rows = site.json(path).await;
+    assert!(rows.as_array().unwrap().iter().all(|row| row["rows"].as_u64() > Some(0)), "{rows}");
+    let csv = site.clone().with("accept", "text/csv").get(path).await;
+    assert!(csv.text().starts_with("metric,rows\n"), "{}", csv.text());
+    let wrong = site.get("/api/sql?query=select+nothing+from+custom").await;
+    assert!(
+        wrong.status == 400 && wrong.json()["detail"].as_str().unwrap().contains("nothing"),
+        "{}",
+        wrong.text()
+    );
+    for wrong in ["drop+table+custom", "copy+custom+to+'/tmp/x'", "select+repeat('x',99)"] {
+        assert_eq!(site.get(&format!("/api/sql?query={wrong}")).await.status, 400, "{wrong}");
+    }
+    // Whoever asks goes away: so does the query.
+    let endless = "/api/sql?query=select+count(*)+from+custom+a,custom+b,custom+c,custom+d,custom+e,custom+f";
+    let asking = tokio::spawn({
+        let site = site.clone();
+        async move { site.get(endless).await }
+    });
+    let children = || crate::support::freeze::children(sidecar.pid()).len();
+    until("the query runs", DEADLINE, async || (children() == 1).then_some(())).await;
+    asking.abort();
+    until("it is gone", DEADLINE, async || (children() == 0).then_some(())).await;
+    stage.assert_archived(DEADLINE).await;
+}

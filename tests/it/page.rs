@@ -62,6 +62,7 @@ async fn choose(browser: &mut Browser, part: &str, found: u32) {
     browser.until("it is narrowed down", &options).await;
     browser.press("Enter", 13);
     browser.until("it is chosen", "document.querySelector('[data-test=chip]')").await;
+    browser.press("Escape", 27);
     browser.ready().await;
 }
 

@@ -1,5 +1,5 @@
 //! Readers that share nothing with us, Python's `deltalake`, Polars, DuckDB and Spark in several versions, open the tables and
-//! see the same rows; what the README shows of them runs.
+//! see the same rows; what the documentation shows of them runs.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,7 +25,7 @@ const ENGINES: [&str; 5] = ["deltalake", "polars", "duckdb", "duckdb1", "duckdb1
 
 const SPARKS: [&str; 2] = ["spark35", "spark4"];
 
-/// The README's snippets, by what only one of them has, and what they show.
+/// The documentation's snippets, by what only one of them has, and what they show.
 const SNIPPETS: [(&str, &str); 5] = [
     ("to_pyarrow_table(filters", "credit"),
     (r#"scan_delta("archive/custom")"#, "value"),
@@ -89,7 +89,7 @@ pub(crate) fn read_columns(table: &Path, engine: &str, columns: Option<&str>) ->
     output_of(&mut command).lines().map(str::to_owned).collect()
 }
 
-/// What the README's snippet shows, and the rows of each table as `spark.py` prints them, by table and mode.
+/// What the documentation's snippet shows, and the rows of each table as `spark.py` prints them, by table and mode.
 fn read_by_spark(folder: &Path, spark: &str) -> (String, BTreeMap<String, Vec<String>>) {
     let tables = KINDS.map(Source::folder).into_iter().chain(["quarantine"]);
     let output = output_of(
@@ -108,11 +108,11 @@ fn read_by_spark(folder: &Path, spark: &str) -> (String, BTreeMap<String, Vec<St
     (shown, parts.map(part).collect())
 }
 
-/// The README's snippets of Python, in the order of [`SNIPPETS`].
+/// The documentation's snippets of Python, in the order of [`SNIPPETS`].
 fn snippets() -> [String; SNIPPETS.len()] {
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/archive.md")).unwrap();
     let all: Vec<&str> =
-        readme.split("```python\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        page.split("```python\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert_eq!(all.len(), SNIPPETS.len(), "a snippet is not tested");
     SNIPPETS.map(|(needle, _)| all.iter().find(|snippet| snippet.contains(needle)).expect(needle).to_string())
 }

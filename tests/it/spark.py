@@ -1,6 +1,6 @@
 """Opens archived tables with Spark, with its vectorized reader and without, and prints each row as the tests write it.
 
-Usage: spark.py SNIPPET FOLDER... The snippet, which is the README's, makes the session. Before the rows of a table comes a line
+Usage: spark.py SNIPPET FOLDER... The snippet, which is the documentation's, makes the session. Before the rows of a table comes a line
 `# FOLDER MODE`. A row is a line: time in microseconds, texts as JSON, doubles by their bits.
 """
 
@@ -31,7 +31,7 @@ builder = SparkSession.builder.master("local[1]")
 for name, value in settings.items():
     builder = builder.config(name, value)
 spark = builder.getOrCreate()
-exec(compile(Path(sys.argv[1]).read_text(), "README.md", "exec"))
+exec(compile(Path(sys.argv[1]).read_text(), "docs/archive.md", "exec"))
 # Spark 3 wants to be told before it reads times before 1900: older versions of Spark wrote another calendar.
 spark.conf.set("spark.sql.parquet.datetimeRebaseModeInRead", "CORRECTED")
 for folder in sys.argv[2:]:

@@ -12,7 +12,7 @@ use crate::support::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What the queries may take: the setting, what the README adds to it, and the program's own file.
+/// What the queries may take: the setting, what the documentation adds to it, and the program's own file.
 const MEMORY: u64 = 64 << 20;
 const RESIDENT_MAX: u64 = MEMORY + (384 << 20) + (128 << 20);
 

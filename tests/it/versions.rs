@@ -196,7 +196,7 @@ async fn goes_on_after_an_upgrade(stage: Stage) {
     let load = Load::start(&old.uri_tcp(&stage.name), stage.shape);
     load.goes_on(2_000, DEADLINE).await;
     load.stop().await;
-    // In this order, as the README says.
+    // In this order, as the documentation says.
     stage.assert_archived(DEADLINE).await;
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
     old.stop(Stop::Fast);

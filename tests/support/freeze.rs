@@ -38,7 +38,8 @@ impl Drop for Frozen {
     }
 }
 
-fn children(process: u32) -> Vec<u32> {
+/// The processes that a process has started and that have not ended.
+pub fn children(process: u32) -> Vec<u32> {
     let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
     let of_thread =
         |thread: fs::DirEntry| fs::read_to_string(thread.path().join("children")).unwrap_or_default();

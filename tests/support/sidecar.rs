@@ -88,6 +88,11 @@ impl Launch {
         self
     }
 
+    /// The settings, as variables.
+    pub fn settings(&self) -> impl Iterator<Item = (String, String)> {
+        self.settings.clone().into_iter()
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         let file = self.file.iter().flat_map(|file| ["--config".as_ref(), file.as_os_str()]);

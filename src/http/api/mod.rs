@@ -6,6 +6,7 @@ mod entities;
 mod openapi;
 mod query;
 mod scouter;
+mod sql;
 mod state;
 
 use std::sync::Arc;
@@ -28,6 +29,7 @@ pub(super) fn routes() -> Router<Arc<Served>> {
         .route("/api/coverage", get(coverage::coverage))
         .route("/api/state", get(state::state))
         .route("/api/query/{table}", get(query::query))
+        .route("/api/sql", get(sql::sql))
         .route("/scouter/drift/custom", get(scouter::custom))
         .route("/scouter/drift/psi", get(scouter::psi))
         .route("/scouter/drift/spc", get(scouter::spc))

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::health;
 use super::super::params::Param;
-use super::{entities, query, scouter};
+use super::{entities, query, scouter, sql};
 
 /// A route as it is described.
 struct Route {
@@ -21,7 +21,7 @@ const JSON: &str = "application/json";
 const TEXT: &str = "text/plain";
 
 /// All routes but this one and the page.
-const ROUTES: [Route; 13] = [
+const ROUTES: [Route; 14] = [
     Route {
         path: "/livez",
         summary: "Whether the tasks run; also /healthz",
@@ -71,6 +71,13 @@ const ROUTES: [Route; 13] = [
         params: &query::QUERY,
         content: &[JSON, "application/vnd.apache.arrow.stream"],
         statuses: &[304, 400, 404, 429, 503, 504],
+    },
+    Route {
+        path: "/api/sql",
+        summary: "What `highwater sql` answers, as JSON, Arrow or CSV; only where HIGHWATER_HTTP_SQL is on",
+        params: &sql::SQL,
+        content: &[JSON, "application/vnd.apache.arrow.stream", "text/csv"],
+        statuses: &[400, 404, 429, 503, 504],
     },
     Route {
         path: "/scouter/drift/custom",
