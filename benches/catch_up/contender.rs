@@ -1,8 +1,11 @@
 //! Who drains the slot, and over what.
 
 use std::fmt;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use highwater::Lsn;
 
@@ -14,6 +17,8 @@ use super::support::sidecar::{Launch, Sidecar};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
     Highwater,
+    /// The same, whose metrics are scraped 200 times a second.
+    Scraped,
     /// The same with a table of the same shape and rows that the settings describe.
     Described,
     /// Another build of the sidecar, to see what a change of it brings.
@@ -25,8 +30,9 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Highwater,
+        Self::Scraped,
         Self::Described,
         Self::Baseline,
         Self::PgRecvlogical,
@@ -35,7 +41,7 @@ impl Contender {
     ];
 
     pub(crate) fn is_sidecar(self) -> bool {
-        matches!(self, Self::Highwater | Self::Described | Self::Baseline)
+        matches!(self, Self::Highwater | Self::Scraped | Self::Described | Self::Baseline)
     }
 
     /// The kind of the rows that it archives.
@@ -48,6 +54,7 @@ impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Highwater => "highwater",
+            Self::Scraped => "scraped",
             Self::Described => "described table",
             Self::Baseline => "baseline",
             Self::PgRecvlogical => "pg_recvlogical",
@@ -106,6 +113,29 @@ pub(crate) struct Task<'a> {
     pub(crate) folder: &'a Path,
 }
 
+/// The pause between two scrapes: a Prometheus makes one in 15 seconds.
+const SCRAPE_PAUSE: Duration = Duration::from_millis(5);
+
+/// Scrapes the sidecar whose log is in that folder, until it is gone.
+fn scrape(folder: &Path) {
+    let log = folder.join("log");
+    std::thread::spawn(move || {
+        let address = loop {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            if let Some(rest) = text.split("serving http://").nth(1) {
+                break rest.split_whitespace().next().unwrap_or_default().to_owned();
+            }
+            std::thread::sleep(SCRAPE_PAUSE);
+        };
+        while let Ok(mut stream) = TcpStream::connect(&address) {
+            let request = "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+            // One that ends meanwhile is not connected to again.
+            let _ = stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_end(&mut Vec::new()));
+            std::thread::sleep(SCRAPE_PAUSE);
+        }
+    });
+}
+
 /// A contender at work.
 pub(crate) enum Running {
     Sidecar(Sidecar),
@@ -117,6 +147,11 @@ impl Running {
     pub(crate) fn start(contender: Contender, task: &Task<'_>) -> Self {
         let program = match contender {
             Contender::Highwater => return Self::Sidecar(task.launch().start()),
+            Contender::Scraped => {
+                let sidecar = task.launch().start();
+                scrape(task.folder);
+                return Self::Sidecar(sidecar);
+            }
             Contender::Described => {
                 return Self::Sidecar(measure::describing(task.launch(), task.folder).start());
             }

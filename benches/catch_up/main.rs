@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! highwater        the release binary, from its start until the slot's confirmed position passes the end
+//! scraped          the same, whose metrics are scraped 200 times a second
 //! described table  the same with the same rows of a table that the settings describe
 //! pg_recvlogical   PostgreSQL's own client, binary pgoutput to /dev/null
 //! our receiver     the sidecar's receiver alone: frames are cut and thrown away

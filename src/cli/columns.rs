@@ -1,6 +1,6 @@
 //! Aligned columns for people.
 
-use std::fmt::Write as _;
+use comfy_table::{ContentArrangement, Table, presets};
 
 use crate::telemetry::plain;
 
@@ -20,22 +20,20 @@ pub(super) fn line(text: &str) -> String {
     plain(text).replace('\n', "\\n").replace('\t', "\\t")
 }
 
-/// Rows in columns as wide as their widest cell.
+/// Rows in columns as wide as their widest cell, as a terminal shows it: some letters take two places.
 pub(super) fn aligned<Row: AsRef<[String]>>(rows: &[Row]) -> String {
-    let mut widths: Vec<usize> = Vec::new();
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     for row in rows {
-        let row = row.as_ref();
-        widths.resize(widths.len().max(row.len()), 0);
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
+        table.add_row(row.as_ref());
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
     }
     let mut text = String::new();
-    for row in rows {
-        let cells: Vec<String> =
-            row.as_ref().iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        // Writing to a String can't fail.
-        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    for line in table.lines() {
+        text.push_str(line.trim_end());
+        text.push('\n');
     }
     text
 }
@@ -49,6 +47,8 @@ mod tests {
         let rows =
             [["METRIC", "AVG"], ["größe", "1"], ["a", "0.5"]].map(|row| row.map(str::to_owned).to_vec());
         assert_eq!(aligned(&rows), "METRIC  AVG\ngröße   1\na       0.5\n");
+        let rows = [["模型", "1"], ["model", "2"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(aligned(&rows), "模型   1\nmodel  2\n");
     }
 
     #[test]

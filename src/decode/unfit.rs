@@ -49,7 +49,7 @@ pub(crate) fn is_about_version(reason: &str) -> bool {
 
 /// The sorts of reasons for which rows are quarantined.
 pub(crate) const SORTS_OF_REASONS: [&str; 7] =
-    ["length", "column", "version", "null", "entity", "text", "value"];
+    ["length", "column", "version", "entity", "null", "text", "value"];
 
 /// The sort of a quarantined row's reason.
 pub(crate) fn sort_of_reason(reason: &str) -> &'static str {
@@ -57,8 +57,8 @@ pub(crate) fn sort_of_reason(reason: &str) -> &'static str {
         is_about_length,
         is_about_column,
         is_about_version,
-        |reason| reason.ends_with(" is null"),
         |reason| reason.contains(" names no entity in ") || reason.contains(" names an entity in "),
+        |reason| reason.ends_with(" is null"),
         |reason| reason.ends_with(" bytes that are not UTF-8, and can't be converted to it"),
     ];
     let sorts = SORTS_OF_REASONS.into_iter().zip(is_it);

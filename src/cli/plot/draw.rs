@@ -1,14 +1,17 @@
-//! The picture, drawn once for both formats: as SVG, and as pixels for a PNG.
+//! The picture as SVG, and the pixels of that as PNG.
 
 use std::error::Error as StdError;
 use std::fmt::Display;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use plotters::coord::Shift;
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
+use resvg::tiny_skia::{Pixmap, Transform};
+use resvg::usvg::fontdb::Database;
+use resvg::usvg::{Options, Tree};
 
-use super::raster::{PIXEL, Page};
 use super::{Line, Panel, Picture, Run, axis_time, bin_ids, extent};
 use crate::error::{Error, Result};
 use crate::reader::FeatureBinProportions;
@@ -24,6 +27,12 @@ const LEGEND_WIDTH: u32 = 120;
 /// Pixels of a PNG for each unit of the SVG: as many as a screen of high resolution has.
 const PNG_SCALE: u32 = 2;
 
+/// The letters of a PNG; `assets/README.md` says where they come from.
+const FONT: &[u8] = include_bytes!("../../../assets/DejaVuSans-subset.ttf");
+
+/// What stands for a letter that the font doesn't have: a box.
+const UNKNOWN: char = '\u{25a1}';
+
 /// Entries of a legend; of more bins only some are named.
 const LEGEND_MAX: usize = 12;
 
@@ -35,24 +44,38 @@ const MEAN: RGBColor = RGBColor(23, 98, 170);
 pub(super) fn svg(picture: &Picture) -> Result<String> {
     let mut text = String::new();
     let page = SVGBackend::with_string(&mut text, size(picture));
-    Drawing { picture, scale: 1 }.draw(&page.into_drawing_area()).map_err(undrawn)?;
+    Drawing { picture }.draw(&page.into_drawing_area()).map_err(undrawn)?;
     Ok(text)
 }
 
 /// The picture as PNG.
 pub(super) fn png(picture: &Picture) -> Result<Vec<u8>> {
-    let (pixels, (width, height)) = pixels(picture)?;
-    lodepng::encode24(&pixels, width as usize, height as usize).map_err(|error| undrawn(error.into()))
+    let drawn = pixels(picture)?.encode_png();
+    drawn.map_err(|error| undrawn(error.to_string().into()))
 }
 
-/// The pixels of a PNG, its width and height.
-pub(super) fn pixels(picture: &Picture) -> Result<(Vec<u8>, (u32, u32))> {
+/// The pixels of a PNG.
+pub(super) fn pixels(picture: &Picture) -> Result<Pixmap> {
+    let mut fonts = Database::new();
+    fonts.load_font_data(FONT.to_vec());
+    fonts.set_sans_serif_family("DejaVu Sans");
+    let options = Options { fontdb: Arc::new(fonts), ..Options::default() };
+    // The title may have anything in it.
+    let text: String =
+        svg(picture)?.chars().map(|letter| if is_drawn(letter) { letter } else { UNKNOWN }).collect();
+    let tree = Tree::from_str(&text, &options).map_err(|error| undrawn(error.into()))?;
     let (width, height) = size(picture);
-    let (width, height) = (width * PNG_SCALE, height * PNG_SCALE);
-    let mut pixels = vec![0; width as usize * height as usize * PIXEL];
-    let page = Page::new(&mut pixels, (width, height)).map_err(|error| undrawn(error.into()))?;
-    Drawing { picture, scale: PNG_SCALE }.draw(&page.into_drawing_area()).map_err(undrawn)?;
-    Ok((pixels, (width, height)))
+    let pixels = Pixmap::new(width * PNG_SCALE, height * PNG_SCALE);
+    let mut pixels = pixels.ok_or_else(|| undrawn("the picture is too large".into()))?;
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    let scale = PNG_SCALE as f32;
+    resvg::render(&tree, Transform::from_scale(scale, scale), &mut pixels.as_mut());
+    Ok(pixels)
+}
+
+/// Whether the font has a letter, or it is none that is seen; `assets/README.md` has its ranges.
+fn is_drawn(letter: char) -> bool {
+    matches!(letter, '\n' | '\t' | '\r' | '\u{20}'..='\u{52f}' | '\u{1e00}'..='\u{20cf}' | '\u{2100}'..='\u{22ff}' | '\u{25a0}'..='\u{25ff}')
 }
 
 fn size(picture: &Picture) -> (u32, u32) {
@@ -73,40 +96,30 @@ type Plot<'a, B> = ChartContext<'a, B, Cartesian2d<RangedDateTime<DateTime<Utc>>
 /// The areas of a panel: its plot, and the legend beside it.
 type Areas<'a, B> = (&'a Area<B>, &'a Area<B>);
 
-/// A picture on a page whose units are so many pixels.
+/// A picture on a page.
 struct Drawing<'a> {
     picture: &'a Picture,
-    scale: u32,
 }
 
 impl Drawing<'_> {
-    /// A length in pixels.
-    fn px(&self, units: i32) -> i32 {
-        units * i32::try_from(self.scale).unwrap_or(1)
-    }
-
-    fn at(&self, x: i32, y: i32) -> (i32, i32) {
-        (self.px(x), self.px(y))
-    }
-
     fn style(&self, size: i32) -> TextStyle<'static> {
-        ("sans-serif", self.px(size)).into_font().color(&INK)
+        ("sans-serif", size).into_font().color(&INK)
     }
 
     fn text<'t>(&self, text: impl Into<String>, x: i32, y: i32, size: i32) -> Text<'t, (i32, i32), String> {
-        Text::new(text.into(), self.at(x, y), self.style(size))
+        Text::new(text.into(), (x, y), self.style(size))
     }
 
     fn draw<B: DrawingBackend>(&self, page: &Area<B>) -> DrawResult {
         let panels = &self.picture.panels;
         page.fill(&WHITE).map_err(failed)?;
-        let (head, body) = page.split_vertically(TITLE_HEIGHT * self.scale);
+        let (head, body) = page.split_vertically(TITLE_HEIGHT);
         head.draw(&self.text(self.picture.title.clone(), 20, 14, 20)).map_err(failed)?;
         if panels.is_empty() {
             body.draw(&self.text("no rows", 20, 20, 16)).map_err(failed)?;
         }
         for (panel, area) in panels.iter().zip(body.split_evenly((panels.len().max(1), 1))) {
-            let (plot, legend) = area.split_horizontally((WIDTH - LEGEND_WIDTH) * self.scale);
+            let (plot, legend) = area.split_horizontally(WIDTH - LEGEND_WIDTH);
             match panel {
                 Panel::Line(line) => self.draw_line(line, (&plot, &legend))?,
                 Panel::Shares(feature) => self.draw_shares(feature, (&plot, &legend))?,
@@ -127,17 +140,17 @@ impl Drawing<'_> {
         let (start, end) = self.picture.range;
         let mut chart = ChartBuilder::on(area)
             .caption(name, self.style(16))
-            .margin(self.px(10))
-            .x_label_area_size(self.px(42))
-            .y_label_area_size(self.px(72))
+            .margin(10)
+            .x_label_area_size(42)
+            .y_label_area_size(72)
             .build_cartesian_2d(start..end, low..high)
             .map_err(failed)?;
         chart
             .configure_mesh()
             .light_line_style(WHITE)
-            .bold_line_style(GRID.stroke_width(self.scale))
-            .axis_style(INK.stroke_width(self.scale))
-            .set_all_tick_mark_size(self.px(5))
+            .bold_line_style(GRID.stroke_width(1))
+            .axis_style(INK.stroke_width(1))
+            .set_all_tick_mark_size(5)
             .label_style(self.style(12))
             .x_labels(9)
             .y_labels(6)
@@ -160,25 +173,25 @@ impl Drawing<'_> {
                 chart.draw_series([Polygon::new(band, MEAN.mix(0.18))]).map_err(failed)?;
             }
         }
-        let stroke = MEAN.stroke_width(2 * self.scale);
+        let stroke = MEAN.stroke_width(2);
         for run in &runs {
             let points = run.iter().map(|(time, value, _)| (*time, *value));
             chart.draw_series(LineSeries::new(points, stroke)).map_err(failed)?;
             // A line of one point can't be seen, nor can its bounds.
             if let [(time, value, bounds)] = run[..] {
                 if let Some((low, high)) = bounds {
-                    let faint = MEAN.mix(0.4).stroke_width(2 * self.scale);
+                    let faint = MEAN.mix(0.4).stroke_width(2);
                     chart
                         .draw_series([PathElement::new([(time, low), (time, high)], faint)])
                         .map_err(failed)?;
                 }
-                chart.draw_series([Circle::new((time, value), self.px(3), MEAN.filled())]).map_err(failed)?;
+                chart.draw_series([Circle::new((time, value), 3, MEAN.filled())]).map_err(failed)?;
             }
         }
-        legend.draw(&PathElement::new([self.at(4, 50), self.at(28, 50)], stroke)).map_err(failed)?;
+        legend.draw(&PathElement::new([(4, 50), (28, 50)], stroke)).map_err(failed)?;
         legend.draw(&self.text("mean", 36, 46, 13)).map_err(failed)?;
         if line.bounds.is_some() {
-            let band = Rectangle::new([self.at(4, 64), self.at(28, 78)], MEAN.mix(0.18).filled());
+            let band = Rectangle::new([(4, 64), (28, 78)], MEAN.mix(0.18).filled());
             legend.draw(&band).map_err(failed)?;
             legend.draw(&self.text("mean ± s", 36, 67, 13)).map_err(failed)?;
         }
@@ -208,7 +221,7 @@ impl Drawing<'_> {
         let step = ids.len().div_ceil(LEGEND_MAX).max(1);
         let named = ids.iter().enumerate().rev().step_by(step);
         for ((place, id), y) in named.zip((40..).step_by(16)) {
-            let corners = [self.at(4, y), self.at(18, y + 11)];
+            let corners = [(4, y), (18, y + 11)];
             legend.draw(&Rectangle::new(corners, color(place, ids.len()).filled())).map_err(failed)?;
             legend.draw(&self.text(format!("bin {id}"), 26, y + 2, 12)).map_err(failed)?;
         }
