@@ -1,5 +1,5 @@
 # Every target does its own set-up; see scripts/setup for what that may install.
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench deb
 
 # The demo, the tests and the lints use the same dependencies, built once: fail points are compiled in, and
 # do nothing unless the environment names them.
@@ -32,3 +32,13 @@ lint:
 bench:
 	scripts/setup reader
 	cargo bench --bench hops --bench catch_up --bench first_copy --bench history
+
+# A Debian package; it wants cargo-deb.
+deb:
+	cargo build --release --locked --bin highwater
+	mkdir -p target/deb
+	target/release/highwater man > target/deb/highwater.1
+	target/release/highwater completions bash > target/deb/highwater
+	target/release/highwater completions zsh > target/deb/_highwater
+	target/release/highwater completions fish > target/deb/highwater.fish
+	cargo deb --no-build --no-strip
