@@ -66,7 +66,10 @@ pub(super) async fn run(config: &Config) -> Result<()> {
         std::process::exit(EXIT_INTERRUPTED);
     });
     archiver.wait().await?;
-    drop(serving);
+    if let Some(mut serving) = serving {
+        // It has been told to stop, too, and finishes what is under way within its own time.
+        let _ = (&mut serving.0).await;
+    }
     tracing::info!("stopped");
     Ok(())
 }

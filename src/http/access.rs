@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -21,16 +22,40 @@ pub(super) enum Shown {
     Outcome,
 }
 
+/// Whom a server answers, and how often it did not.
+#[derive(Debug)]
+pub(super) struct Access {
+    to: HttpAccess,
+    refused: AtomicU64,
+    /// When that was last told, microseconds since the epoch.
+    told: AtomicI64,
+}
+
+/// How often refusals are told: whoever guesses must not fill the log. Microseconds.
+const TELL_INTERVAL: i64 = 60_000_000;
+
+impl Access {
+    pub(super) fn new(to: HttpAccess) -> Self {
+        Self { to, refused: AtomicU64::new(0), told: AtomicI64::new(0) }
+    }
+
+    /// Somebody was refused.
+    fn tell(&self) {
+        let all = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        let now = chrono::Utc::now().timestamp_micros();
+        if now - self.told.load(Ordering::Relaxed) > TELL_INTERVAL {
+            self.told.store(now, Ordering::Relaxed);
+            tracing::warn!(all, "requests without the right token are refused");
+        }
+    }
+}
+
 /// The paths that probes may ask for without a token.
 const PROBES: [&str; 3] = ["/livez", "/readyz", "/healthz"];
 
 /// Lets through who may ask.
-pub(super) async fn admit(
-    State(access): State<Arc<HttpAccess>>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let refusal = match &*access {
+pub(super) async fn admit(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
+    let refusal = match &access.to {
         HttpAccess::Anybody => None,
         HttpAccess::Local => (!is_local(request.headers())).then(foreign_host),
         HttpAccess::Token(token) => match has_token(request.headers(), token.reveal()) {
@@ -39,7 +64,10 @@ pub(super) async fn admit(
                 request.extensions_mut().insert(Shown::Outcome);
                 None
             }
-            false => Some(no_token()),
+            false => {
+                access.tell();
+                Some(no_token())
+            }
         },
     };
     let mut response = match refusal {

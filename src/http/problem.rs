@@ -52,6 +52,10 @@ impl Problem {
 impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         match &error {
+            // The pool is shared: alone it may have fitted.
+            Error::Query { detail } if detail.contains("Resources exhausted") => Self::busy(
+                "the queries that are running want more memory than there is; ask again, or for less",
+            ),
             Error::Query { detail } => Self::bad(detail.clone()),
             Error::Setting { .. } => Self::bad(error.chain()),
             Error::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.chain()),

@@ -1,10 +1,15 @@
 //! What all requests share.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::body::{self, Body};
+use axum::http::{HeaderValue, header};
+use axum::response::Response;
+use futures::stream;
 use prometheus_client::registry::Registry;
-use tokio::sync::{Mutex, OnceCell, Semaphore, SemaphorePermit};
+use tokio::sync::{Mutex, OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_postgres::Client;
 
@@ -32,6 +37,12 @@ const TURN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a query may take.
 pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The most bytes of an answer to a query: as many of them are in memory as queries may run.
+pub(super) const ANSWER_BYTES_MAX: usize = 16 << 20;
+
+/// What of it is handed on at a time.
+const PIECE_BYTES: usize = 64 << 10;
+
 /// How long the database may take for a short question.
 const DATABASE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -57,7 +68,7 @@ pub(super) struct Served {
     /// The entities of these versions.
     entities: Mutex<(Versions, Arc<Vec<EntitySummary>>)>,
     pub(super) report: LastReport,
-    turns: Semaphore,
+    turns: Arc<Semaphore>,
     /// For short questions.
     session: Mutex<Session>,
     /// Watches in place of an archiver.
@@ -104,7 +115,7 @@ impl Served {
             history: Arc::new(history),
             entities: Mutex::default(),
             report: LastReport::default(),
-            turns: Semaphore::new(QUERIES_MAX),
+            turns: Arc::new(Semaphore::new(QUERIES_MAX)),
             session: Mutex::new(session),
             _watching: watching,
         }
@@ -153,10 +164,10 @@ impl Served {
         Ok(timeout(DATABASE_PATIENCE, asked).await.map_err(silent)??)
     }
 
-    /// A turn for a query; it ends when this is dropped.
-    pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, Problem> {
-        match timeout(TURN_PATIENCE, self.turns.acquire()).await {
-            Ok(Ok(turn)) => Ok(turn),
+    /// A turn for a query, which ends when its answer is sent.
+    pub(super) async fn turn(&self) -> Result<Turn, Problem> {
+        match timeout(TURN_PATIENCE, Arc::clone(&self.turns).acquire_owned()).await {
+            Ok(Ok(permit)) => Ok(Turn { _permit: permit }),
             _ => Err(Problem::busy(format!("{QUERIES_MAX} queries are running; ask again"))),
         }
     }
@@ -210,4 +221,27 @@ fn summaries(rows: &[EntityWatermark], kinds: &[Kind], schema: &str) -> Vec<Enti
         })
     };
     rows.iter().filter_map(summary).collect()
+}
+
+/// A query's turn. Its answer is in memory until the client has taken it, so the turn lasts as long.
+#[derive(Debug)]
+pub(super) struct Turn {
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Turn {
+    /// The answer, which ends the turn when it is sent, or given up.
+    pub(super) async fn answer(self, response: Response) -> Result<Response, Problem> {
+        let (mut parts, body) = response.into_parts();
+        let bytes = body::to_bytes(body, ANSWER_BYTES_MAX).await.map_err(|_| {
+            Problem::bad(format!("the answer has more than {} MiB: ask for less", ANSWER_BYTES_MAX >> 20))
+        })?;
+        parts.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
+        let pieces = stream::unfold((bytes, self), |(mut bytes, turn)| async {
+            let length = bytes.len().min(PIECE_BYTES);
+            let piece = bytes.split_to(length);
+            (length > 0).then_some((Ok::<_, Infallible>(piece), (bytes, turn)))
+        });
+        Ok(Response::from_parts(parts, Body::from_stream(pieces)))
+    }
 }

@@ -16,8 +16,8 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 
-use super::access;
-use crate::config::{HttpAccess, HttpSettings, Setting};
+use super::access::{self, Access};
+use crate::config::{HttpSettings, Setting};
 use crate::error::{Error, Result};
 
 /// Connections that are open at a time; those past it are closed at once.
@@ -46,7 +46,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
-    access: Arc<HttpAccess>,
+    access: Arc<Access>,
 }
 
 impl Server {
@@ -67,7 +67,7 @@ impl Server {
         };
         let listener = TcpListener::bind(wanted).await.map_err(refused)?;
         let address = listener.local_addr().map_err(refused)?;
-        Ok(Some(Self { listener, address, access: Arc::new(settings.access.clone()) }))
+        Ok(Some(Self { listener, address, access: Arc::new(Access::new(settings.access.clone())) }))
     }
 
     /// The address, with the port that was chosen if the settings leave that open.

@@ -207,7 +207,7 @@ pub(super) async fn chosen(
     };
     let Some(condition) = &query.condition else { return only(rows) };
     // On a line of its own, should it end in a comment. It is one condition and no more only if it is one by itself.
-    let text = format!("select * from \"{}\" where (\n{condition}\n)", kind.name().replace('"', "\"\""));
+    let text = format!("select * from \"{}\" where ((\n{condition}\n))", kind.name().replace('"', "\"\""));
     let plan = sql::plan(session, &text).await?;
     rows.parse_sql_expr(condition).map_err(failed)?;
     only(session.execute_logical_plan(plan).await.map_err(failed)?)

@@ -53,7 +53,9 @@ impl Collector for Looks {
             flag(observer.seems_ready()),
         )?;
         let help = "Age of the oldest committed row that is not archived; 0 if all are";
-        to.gauge("archive_lag", help, SECONDS, observer.vitals.lag.seconds())?;
+        if let Some(lag) = observer.vitals.lag.seconds() {
+            to.gauge("archive_lag", help, SECONDS, lag)?;
+        }
         if let Some((archived, received)) = observer.vitals.lag.bytes() {
             to.gauge("archive_lag", "The server's log that is not archived", BYTES, count(archived))?;
             to.gauge("received_lag", "The server's log that was not received", BYTES, count(received))?;

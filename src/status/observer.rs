@@ -66,7 +66,7 @@ impl Check {
 pub(crate) struct Sample {
     /// Seconds since the epoch.
     at: i64,
-    lag_seconds: f64,
+    lag_seconds: Option<f64>,
     lag_bytes: Option<u64>,
     retained_wal_bytes: Option<i64>,
 }
@@ -242,9 +242,13 @@ impl Observer {
             }
             Err(why) => checks.push(Check::new("database", false, why.as_str())),
         }
-        let (lag, bound) = (self.vitals.lag.seconds(), self.config.max_lag.as_secs_f64() * LAG_FACTOR);
-        let detail = format!("{lag:.1} s, where {bound:.1} s are allowed");
-        checks.push(Check::new("lag", lag <= bound, detail));
+        let bound = self.config.max_lag.as_secs_f64() * LAG_FACTOR;
+        checks.push(match self.vitals.lag.seconds() {
+            Some(lag) => {
+                Check::new("lag", lag <= bound, format!("{lag:.1} s, where {bound:.1} s are allowed"))
+            }
+            None => Check::new("lag", false, "not known before the database has answered"),
+        });
         checks
     }
 

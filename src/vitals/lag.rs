@@ -5,6 +5,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::now;
 use crate::lsn::Lsn;
 
+/// A look of this age says nothing of now: they are made every ten seconds. Microseconds.
+const LOOK_AGE_MAX: i64 = 15_000_000;
+
 /// Looks that are kept while nothing is archived: a day of them. Beyond that every second one is forgotten, never the oldest.
 const LOOKS_MAX: usize = 8_640;
 
@@ -32,6 +35,10 @@ struct State {
     durable: Lsn,
     /// Where the server's log ended, and the server's time then; the oldest first. Only those behind what is archived.
     looks: VecDeque<(Lsn, i64)>,
+    /// Whether a session holds the slot, so that the stream's position moves.
+    is_held: bool,
+    /// When the server was last looked at, by its clock; microseconds since the epoch.
+    looked_at: Option<i64>,
     /// The newest look, and how much the server's clock is ahead of ours; microseconds.
     end: Option<Lsn>,
     ahead: i64,
@@ -43,6 +50,7 @@ impl Lag {
         let mut state = self.state();
         state.pending.clear();
         state.durable = start;
+        state.is_held = true;
         self.seen.store(start.0, Ordering::Relaxed);
     }
 
@@ -50,6 +58,7 @@ impl Lag {
     pub(crate) fn end(&self) {
         let mut state = self.state();
         state.pending.clear();
+        state.is_held = false;
         self.seen.store(state.durable.0, Ordering::Relaxed);
     }
 
@@ -85,6 +94,7 @@ impl Lag {
         let mut state = self.state();
         state.ahead = server_now - now();
         state.end = Some(end);
+        state.looked_at = Some(server_now);
         state.looks.push_back((end, server_now));
         self.forget_covered(&mut state);
         if state.looks.len() > LOOKS_MAX {
@@ -96,16 +106,20 @@ impl Lag {
         }
     }
 
-    /// Seconds since the oldest row was committed that is not archived, at most; 0 if all are, as far as is known. Without any
-    /// look at the server nothing is known of what was not received.
-    pub(crate) fn seconds(&self) -> f64 {
+    /// Seconds since the oldest row was committed that is not archived, at most; 0 if all are. `None` before the first look at the
+    /// server. While it can't be looked at, or nobody holds the slot, any row since the last look may be the oldest.
+    pub(crate) fn seconds(&self) -> Option<f64> {
         let mut state = self.state();
         self.forget_covered(&mut state);
+        let looked_at = state.looked_at?;
+        let server_now = now() + state.ahead;
+        let is_known = state.is_held && server_now - looked_at < LOOK_AGE_MAX;
         let oldest = state.pending.front().or_else(|| state.looks.front()).map(|(_, time)| *time);
-        let age = oldest.map_or(0, |oldest| now() + state.ahead - oldest);
+        let unknown = (!is_known).then_some(looked_at);
+        let age = oldest.into_iter().chain(unknown).min().map_or(0, |oldest| server_now - oldest);
         #[expect(clippy::cast_precision_loss, reason = "microseconds of years are exact")]
         let seconds = age.max(0) as f64 / 1e6;
-        seconds
+        Some(seconds)
     }
 
     /// Bytes of the server's log, where it last was seen to end, that are not archived, and that were not received.
@@ -137,7 +151,7 @@ mod tests {
     /// A lag to the nearest second.
     fn seconds(lag: &Lag) -> i64 {
         #[expect(clippy::cast_possible_truncation, reason = "small")]
-        let seconds = lag.seconds().round() as i64;
+        let seconds = lag.seconds().unwrap().round() as i64;
         seconds
     }
 
@@ -148,7 +162,9 @@ mod tests {
     #[test]
     fn the_oldest_row_in_memory_counts() {
         let lag = Lag::default();
+        assert_eq!(lag.seconds(), None);
         lag.begin(Lsn(100));
+        lag.looked(Lsn(100), now());
         lag.received(Lsn(110), ago(50));
         lag.seen(Lsn(120));
         lag.received(Lsn(130), ago(20));
@@ -204,6 +220,25 @@ mod tests {
         lag.seen(Lsn(200));
         assert_eq!(seconds(&lag), 500);
         lag.archived(Lsn(200));
+        assert_eq!(seconds(&lag), 0);
+    }
+
+    #[test]
+    fn without_a_look_or_a_session_what_came_since_the_last_look_counts() {
+        let lag = Lag::default();
+        lag.begin(Lsn(100));
+        lag.looked(Lsn(100), now());
+        assert_eq!(seconds(&lag), 0);
+        // Nobody holds the slot.
+        lag.end();
+        lag.state().looked_at = Some(ago(3));
+        assert_eq!(seconds(&lag), 3);
+        // Somebody does, and the server is not to be looked at.
+        lag.begin(Lsn(100));
+        assert_eq!(seconds(&lag), 0);
+        lag.state().looked_at = Some(ago(40));
+        assert_eq!(seconds(&lag), 40);
+        lag.looked(Lsn(100), now());
         assert_eq!(seconds(&lag), 0);
     }
 

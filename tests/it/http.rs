@@ -157,6 +157,7 @@ async fn without_the_token_probes_tell_the_outcome_and_nothing_else_is_told() {
         assert_eq!(friend.get("/status").await.status, 200);
     }
     assert!(!sidecar.log().contains(TOKEN));
+    assert!(sidecar.log().contains("without the right token"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
-use super::super::served::{QUERY_TIMEOUT, Served};
+use super::super::served::{ANSWER_BYTES_MAX, QUERY_TIMEOUT, Served};
 use super::super::tag::Tag;
 use super::json;
 use crate::error::Error;
@@ -53,9 +53,6 @@ pub(super) const QUERY: [Param; 14] = [
 /// The most bins of an answer.
 const POINTS_MAX: u32 = 10_000;
 
-/// The most bytes of an answer.
-const ANSWER_BYTES_MAX: usize = 64 << 20;
-
 /// How answers are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
@@ -89,7 +86,7 @@ pub(in crate::http) async fn query(
     if let Some(unchanged) = tag.as_ref().and_then(|tag| tag.unchanged(&headers)) {
         return Ok(unchanged);
     }
-    let _turn = served.turn().await?;
+    let turn = served.turn().await?;
     if asked.is_fresh {
         archive = archive.with_database(served.config.clone());
     }
@@ -104,6 +101,7 @@ pub(in crate::http) async fn query(
         Problem::new(StatusCode::GATEWAY_TIMEOUT, detail)
     };
     let response = timeout(QUERY_TIMEOUT, answer).await.map_err(late)??;
+    let response = turn.answer(response).await?;
     Ok(match tag {
         Some(tag) => tag.put_into(response),
         None => response,

@@ -58,8 +58,8 @@ pub(in crate::http) async fn custom(
 ) -> Result<Response, Problem> {
     let (archive, query, _) = ask(&served, query).await?;
     let Some(archive) = archive else { return json(&BinnedMetrics::default()) };
-    let _turn = served.turn().await?;
-    json(&in_time(archive.binned_custom(&query)).await?)
+    let turn = served.turn().await?;
+    turn.answer(json(&in_time(archive.binned_custom(&query)).await?)?).await
 }
 
 /// The means of each feature.
@@ -69,8 +69,8 @@ pub(in crate::http) async fn spc(
 ) -> Result<Response, Problem> {
     let (archive, query, _) = ask(&served, query).await?;
     let Some(archive) = archive else { return json(&SpcFeatures::default()) };
-    let _turn = served.turn().await?;
-    json(&in_time(archive.binned_spc(&query)).await?)
+    let turn = served.turn().await?;
+    turn.answer(json(&in_time(archive.binned_spc(&query)).await?)?).await
 }
 
 /// The population stability index of each feature against the profile that it was trained with.
@@ -89,8 +89,8 @@ pub(in crate::http) async fn psi(
     let profile: Profile = serde_json::from_value(profile).map_err(|error| {
         Problem::unavailable(format!("the model's PSI profile is not one that is understood ({error})"))
     })?;
-    let _turn = served.turn().await?;
-    json(&answer(&profile, in_time(archive.binned_psi(&query)).await?))
+    let turn = served.turn().await?;
+    turn.answer(json(&answer(&profile, in_time(archive.binned_psi(&query)).await?))?).await
 }
 
 async fn in_time<T>(found: impl Future<Output = crate::Result<T>>) -> Result<T, Problem> {

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
-use super::super::served::{QUERY_TIMEOUT, Served};
+use super::super::served::{ANSWER_BYTES_MAX, QUERY_TIMEOUT, Served};
 use crate::apart::{self, Apart};
 use crate::config::Setting;
 use crate::error::Error;
@@ -19,9 +19,8 @@ use crate::error::Error;
 pub(super) const SQL: [Param; 1] =
     [Param::new("query", "a query in DataFusion's dialect over the tables of the archive").required()];
 
-/// The most bytes of an answer, and of what is said of a failure.
-const ANSWER_BYTES_MAX: u64 = 64 << 20;
-const ERROR_BYTES_MAX: u64 = 64 << 10;
+/// The most bytes of what is said of a failure.
+const ERROR_BYTES_MAX: usize = 64 << 10;
 
 /// The forms of an answer: what is accepted, and the command line's name of it.
 const FORMS: [(&str, &str); 3] =
@@ -41,7 +40,7 @@ pub(in crate::http) async fn sql(
     let query = given.text("query").unwrap_or_default();
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let (content_type, form) = FORMS.into_iter().find(|(name, _)| accept.contains(name)).unwrap_or(FORMS[0]);
-    let _turn = served.turn().await?;
+    let turn = served.turn().await?;
     let arguments = ["sql", query, "--format", form].map(Into::into);
     let config = &served.config;
     let mut child = Apart::start(config, arguments, |command| {
@@ -53,6 +52,11 @@ pub(in crate::http) async fn sql(
         ] {
             command.env(setting.variable(), text);
         }
+        // It needs neither the server's secrets nor its address.
+        for name in [Setting::HttpToken.variable(), Setting::DatabaseUri.variable(), "PGPASSWORD"] {
+            command.env_remove(name);
+        }
+        command.env(Setting::Http.variable(), "off");
         // A log is not an answer.
         command.env("HIGHWATER_LOG", "off").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped())
     })
@@ -68,21 +72,25 @@ pub(in crate::http) async fn sql(
         Problem::new(StatusCode::GATEWAY_TIMEOUT, detail)
     };
     let (answer, said, status) = timeout(QUERY_TIMEOUT, answered).await.map_err(late)??;
-    if answer.len() as u64 > ANSWER_BYTES_MAX {
-        return Err(Problem::bad(format!("the answer has more than {ANSWER_BYTES_MAX} bytes: ask for less")));
+    if answer.len() > ANSWER_BYTES_MAX {
+        return Err(Problem::bad(format!(
+            "the answer has more than {} MiB: ask for less",
+            ANSWER_BYTES_MAX >> 20
+        )));
     }
     if !apart::outcome(status, config.memory_bytes)? {
         let said = String::from_utf8_lossy(&said);
         return Err(Problem::bad(said.trim().trim_start_matches("highwater: ").to_owned()));
     }
-    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], answer).into_response())
+    turn.answer(([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], answer).into_response())
+        .await
 }
 
 /// Reads a pipe to its end; of one that has more than the limit one byte more than that, after which its writer is cut off.
-async fn read(pipe: Option<impl AsyncRead + Unpin>, limit: u64) -> std::io::Result<Vec<u8>> {
+async fn read(pipe: Option<impl AsyncRead + Unpin>, limit: usize) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
-        pipe.take(limit + 1).read_to_end(&mut bytes).await?;
+        pipe.take(limit as u64 + 1).read_to_end(&mut bytes).await?;
     }
     Ok(bytes)
 }

@@ -19,7 +19,7 @@ struct StateObject<'a> {
     /// Seconds since the epoch.
     now: i64,
     max_lag_seconds: f64,
-    lag_seconds: f64,
+    lag_seconds: Option<f64>,
     buffered_bytes: i64,
     memory_bytes: usize,
     is_ready: bool,
