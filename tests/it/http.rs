@@ -232,6 +232,11 @@ async fn a_sidecar_whose_server_is_gone_is_alive_and_not_ready() {
     })
     .await;
     assert_eq!(site.get("/status").await.status, 503);
+    // What was committed since the server was last seen is not known, so it counts.
+    until("the age grows", DEADLINE, async || {
+        site.metric("highwater_archive_lag_seconds").await.is_some_and(|lag| lag > 3.0).then_some(())
+    })
+    .await;
     stage.cluster().start();
     until("it is ready again", DEADLINE, async || (probe(&site, "/readyz").await.0 == 200).then_some(()))
         .await;

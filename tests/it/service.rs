@@ -72,6 +72,9 @@ async fn it_runs_with_a_root_that_is_read_only_any_user_and_no_home() {
     let owned = Command::new("chown").args(["-R", "54321:54321"]).arg(&storage).status();
     assert!(owned.is_ok_and(|status| status.success()), "chown, which takes root");
     give_away(stage.folder());
+    // The folders above the program's own may be closed to others.
+    let program = stage.folder().join("program");
+    std::fs::copy(binary(), &program).unwrap();
     // All of the file system is read-only but the archive, and the user is nobody's: as containers are run.
     let script = "mount --rbind / / && mount -o remount,bind,ro / && mount --bind \"$1\" \"$1\" && mount -o remount,bind,rw \"$1\" \
                   && cd / && exec setpriv --reuid=54321 --regid=54321 --clear-groups --no-new-privs \"$2\" run";
@@ -79,7 +82,7 @@ async fn it_runs_with_a_root_that_is_read_only_any_user_and_no_home() {
     let output = std::fs::File::create(&log).unwrap();
     let mut child = Command::new("unshare")
         .args(["--mount", "sh", "-ec", script, "container"])
-        .args([&storage, &binary()])
+        .args([&storage, &program])
         .env_clear()
         .envs(stage.launch().settings())
         .env("PATH", std::env::var("PATH").unwrap())
