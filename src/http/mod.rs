@@ -13,6 +13,7 @@
 
 mod access;
 mod api;
+mod compute;
 mod health;
 mod metrics;
 mod params;

@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_postgres::Client;
 
+use super::compute::Compute;
 use super::problem::Problem;
 use super::report::LastReport;
 use super::requests::Requests;
@@ -68,6 +69,7 @@ pub(super) struct Served {
     /// The entities of these versions.
     entities: Mutex<(Versions, Arc<Vec<EntitySummary>>)>,
     pub(super) report: LastReport,
+    pub(super) compute: Compute,
     turns: Arc<Semaphore>,
     /// For short questions.
     session: Mutex<Session>,
@@ -115,6 +117,7 @@ impl Served {
             history: Arc::new(history),
             entities: Mutex::default(),
             report: LastReport::default(),
+            compute: Compute::default(),
             turns: Arc::new(Semaphore::new(QUERIES_MAX)),
             session: Mutex::new(session),
             _watching: watching,

@@ -90,12 +90,12 @@ pub(in crate::http) async fn query(
     if asked.is_fresh {
         archive = archive.with_database(served.config.clone());
     }
-    let answer = async {
+    let answer = served.compute.run(async move {
         match form {
             Form::Json => asked.json(&archive).await,
             Form::Arrow => arrow(asked.frame(&archive).await?).await,
         }
-    };
+    });
     let late = |_| {
         let detail = format!("there was no answer within {} s: ask for less", QUERY_TIMEOUT.as_secs());
         Problem::new(StatusCode::GATEWAY_TIMEOUT, detail)

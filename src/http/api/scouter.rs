@@ -59,7 +59,7 @@ pub(in crate::http) async fn custom(
     let (archive, query, _) = ask(&served, query).await?;
     let Some(archive) = archive else { return json(&BinnedMetrics::default()) };
     let turn = served.turn().await?;
-    turn.answer(json(&in_time(archive.binned_custom(&query)).await?)?).await
+    turn.answer(json(&asked(&served, async move { archive.binned_custom(&query).await }).await?)?).await
 }
 
 /// The means of each feature.
@@ -70,7 +70,7 @@ pub(in crate::http) async fn spc(
     let (archive, query, _) = ask(&served, query).await?;
     let Some(archive) = archive else { return json(&SpcFeatures::default()) };
     let turn = served.turn().await?;
-    turn.answer(json(&in_time(archive.binned_spc(&query)).await?)?).await
+    turn.answer(json(&asked(&served, async move { archive.binned_spc(&query).await }).await?)?).await
 }
 
 /// The population stability index of each feature against the profile that it was trained with.
@@ -90,12 +90,21 @@ pub(in crate::http) async fn psi(
         Problem::unavailable(format!("the model's PSI profile is not one that is understood ({error})"))
     })?;
     let turn = served.turn().await?;
-    turn.answer(json(&answer(&profile, in_time(archive.binned_psi(&query)).await?))?).await
+    turn.answer(json(&answer(
+        &profile,
+        asked(&served, async move { archive.binned_psi(&query).await }).await?,
+    ))?)
+    .await
 }
 
-async fn in_time<T>(found: impl Future<Output = crate::Result<T>>) -> Result<T, Problem> {
+/// Asks the archive.
+async fn asked<T: Send + 'static>(
+    served: &Served,
+    question: impl Future<Output = crate::Result<T>> + Send + 'static,
+) -> Result<T, Problem> {
     let late = |_| Problem::new(StatusCode::GATEWAY_TIMEOUT, "there was no answer in time: ask for less");
-    Ok(timeout(QUERY_TIMEOUT, found).await.map_err(late)??)
+    let answer = served.compute.run(async move { question.await.map_err(Problem::from) });
+    timeout(QUERY_TIMEOUT, answer).await.map_err(late)?
 }
 
 /// What is asked, of which archive.
