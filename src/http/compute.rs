@@ -1,10 +1,16 @@
 //! Threads for queries, which leave the processors to the archiving where there are too few for both.
 
+use std::time::Duration;
+
 use tokio::runtime::{Builder, Runtime};
+use tokio::time::timeout;
 
 use super::problem::Problem;
 use crate::error::Error;
 use crate::sidecar::Owned;
+
+/// How long a query may take.
+pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How much the threads of queries yield to others (setpriority(2)).
 #[cfg(target_os = "linux")]
@@ -15,7 +21,7 @@ const NICE: i32 = 10;
 pub(super) struct Compute(std::sync::OnceLock<Option<Runtime>>);
 
 impl Compute {
-    /// Runs a query; it ends when its asker goes away.
+    /// Runs a query; it ends when its asker goes away, or after [`QUERY_TIMEOUT`].
     pub(super) async fn run<T: Send + 'static>(
         &self,
         query: impl Future<Output = Result<T, Problem>> + Send + 'static,
@@ -25,7 +31,10 @@ impl Compute {
         };
         let mut task = Owned(runtime.spawn(query));
         let failed = |error| Error::Internal(format!("a query failed: {error}")).into();
-        (&mut task.0).await.unwrap_or_else(|error| Err(failed(error)))
+        match timeout(QUERY_TIMEOUT, &mut task.0).await {
+            Ok(ended) => ended.unwrap_or_else(|error| Err(failed(error))),
+            Err(_) => Err(Problem::late(QUERY_TIMEOUT)),
+        }
     }
 }
 

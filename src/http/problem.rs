@@ -1,5 +1,7 @@
 //! Errors as RFC 9457 has them.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -36,6 +38,17 @@ impl Problem {
 
     pub(super) fn method() -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD: nothing can be changed here")
+    }
+
+    /// A query has taken longer than it may.
+    pub(super) fn late(limit: Duration) -> Self {
+        let detail = format!("there was no answer within {} s: ask for less", limit.as_secs());
+        Self::new(StatusCode::GATEWAY_TIMEOUT, detail)
+    }
+
+    /// The answer has more bytes than it may.
+    pub(super) fn too_large(limit: usize) -> Self {
+        Self::bad(format!("the answer has more than {} MiB: ask for less", limit >> 20))
     }
 
     /// Too much is under way.

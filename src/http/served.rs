@@ -35,9 +35,6 @@ const QUERIES_MAX: usize = 8;
 /// How long a query waits for its turn before it is refused.
 const TURN_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long a query may take.
-pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// The most bytes of an answer to a query: as many of them are in memory as queries may run.
 pub(super) const ANSWER_BYTES_MAX: usize = 16 << 20;
 
@@ -236,9 +233,8 @@ impl Turn {
     /// The answer, which ends the turn when it is sent, or given up.
     pub(super) async fn answer(self, response: Response) -> Result<Response, Problem> {
         let (mut parts, body) = response.into_parts();
-        let bytes = body::to_bytes(body, ANSWER_BYTES_MAX).await.map_err(|_| {
-            Problem::bad(format!("the answer has more than {} MiB: ask for less", ANSWER_BYTES_MAX >> 20))
-        })?;
+        let bytes = body::to_bytes(body, ANSWER_BYTES_MAX).await;
+        let bytes = bytes.map_err(|_| Problem::too_large(ANSWER_BYTES_MAX))?;
         parts.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
         let pieces = stream::unfold((bytes, self), |(mut bytes, turn)| async {
             let length = bytes.len().min(PIECE_BYTES);

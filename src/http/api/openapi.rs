@@ -17,6 +17,11 @@ struct Route {
     statuses: &'static [u16],
 }
 
+/// One of Scouter's own routes.
+const fn of_scouter(path: &'static str, summary: &'static str) -> Route {
+    Route { path, summary, params: &scouter::DRIFT, content: &[JSON], statuses: &[400, 404, 429, 503, 504] }
+}
+
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain";
 
@@ -69,37 +74,25 @@ const ROUTES: [Route; 14] = [
         summary: "The history of a model (custom, psi, spc), or of a column of any table, in bins of time: what `highwater query` \
                   answers",
         params: &query::QUERY,
-        content: &[JSON, "application/vnd.apache.arrow.stream"],
+        content: &[JSON, query::ARROW],
         statuses: &[304, 400, 404, 429, 503, 504],
     },
     Route {
         path: "/api/sql",
         summary: "What `highwater sql` answers, as JSON, Arrow or CSV; only where HIGHWATER_HTTP_SQL is on",
         params: &sql::SQL,
-        content: &[JSON, "application/vnd.apache.arrow.stream", "text/csv"],
+        content: &[JSON, query::ARROW, "text/csv"],
         statuses: &[400, 404, 429, 503, 504],
     },
-    Route {
-        path: "/scouter/drift/custom",
-        summary: "Scouter's own route: means of custom metrics, with what is not archived yet",
-        params: &scouter::DRIFT,
-        content: &[JSON],
-        statuses: &[400, 404, 429, 503, 504],
-    },
-    Route {
-        path: "/scouter/drift/psi",
-        summary: "Scouter's own route: the population stability index of each feature against its profile",
-        params: &scouter::DRIFT,
-        content: &[JSON],
-        statuses: &[400, 404, 429, 503, 504],
-    },
-    Route {
-        path: "/scouter/drift/spc",
-        summary: "Scouter's own route: means of features, with what is not archived yet",
-        params: &scouter::DRIFT,
-        content: &[JSON],
-        statuses: &[400, 404, 429, 503, 504],
-    },
+    of_scouter(
+        "/scouter/drift/custom",
+        "Scouter's own route: means of custom metrics, with what is not archived yet",
+    ),
+    of_scouter(
+        "/scouter/drift/psi",
+        "Scouter's own route: the population stability index of each feature against its profile",
+    ),
+    of_scouter("/scouter/drift/spc", "Scouter's own route: means of features, with what is not archived yet"),
     Route {
         path: "/api/state",
         summary: "What the page shows of the archiver: conditions, watermarks, and the lag of the last hours",

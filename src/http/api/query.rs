@@ -10,11 +10,10 @@ use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use datafusion::dataframe::DataFrame;
 use futures::TryStreamExt as _;
-use tokio::time::timeout;
 
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
-use super::super::served::{ANSWER_BYTES_MAX, QUERY_TIMEOUT, Served};
+use super::super::served::{ANSWER_BYTES_MAX, Served};
 use super::super::tag::Tag;
 use super::json;
 use crate::error::Error;
@@ -51,7 +50,7 @@ pub(super) const QUERY: [Param; 14] = [
 ];
 
 /// The most bins of an answer.
-const POINTS_MAX: u32 = 10_000;
+pub(super) const POINTS_MAX: u32 = 10_000;
 
 /// How answers are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +59,7 @@ enum Form {
     Arrow,
 }
 
-const ARROW: &str = "application/vnd.apache.arrow.stream";
+pub(super) const ARROW: &str = "application/vnd.apache.arrow.stream";
 
 impl Form {
     fn of(headers: &HeaderMap) -> Self {
@@ -90,18 +89,13 @@ pub(in crate::http) async fn query(
     if asked.is_fresh {
         archive = archive.with_database(served.config.clone());
     }
-    let answer = served.compute.run(async move {
+    let answered = served.compute.run(async move {
         match form {
             Form::Json => asked.json(&archive).await,
             Form::Arrow => arrow(asked.frame(&archive).await?).await,
         }
     });
-    let late = |_| {
-        let detail = format!("there was no answer within {} s: ask for less", QUERY_TIMEOUT.as_secs());
-        Problem::new(StatusCode::GATEWAY_TIMEOUT, detail)
-    };
-    let response = timeout(QUERY_TIMEOUT, answer).await.map_err(late)??;
-    let response = turn.answer(response).await?;
+    let response = turn.answer(answered.await?).await?;
     Ok(match tag {
         Some(tag) => tag.put_into(response),
         None => response,
@@ -275,9 +269,7 @@ async fn arrow(frame: DataFrame) -> Result<Response, Problem> {
     while let Some(batch) = rows.try_next().await.map_err(Error::asked("running the query"))? {
         writer.write(&batch).map_err(failed)?;
         if writer.get_ref().len() > ANSWER_BYTES_MAX {
-            return Err(Problem::bad(format!(
-                "the answer has more than {ANSWER_BYTES_MAX} bytes: ask for less"
-            )));
+            return Err(Problem::too_large(ANSWER_BYTES_MAX));
         }
     }
     let bytes = writer.into_inner().map_err(failed)?;

@@ -9,12 +9,12 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use chrono::{DateTime, Duration, Utc};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
 
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
-use super::super::served::{QUERY_TIMEOUT, Served};
+use super::super::served::Served;
 use super::json;
+use super::query::POINTS_MAX;
 use crate::reader::{Archive, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
 use crate::source::scouter;
 use crate::tables::Entity;
@@ -44,9 +44,6 @@ const INTERVALS: [(&str, i64); 8] = [
     ("TwentyFourHours", 1_440),
     ("SevenDays", 10_080),
 ];
-
-/// The most bins that an answer may have.
-const POINTS_MAX: u32 = 10_000;
 
 /// Added to both shares of a bin before they are compared, as Scouter does it (`PsiMonitor::compute_psi`).
 const EPSILON: f64 = 1e-10;
@@ -102,9 +99,7 @@ async fn asked<T: Send + 'static>(
     served: &Served,
     question: impl Future<Output = crate::Result<T>> + Send + 'static,
 ) -> Result<T, Problem> {
-    let late = |_| Problem::new(StatusCode::GATEWAY_TIMEOUT, "there was no answer in time: ask for less");
-    let answer = served.compute.run(async move { question.await.map_err(Problem::from) });
-    timeout(QUERY_TIMEOUT, answer).await.map_err(late)?
+    served.compute.run(async move { question.await.map_err(Problem::from) }).await
 }
 
 /// What is asked, of which archive.

@@ -9,9 +9,11 @@ use axum::response::{IntoResponse as _, Response};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::time::timeout;
 
+use super::super::compute::QUERY_TIMEOUT;
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
-use super::super::served::{ANSWER_BYTES_MAX, QUERY_TIMEOUT, Served};
+use super::super::served::{ANSWER_BYTES_MAX, Served};
+use super::query::ARROW;
 use crate::apart::{self, Apart};
 use crate::config::Setting;
 use crate::error::Error;
@@ -23,8 +25,7 @@ pub(super) const SQL: [Param; 1] =
 const ERROR_BYTES_MAX: usize = 64 << 10;
 
 /// The forms of an answer: what is accepted, and the command line's name of it.
-const FORMS: [(&str, &str); 3] =
-    [("application/json", "json"), ("application/vnd.apache.arrow.stream", "arrow"), ("text/csv", "csv")];
+const FORMS: [(&str, &str); 3] = [("application/json", "json"), (ARROW, "arrow"), ("text/csv", "csv")];
 
 /// The rows of a query. It ends with the request.
 pub(in crate::http) async fn sql(
@@ -67,16 +68,10 @@ pub(in crate::http) async fn sql(
             .map_err(apart::failed())?;
         Ok::<_, Error>((answer, said, child.wait().await?))
     };
-    let late = |_| {
-        let detail = format!("there was no answer within {} s: ask for less", QUERY_TIMEOUT.as_secs());
-        Problem::new(StatusCode::GATEWAY_TIMEOUT, detail)
-    };
-    let (answer, said, status) = timeout(QUERY_TIMEOUT, answered).await.map_err(late)??;
+    let (answer, said, status) =
+        timeout(QUERY_TIMEOUT, answered).await.map_err(|_| Problem::late(QUERY_TIMEOUT))??;
     if answer.len() > ANSWER_BYTES_MAX {
-        return Err(Problem::bad(format!(
-            "the answer has more than {} MiB: ask for less",
-            ANSWER_BYTES_MAX >> 20
-        )));
+        return Err(Problem::too_large(ANSWER_BYTES_MAX));
     }
     if !apart::outcome(status, config.memory_bytes)? {
         let said = String::from_utf8_lossy(&said);
