@@ -5,9 +5,9 @@
 //! the program itself: what embeds it is another program.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::time::Duration;
 
 use tokio::process::{Child, Command};
 
@@ -18,9 +18,6 @@ use crate::tables::Kind;
 
 /// The hidden flag of the child.
 const APART: &str = "--apart";
-
-/// How old a folder is that a process has left for sure.
-const LEFT_FOR: Duration = Duration::from_secs(3_600);
 
 /// How the folders begin that it uses.
 const SCRATCH: &str = "highwater-sql-";
@@ -80,7 +77,7 @@ impl Apart {
         command
             .arg(APART)
             .args(arguments)
-            .env("TMPDIR", &scratch.0)
+            .env("TMPDIR", &scratch.path)
             .env(TABLES, more.to_string())
             .kill_on_drop(true);
         let child = with(&mut command).spawn().map_err(failed())?;
@@ -122,49 +119,59 @@ pub(crate) fn outcome(status: ExitStatus, memory: usize) -> Result<bool> {
     Err(Error::Query { detail })
 }
 
-/// A folder for what the child sends to disk, which a child that dies leaves behind.
+/// A folder for what the child sends to disk. Its maker holds a lock on it (flock(2)) for as long as it lives, so that what nobody has
+/// locked was left behind, whichever container it was made in.
 #[derive(Debug)]
-struct Scratch(PathBuf);
+struct Scratch {
+    path: PathBuf,
+    _lock: File,
+}
 
 impl Scratch {
     /// Makes one, and removes those of processes that had no time to.
     fn new(folder: &Path) -> std::io::Result<Self> {
         use std::os::unix::fs::DirBuilderExt as _;
-        for entry in std::fs::read_dir(folder)?.flatten() {
-            let name = entry.file_name();
-            let process =
-                name.to_str().and_then(|name| name.strip_prefix(SCRATCH)?.split('-').next()?.parse().ok());
-            // Processes of a container have numbers of their own, so being old is asked for, too.
-            let age =
-                entry.metadata().and_then(|data| data.modified()).ok().and_then(|time| time.elapsed().ok());
-            if process.is_some_and(|process| !is_alive(process)) && age.is_some_and(|age| age > LEFT_FOR) {
-                // Somebody else's at worst.
-                let _ = std::fs::remove_dir_all(entry.path());
+        sweep(folder)?;
+        loop {
+            let path = folder.join(format!("{SCRATCH}{:016x}", rand::random::<u64>()));
+            std::fs::DirBuilder::new().mode(0o700).create(&path)?;
+            // Between the two lines another process may have taken it for one that was left, and have removed it.
+            if let Some(lock) = lock(&path)
+                && path.is_dir()
+            {
+                return Ok(Self { path, _lock: lock });
             }
         }
-        let path = folder.join(format!("{SCRATCH}{}-{:016x}", std::process::id(), rand::random::<u64>()));
-        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-fn is_alive(_: i32) -> bool {
-    true
+/// Removes what processes that were killed have left in the folder for temporary files.
+pub(crate) fn sweep_temporary() {
+    // Whoever needs the folder is told what is wrong with it.
+    let _ = sweep(&std::env::temp_dir());
 }
 
-#[cfg(target_os = "linux")]
-fn is_alive(process: i32) -> bool {
-    use rustix::process::{Pid, test_kill_process};
-    let gone = Pid::from_raw(process).map(test_kill_process);
-    !matches!(gone, None | Some(Err(rustix::io::Errno::SRCH)))
+fn sweep(folder: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)?.flatten() {
+        let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(SCRATCH));
+        if is_ours && let Some(_lock) = lock(&entry.path()) {
+            // Somebody else's at worst.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// A lock on the folder, unless somebody else has it.
+fn lock(path: &Path) -> Option<File> {
+    let folder = File::open(path).ok()?;
+    folder.try_lock().is_ok().then_some(folder)
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let path: &Path = &self.0;
-        if let Err(error) = std::fs::remove_dir_all(path) {
-            tracing::warn!(folder = %path.display(), "what a query had sent to disk is left behind ({error})");
+        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            tracing::warn!(folder = %self.path.display(), "what a query had sent to disk is left behind ({error})");
         }
     }
 }
@@ -196,4 +203,22 @@ fn bound(config: &Config) -> std::io::Result<()> {
 #[cfg(not(target_os = "linux"))]
 fn bound(_: &Config) -> std::io::Result<()> {
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_what_is_in_use_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let (left, used) =
+            (folder.path().join("highwater-sql-12345-0"), Scratch::new(folder.path()).unwrap());
+        std::fs::create_dir_all(left.join("deep")).unwrap();
+        std::fs::create_dir(folder.path().join("somebody-elses")).unwrap();
+        let next = Scratch::new(folder.path()).unwrap();
+        assert!(!left.exists() && used.path.is_dir() && next.path.is_dir());
+        drop((used, next));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 }

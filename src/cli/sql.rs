@@ -3,6 +3,7 @@
 //! What a query makes outside of DataFusion's pool nobody counts, and planning doesn't look at the clock. So the query runs in
 //! a child process, for which the system bounds the memory; its death is an error message of ours.
 
+use std::io::Read as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ const GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub(super) struct SqlFlags {
-    /// A query over the tables custom, psi, spc and quarantine
+    /// A query over the tables of the archive; - reads it from stdin
     #[arg(value_name = "QUERY")]
     query: String,
 
@@ -30,7 +31,23 @@ pub(super) struct SqlFlags {
     timeout: Duration,
 }
 
+/// The most bytes of a query that comes from stdin.
+const QUERY_BYTES_MAX: u64 = 1 << 20;
+
 impl SqlFlags {
+    /// The query, from stdin if that is asked for: the arguments of a process are for all users to see.
+    fn text(&self) -> Result<String> {
+        if self.query != "-" {
+            return Ok(self.query.clone());
+        }
+        let mut query = String::new();
+        let read = std::io::stdin().take(QUERY_BYTES_MAX + 1).read_to_string(&mut query);
+        if read.map_err(Error::io("reading the query from stdin"))? as u64 > QUERY_BYTES_MAX {
+            return Err(Error::Query { detail: "the query has more than 1 MiB".to_owned() });
+        }
+        Ok(query)
+    }
+
     fn too_late(&self) -> Error {
         let within = humantime::format_duration(self.timeout);
         Error::Query { detail: format!("there was no answer within {within}; --timeout gives it longer") }
@@ -91,7 +108,7 @@ impl Signals {
 pub(super) async fn answer(config: &Config, flags: &SqlFlags, style: Style) -> Result<()> {
     let answered = async {
         let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
-        print_frame(archive.sql(&flags.query).await?, style).await
+        print_frame(archive.sql(&flags.text()?).await?, style).await
     };
     let mut answered = std::pin::pin!(answered);
     tokio::select! {

@@ -56,6 +56,7 @@ const PROBES: [&str; 3] = ["/livez", "/readyz", "/healthz"];
 /// Lets through who may ask.
 pub(super) async fn admit(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
     let refusal = match &access.to {
+        _ if request.headers().get_all(header::HOST).iter().count() > 1 => Some(two_hosts()),
         HttpAccess::Anybody => None,
         HttpAccess::Local => (!is_local(request.headers())).then(foreign_host),
         HttpAccess::Token(token) => match has_token(request.headers(), token.reveal()) {
@@ -105,6 +106,11 @@ fn is_local(headers: &HeaderMap) -> bool {
     is_name || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
+/// RFC 9112, section 3.2.
+fn two_hosts() -> Response {
+    Problem::bad("the request names more than one host").into_response()
+}
+
 fn foreign_host() -> Response {
     let detail = "the host of the request is not this machine; set HIGHWATER_HTTP_TOKEN to be asked under another name";
     Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response()
@@ -112,7 +118,10 @@ fn foreign_host() -> Response {
 
 /// Whether the request has the token: as a bearer (RFC 6750), or as the password of any user (RFC 7617).
 fn has_token(headers: &HeaderMap, token: &str) -> bool {
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let mut given = headers.get_all(header::AUTHORIZATION).iter();
+    // Of two of them somebody before us may have looked at the other one.
+    let (Some(given), None) = (given.next(), given.next()) else { return false };
+    let given = given.to_str().ok();
     let Some((scheme, credentials)) = given.and_then(|value| value.split_once(' ')) else { return false };
     let credentials = credentials.trim();
     let given = if scheme.eq_ignore_ascii_case("bearer") {
@@ -191,6 +200,9 @@ mod tests {
         for wrong in ["0123456789abcdef", "0123456789abcdef:", "me:", ""] {
             assert!(!has(&basic(wrong)), "{wrong}");
         }
+        let mut two = with(header::AUTHORIZATION, "Bearer 0123456789abcdef");
+        two.append(header::AUTHORIZATION, HeaderValue::from_static("Bearer other"));
+        assert!(!has_token(&two, token));
         assert!(!has("Basic !!!") && !has_token(&HeaderMap::new(), token));
     }
 }

@@ -39,7 +39,7 @@ impl Given {
         let pairs = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
         let pairs: Vec<(String, String)> = pairs.into_owned().collect();
         let all = || known.iter().copied().flatten();
-        for (place, (name, _)) in pairs.iter().enumerate() {
+        for (place, (name, value)) in pairs.iter().enumerate() {
             let Some(param) = all().find(|param| param.name == name) else {
                 let names: Vec<&str> = all().map(|param| param.name).collect();
                 return Err(Problem::bad(format!(
@@ -47,6 +47,9 @@ impl Given {
                     names.join(", ")
                 )));
             };
+            if value.contains('\0') {
+                return Err(Problem::bad(format!("{name} has a zero byte, which no text of a database has")));
+            }
             let is_again = pairs.iter().take(place).any(|(other, _)| other == name);
             if is_again && !param.is_repeated {
                 return Err(Problem::bad(format!("{name} is given twice")));
@@ -121,7 +124,7 @@ mod tests {
         assert_eq!(given.text("name"), Some("a&b c"));
         assert_eq!(given.all("metric"), ["x", "y"]);
         assert!(given.flag("fresh").unwrap());
-        for wrong in ["", "name=", "name=a&nmae=b", "name=a&name=b"] {
+        for wrong in ["", "name=", "name=a&nmae=b", "name=a&name=b", "name=a%00b"] {
             assert!(Given::read(Some(wrong), &[&KNOWN]).is_err(), "{wrong}");
         }
         assert!(Given::read(Some("name=a&fresh=1"), &[&KNOWN]).unwrap().flag("fresh").is_err());

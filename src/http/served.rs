@@ -1,6 +1,7 @@
 //! What all requests share.
 
 use std::convert::Infallible;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use super::compute::Compute;
 use super::problem::Problem;
 use super::report::LastReport;
 use super::requests::Requests;
+use crate::apart;
 use crate::archive::{self, Storage};
 use crate::archiver::Archiver;
 use crate::config::Config;
@@ -81,6 +83,9 @@ impl Served {
 
     /// The same for the program itself, which can run its queries in SQL in a process of their own.
     pub(super) fn of_program(self) -> Self {
+        if self.config.http.sql {
+            apart::sweep_temporary();
+        }
         Self { answers_sql: self.config.http.sql, ..self }
     }
 
@@ -187,6 +192,11 @@ struct History {
 impl History {
     async fn archive(&self) -> Result<Option<Archive>> {
         let mut refreshed = self.refreshed.lock().await;
+        // Each time: a folder that is not mounted any more looks as if nothing had ever been archived.
+        if Storage::is_away(&self.config.storage) {
+            let context = format!("looking for the archive in {}", self.config.storage.storage_uri);
+            return Err(Error::Io { context, source: ErrorKind::NotFound.into() });
+        }
         let opened = self.archive.get_or_try_init(async || {
             let storage = Storage::open_existing(&self.config.storage)?;
             let storage = storage.through(|store| watched(store, &self.counters));

@@ -1,18 +1,22 @@
 //! A socket on which a router answers: bounded in connections, in time and in what a request may be.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::Router;
 use axum::middleware;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 
@@ -20,7 +24,8 @@ use super::access::{self, Access};
 use crate::config::{HttpSettings, Setting};
 use crate::error::{Error, Result};
 
-/// Connections that are open at a time; those past it are closed at once.
+/// Connections that are open at a time. The next one takes the place of the one that has waited longest for a request: whoever opens
+/// connections and says nothing can't keep a probe out.
 const CONNECTIONS_MAX: usize = 512;
 
 /// How long the head of a request may take, and a connection may be idle before the next one.
@@ -79,7 +84,7 @@ impl Server {
     /// Answers until `stop`; then what is under way is finished, for a few seconds.
     pub async fn serve(self, router: Router, stop: impl Future<Output = ()>) {
         let router = router.layer(middleware::from_fn_with_state(Arc::clone(&self.access), access::admit));
-        let (graceful, places) = (GracefulShutdown::new(), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
+        let (graceful, mut seats) = (GracefulShutdown::new(), Seats::default());
         let mut stop = pin!(stop);
         loop {
             let accepted = tokio::select! {
@@ -96,13 +101,17 @@ impl Server {
                 }
             };
             // Dropping the stream closes it.
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
-            let connection = graceful.watch(connection(stream, router.clone()));
+            let Some(seat) = seats.take() else { continue };
+            let connection = graceful.watch(connection(stream, router.clone(), Arc::clone(&seat)));
             tokio::spawn(async move {
-                if let Err(error) = connection.await {
-                    tracing::debug!(%error, "a connection ended");
+                tokio::select! {
+                    ended = connection => {
+                        if let Err(error) = ended {
+                            tracing::debug!(%error, "a connection ended");
+                        }
+                    }
+                    () = seat.left.notified() => tracing::debug!("a connection that waits is closed for another one"),
                 }
-                drop(place);
             });
         }
         drop(self.listener);
@@ -112,14 +121,57 @@ impl Server {
     }
 }
 
-/// A stream whose other end may not be silent for long.
-type Patient = Pin<Box<TimeoutStream<TcpStream>>>;
+/// The connections that are open, the oldest first.
+#[derive(Debug, Default)]
+struct Seats(VecDeque<Weak<Seat>>);
+
+/// A connection's: it is free when this is dropped.
+#[derive(Debug, Default)]
+struct Seat {
+    /// Requests that are being answered.
+    answering: AtomicUsize,
+    /// Told when another connection wants the place.
+    left: Notify,
+}
+
+impl Seats {
+    /// A place, if there is one, or one that nobody makes use of.
+    fn take(&mut self) -> Option<Arc<Seat>> {
+        if self.0.len() >= CONNECTIONS_MAX {
+            self.0.retain(|seat| seat.strong_count() > 0);
+        }
+        if self.0.len() >= CONNECTIONS_MAX {
+            let waits = |seat: &Weak<Seat>| {
+                seat.upgrade().is_none_or(|seat| seat.answering.load(Ordering::Relaxed) == 0)
+            };
+            let oldest = self.0.iter().position(waits)?;
+            if let Some(seat) = self.0.remove(oldest).and_then(|seat| seat.upgrade()) {
+                seat.left.notify_one();
+            }
+        }
+        let seat = Arc::new(Seat::default());
+        self.0.push_back(Arc::downgrade(&seat));
+        Some(seat)
+    }
+}
 
 /// A connection, which is bounded in its heads and in how slow it may be.
 fn connection(
     stream: TcpStream,
     router: Router,
-) -> http1::Connection<TokioIo<Patient>, TowerToHyperService<Router>> {
+    seat: Arc<Seat>,
+) -> impl GracefulConnection<Error = hyper::Error> + Send {
+    let routes = TowerToHyperService::new(router);
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let (answer, seat) = (routes.call(request), Arc::clone(&seat));
+        async move {
+            seat.answering.fetch_add(1, Ordering::Relaxed);
+            // A request that is given up takes its connection with it.
+            let answer = answer.await;
+            seat.answering.fetch_sub(1, Ordering::Relaxed);
+            answer
+        }
+    });
     // Small answers go out at once; without it they are slower, no more.
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutStream::new(stream);
@@ -129,5 +181,5 @@ fn connection(
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
+        .serve_connection(TokioIo::new(Box::pin(stream)), service)
 }

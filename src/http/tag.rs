@@ -37,7 +37,10 @@ impl Tag {
     pub(super) fn unchanged(&self, headers: &HeaderMap) -> Option<Response> {
         let known = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
         let mut known = known.flat_map(|value| value.split(',')).map(str::trim);
-        known.any(|known| known == self.0).then(|| self.put_into(StatusCode::NOT_MODIFIED.into_response()))
+        // The comparison is the weak one (RFC 9110, section 13.1.2).
+        known
+            .any(|known| known == "*" || known.trim_start_matches("W/") == self.0)
+            .then(|| self.put_into(StatusCode::NOT_MODIFIED.into_response()))
     }
 
     /// Adds it to an answer, which may be kept, and has to be asked for again each time.

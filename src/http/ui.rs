@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use axum::Router;
-use axum::extract::Path;
+use axum::extract::{OriginalUri, Path};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
@@ -59,15 +59,26 @@ static FILES: LazyLock<Vec<File>> = LazyLock::new(|| {
 
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
-        .route("/", get(async || to("ui/")))
+        .route("/", get(async |OriginalUri(asked): OriginalUri| to_page(asked.path())))
         .route("/ui", get(async || to("ui/")))
         .route("/ui/", get(async |headers: HeaderMap| file("index.html", &headers)))
         .route("/ui/{file}", get(async |Path(name): Path<String>, headers: HeaderMap| file(&name, &headers)))
 }
 
-/// Leads to the page, under whatever prefix the routes are nested.
-fn to(place: &'static str) -> Response {
-    (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, HeaderValue::from_static(place))]).into_response()
+/// Leads to the page from the root, which is asked for under this path: the routes may be nested, and then it ends without a slash. The
+/// place is told from the path's last part on (RFC 3986, section 5.2.3), since a proxy may have taken away what is before it.
+fn to_page(asked: &str) -> Response {
+    match asked.rsplit('/').next() {
+        None | Some("") => to("ui/"),
+        Some(last) => to(&format!("{last}/ui/")),
+    }
+}
+
+fn to(place: &str) -> Response {
+    match HeaderValue::from_str(place) {
+        Ok(place) => (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, place)]).into_response(),
+        Err(_) => Problem::not_found(place).into_response(),
+    }
 }
 
 fn file(name: &str, headers: &HeaderMap) -> Response {

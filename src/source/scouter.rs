@@ -1,5 +1,6 @@
 //! What Scouter's database knows of its models.
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
 
 use crate::error::{Error, Result};
@@ -10,7 +11,7 @@ use crate::tables::Entity;
 ///
 /// # Errors
 ///
-/// The query failed: there is no such table, say.
+/// The query failed. A database that is not Scouter's has none of them, which is no error.
 pub(crate) async fn entity_of(client: &Client, schema: &str, uid: &str) -> Result<Option<Entity>> {
     let query = format!(
         "select space::text, name::text, version::text from {}.drift_entities where uid = $1 limit 1",
@@ -21,7 +22,7 @@ pub(crate) async fn entity_of(client: &Client, schema: &str, uid: &str) -> Resul
             "looking up a model by its uid (the role needs select on {schema}.drift_entities)"
         ))
     };
-    let row = client.query_opt(&query, &[&uid]).await.map_err(failed())?;
+    let row = client.query_opt(&query, &[&uid]).await.or_else(without_table).map_err(failed())?;
     let of =
         |row: Row| Ok(Entity { space: row.try_get(0)?, name: row.try_get(1)?, version: row.try_get(2)? });
     row.map(of).transpose().map_err(failed())
@@ -31,7 +32,7 @@ pub(crate) async fn entity_of(client: &Client, schema: &str, uid: &str) -> Resul
 ///
 /// # Errors
 ///
-/// The query failed: there is no such table, say.
+/// The query failed. A database that is not Scouter's has none of them, which is no error.
 pub(crate) async fn psi_profile(
     client: &Client,
     schema: &str,
@@ -47,7 +48,12 @@ pub(crate) async fn psi_profile(
             "reading the profile of a model (the role needs select on {schema}.drift_profile)"
         ))
     };
-    let row =
-        client.query_opt(&query, &[&entity.space, &entity.name, &entity.version]).await.map_err(failed())?;
+    let row = client.query_opt(&query, &[&entity.space, &entity.name, &entity.version]).await;
+    let row = row.or_else(without_table).map_err(failed())?;
     row.map(|row| row.try_get(0)).transpose().map_err(failed())
+}
+
+/// A database without the table has no such row.
+fn without_table(error: tokio_postgres::Error) -> Result<Option<Row>, tokio_postgres::Error> {
+    if error.code() == Some(&SqlState::UNDEFINED_TABLE) { Ok(None) } else { Err(error) }
 }

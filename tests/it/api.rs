@@ -184,6 +184,10 @@ async fn a_process_that_only_reads_answers_without_a_database() {
     let site = Site::of(&reader).await;
     assert_eq!(site.json("/api/entities").await, Value::Array(Vec::new()));
     assert_eq!(site.get(&format!("/api/query/custom?{MODEL}&from=-1d")).await.status, 404);
+    // A folder that is not there is one that may not be mounted.
+    std::fs::remove_dir(&empty).unwrap();
+    let away = site.get("/api/entities").await;
+    assert!(away.status == 503 && away.text().contains("empty"), "{}", away.text());
 }
 
 fn fs_create(folder: &std::path::Path) {

@@ -3,12 +3,16 @@
 
 use std::time::Duration;
 
-use highwater::config::{Config, ObjectStorageSettings, SourceConfig};
+use axum::Router;
+use highwater::config::{Config, HttpSettings, ObjectStorageSettings, SourceConfig};
+use highwater::http::Server;
 use highwater::{Archiver, Error};
+use reqwest::Method;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::support::archive::archived_rows;
+use crate::support::http::Site;
 use crate::support::schema::Shape;
 use crate::support::stage::Stage;
 use crate::support::wait::{throughout, until};
@@ -147,4 +151,38 @@ async fn what_only_a_person_can_mend_ends_it() {
     let ended =
         tokio::time::timeout(SOON, Archiver::start(config, watcher).wait()).await.expect("it ends soon");
     assert!(matches!(ended, Err(Error::Slot { transient: false, .. })), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn its_routes_can_be_nested_into_a_server() {
+    let stage = Stage::shared(Shape::Named).await;
+    let config = prepare(&stage).await;
+    let (_shutdown, watcher) = watch::channel(());
+    let archiver = Archiver::start(config, watcher);
+    stage.streaming().await;
+    stage.assert_archived(DEADLINE).await;
+    let routes = Router::new()
+        .route("/own", axum::routing::get(async || "the server's own"))
+        .nest("/history/of", highwater::http::router(&archiver));
+    let settings = HttpSettings { listen: Some("127.0.0.1:0".parse().unwrap()), ..HttpSettings::default() };
+    let server = Server::bind(&settings).await.unwrap().unwrap();
+    let site = Site::new(&format!("http://{}", server.address()));
+    let serving = tokio::spawn(server.serve(routes, std::future::pending()));
+    assert_eq!(site.get("/own").await.text(), "the server's own");
+    assert_eq!(site.get("/livez").await.status, 404);
+    assert_eq!(site.get("/history/of/livez").await.text(), "ok\n");
+    // The database is looked at every few seconds.
+    until("the row is told", DEADLINE, async || {
+        let state = site.json("/history/of/api/state").await;
+        (state["watermarks"]["tables"][0]["row_count"] == 1).then_some(())
+    })
+    .await;
+    // The page is found from wherever one comes, and so is what it loads.
+    for path in ["/history/of", "/history/of/ui", "/history/of/ui/"] {
+        let page = site.get(path).await;
+        assert!(page.status == 200 && page.text().contains("app.js"), "{path}: {}", page.text());
+    }
+    assert_eq!(site.get("/history/of/ui/app.js").await.status, 200);
+    assert_eq!(site.ask(Method::POST, "/history/of/status").await.status, 405);
+    serving.abort();
 }

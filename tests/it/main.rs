@@ -30,6 +30,7 @@ mod fuzz;
 mod gap;
 mod horizon;
 mod http;
+mod http_load;
 mod idle;
 mod intruder;
 mod liar;

@@ -154,6 +154,13 @@ async fn a_model_is_found_zoomed_into_and_compared() {
     browser
         .until("a table of values", "document.querySelectorAll('[data-test=values-table] tr').length > 10")
         .await;
+    let csv = String::from_utf8(browser.download("[data-test=csv]").await).unwrap();
+    let mut lines = csv.lines();
+    let head = lines.next().unwrap();
+    assert!(head.contains("metric") && head.contains("version"), "{head}");
+    assert!(lines.clone().count() > 10 && lines.all(|line| line.contains("ranking")), "{csv}");
+    let png = browser.download("[data-test=png]").await;
+    assert!(png.starts_with(b"\x89PNG\r\n") && png.len() > 5_000, "{} bytes", png.len());
     for kind in ["psi", "spc"] {
         browser.click(&format!("[data-test=kind][data-kind={kind}]"));
         browser.until("its tab", &format!("location.hash.includes('{kind}')")).await;

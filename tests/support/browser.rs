@@ -12,7 +12,7 @@ use base64::Engine as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::wait::within;
+use super::wait::{until, within};
 
 /// How long the browser may take for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,7 +26,7 @@ pub struct Browser {
     events: Arc<Mutex<Vec<Value>>>,
     session: Option<String>,
     next: u64,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// Where pictures of the page are kept, to be looked at.
@@ -72,7 +72,7 @@ impl Browser {
             }
         });
         let mut browser =
-            Self { child, commands, answers: receiver, events, session: None, next: 0, _folder: folder };
+            Self { child, commands, answers: receiver, events, session: None, next: 0, folder: folder };
         let target =
             browser.command("Target.createTarget", json!({ "url": "about:blank" }))["targetId"].clone();
         let attached =
@@ -151,6 +151,26 @@ impl Browser {
             let event = json!({ "type": kind, "x": x, "y": y, "button": "left", "clickCount": 1 });
             self.command("Input.dispatchMouseEvent", event);
         }
+    }
+
+    /// Clicks on what saves a file; the file.
+    pub async fn download(&mut self, selector: &str) -> Vec<u8> {
+        let folder = self.folder.path().join("downloads");
+        // Of the one before.
+        fs::remove_dir_all(&folder).ok();
+        fs::create_dir(&folder).expect("a folder for downloads");
+        self.command(
+            "Browser.setDownloadBehavior",
+            json!({ "behavior": "allow", "downloadPath": folder.display().to_string() }),
+        );
+        self.click(selector);
+        until("a file is saved", PATIENCE, async || {
+            let mut files = fs::read_dir(&folder).expect("the folder").flatten();
+            let file = files.find(|file| file.path().extension().is_some_and(|kind| kind != "crdownload"))?;
+            let bytes = fs::read(file.path()).ok()?;
+            (!bytes.is_empty()).then_some(bytes)
+        })
+        .await
     }
 
     /// Drags over an element, from one share of its width to another.

@@ -96,9 +96,12 @@ impl Storage {
     ///
     /// Also [`Error::Setting`] if a local folder does not exist.
     pub fn open_existing(settings: &ObjectStorageSettings) -> Result<Self> {
-        let is_missing =
-            settings.storage_type == StorageType::Local && !FilePath::new(settings.storage_root()).is_dir();
-        if is_missing { Err(nothing_in(&settings.storage_uri)) } else { Self::open(settings) }
+        if Self::is_away(settings) { Err(nothing_in(&settings.storage_uri)) } else { Self::open(settings) }
+    }
+
+    /// Whether it is a folder of this machine that is not there: not mounted, or nothing was ever archived.
+    pub(crate) fn is_away(settings: &ObjectStorageSettings) -> bool {
+        settings.storage_type == StorageType::Local && !FilePath::new(settings.storage_root()).is_dir()
     }
 
     fn open_folder(folder: &FilePath, access: LocalAccess) -> Result<Self> {

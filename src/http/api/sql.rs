@@ -1,12 +1,13 @@
 //! `/api/sql`: what `highwater sql` answers, where the settings allow it.
 
+use std::io::ErrorKind;
 use std::process::Stdio;
 use std::sync::Arc;
 
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use super::super::compute::QUERY_TIMEOUT;
@@ -42,7 +43,7 @@ pub(in crate::http) async fn sql(
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let (content_type, form) = FORMS.into_iter().find(|(name, _)| accept.contains(name)).unwrap_or(FORMS[0]);
     let turn = served.turn().await?;
-    let arguments = ["sql", query, "--format", form].map(Into::into);
+    let arguments = ["sql", "-", "--format", form].map(Into::into);
     let config = &served.config;
     let mut child = Apart::start(config, arguments, |command| {
         // As this process has them, from wherever.
@@ -59,13 +60,22 @@ pub(in crate::http) async fn sql(
         }
         command.env(Setting::Http.variable(), "off");
         // A log is not an answer.
-        command.env("HIGHWATER_LOG", "off").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped())
+        command
+            .env("HIGHWATER_LOG", "off")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
     })
     .await?;
     let (stdout, stderr) = (child.child.stdout.take(), child.child.stderr.take());
+    let stdin = child.child.stdin.take();
     let answered = async {
-        let (answer, said) = tokio::try_join!(read(stdout, ANSWER_BYTES_MAX), read(stderr, ERROR_BYTES_MAX))
-            .map_err(apart::failed())?;
+        let ((), answer, said) = tokio::try_join!(
+            tell(stdin, query),
+            read(stdout, ANSWER_BYTES_MAX),
+            read(stderr, ERROR_BYTES_MAX)
+        )
+        .map_err(apart::failed())?;
         Ok::<_, Error>((answer, said, child.wait().await?))
     };
     let (answer, said, status) =
@@ -79,6 +89,16 @@ pub(in crate::http) async fn sql(
     }
     turn.answer(([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], answer).into_response())
         .await
+}
+
+/// Writes a pipe, and closes it.
+async fn tell(pipe: Option<impl AsyncWrite + Unpin>, text: &str) -> std::io::Result<()> {
+    let Some(mut pipe) = pipe else { return Ok(()) };
+    match pipe.write_all(text.as_bytes()).await {
+        // It has ended before it read all, and says why.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
 }
 
 /// Reads a pipe to its end; of one that has more than the limit one byte more than that, after which its writer is cut off.
