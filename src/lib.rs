@@ -95,6 +95,7 @@ pub mod error;
 mod failpoint;
 pub mod http;
 pub mod lsn;
+mod moments;
 pub mod pgoutput;
 pub mod postgres;
 pub mod purge;

@@ -54,7 +54,7 @@ impl DuckDb {
         let entity = query.entity();
         json!({
             "do": what, "files": files, "space": entity.space, "name": entity.name, "version": entity.version,
-            "start": start, "end": end, "width": query.width().micros(),
+            "start": start, "end": end, "width": query.bins().micros(),
         })
     }
 }

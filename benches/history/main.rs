@@ -124,7 +124,7 @@ async fn compare(rows: &Rows, contenders: &mut Contenders<'_>) {
             }
             let shares = first.map_or(0, |answer| answer.len());
             assert!(shares >= 400, "{shares} shares are no test");
-            println!("equal over {span}: {shares} shares, bins of {} s", query.width().micros() / 1_000_000);
+            println!("equal over {span}: {shares} shares, bins of {} s", query.bins().micros() / 1_000_000);
         }
     }
 }

@@ -46,7 +46,7 @@ impl<'a> Scouter<'a> {
 
     fn sql(&self, query: &BinnedQuery) -> String {
         let (start, end) = query.range();
-        let width = query.width().micros();
+        let width = query.bins().micros();
         let time = |micros: i64| {
             let time = DateTime::<Utc>::from_timestamp_micros(micros).expect("a time");
             (time.format("%Y-%m-%dT%H:%M:%S%.6f").to_string(), time)

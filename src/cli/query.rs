@@ -1,10 +1,10 @@
 //! `highwater query` and `entities`: the history, for people, spreadsheets and programs.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use chrono::{DateTime, Utc};
+use chrono_tz::Tz;
 use clap::{Args, ValueEnum};
 use datafusion::dataframe::DataFrame;
 use futures::stream;
@@ -15,7 +15,7 @@ use super::plot::Picture;
 use super::{OutputFormat, json, print};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::reader::{Archive, BinWidth, BinnedQuery, Stat, TableQuery, time};
+use crate::reader::{Archive, BinnedQuery, Bins, Stat, TableQuery, When, zone};
 use crate::tables::{Entity, Kind};
 
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
@@ -54,16 +54,20 @@ pub(super) struct QueryFlags {
     stat: Vec<StatName>,
 
     /// Only rows from this time on: RFC 3339, a date, or -30d for 30 days ago
-    #[arg(long, value_name = "TIME", value_parser = time, allow_hyphen_values = true)]
-    from: DateTime<Utc>,
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    from: When,
 
     /// Only rows before this time [default: now]
-    #[arg(long, value_name = "TIME", value_parser = time, allow_hyphen_values = true)]
-    to: Option<DateTime<Utc>>,
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    to: Option<When>,
 
-    /// Length of the bins, such as 30s, 15m, 1h or 7d; they are aligned to 1970-01-01T00:00:00Z
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "points")]
-    bin: Option<Duration>,
+    /// Length of the bins, such as 30s, 15m or 6h; or 1d, 1w, 1mo, 1y for days, weeks from Monday, months and years
+    #[arg(long, value_name = "LENGTH", conflicts_with = "points")]
+    bin: Option<Bins>,
+
+    /// The time zone in which days begin, such as Europe/Berlin
+    #[arg(long, value_name = "ZONE", value_parser = zone, default_value = "UTC")]
+    tz: Tz,
 
     /// Choose the shortest round length of which there are at most so many bins
     #[arg(long, default_value_t = 500)]
@@ -153,22 +157,29 @@ impl QueryFlags {
             name: part("--name", &self.name)?,
             version: part("--version", &self.version)?,
         };
-        let (start, end) = (self.from, self.to.unwrap_or_else(Utc::now));
-        let query = match self.bin {
-            Some(width) => BinnedQuery::new(entity, start, end, BinWidth::new(width)?),
-            None => BinnedQuery::with_points(entity, start, end, self.points),
-        };
-        Ok(query?.of_series(self.metric.clone()))
+        let (start, end) = self.range()?;
+        Ok(BinnedQuery::new(entity, start, end, self.bins(start, end)?)?.of_series(self.metric.clone()))
+    }
+
+    fn range(&self) -> Result<(DateTime<Utc>, DateTime<Utc>)> {
+        let now = Utc::now();
+        let end = self.to.map(|to| to.time(self.tz, now)).transpose()?;
+        Ok((self.from.time(self.tz, now)?, end.unwrap_or(now)))
+    }
+
+    fn bins(&self, start: DateTime<Utc>, end: DateTime<Utc>) -> Result<Bins> {
+        match self.bin {
+            Some(bins) => Ok(bins.within(self.tz)),
+            None => {
+                Bins::at_most_in(self.tz, self.points, (start.timestamp_micros(), end.timestamp_micros()))
+            }
+        }
     }
 
     /// The question of a column of any table.
     fn table_query(&self, value: &str) -> Result<TableQuery> {
-        let (start, end) = (self.from, self.to.unwrap_or_else(Utc::now));
-        let width = match self.bin {
-            Some(width) => BinWidth::new(width)?,
-            None => BinWidth::at_most(self.points, start.timestamp_micros(), end.timestamp_micros())?,
-        };
-        let query = TableQuery::new(self.table.as_str(), value, start, end, width)?
+        let (start, end) = self.range()?;
+        let query = TableQuery::new(self.table.as_str(), value, start, end, self.bins(start, end)?)?
             .by(self.by.clone())
             .stats(self.stat.iter().copied().map(Stat::from));
         let entity = [("space", &self.space), ("name", &self.name), ("version", &self.version)];

@@ -19,6 +19,11 @@ pub(super) async fn each_batch(
     Ok(())
 }
 
+/// The value of a row, all of which a column has.
+pub(super) fn at<T: Copy + Default>(column: &[T], row: usize) -> T {
+    column.get(row).copied().unwrap_or_default()
+}
+
 /// The columns of a query's batch, by name and type.
 pub(super) struct Columns<'a>(&'a RecordBatch);
 
@@ -36,6 +41,22 @@ impl<'a> Columns<'a> {
     pub(super) fn texts(&self, name: &str) -> Result<impl Iterator<Item = Option<&'a str>> + use<'a>> {
         let column = self.0.column_by_name(name);
         Ok(column.and_then(|column| column.as_string_opt::<i32>()).ok_or_else(|| self.lacks(name))?.iter())
+    }
+
+    pub(super) fn all_doubles<const N: usize>(&self, names: [&str; N]) -> Result<[&'a [f64]; N]> {
+        let mut found = [[].as_slice(); N];
+        for (column, name) in found.iter_mut().zip(names) {
+            *column = self.doubles(name)?;
+        }
+        Ok(found)
+    }
+
+    pub(super) fn all_longs<const N: usize>(&self, names: [&str; N]) -> Result<[&'a [i64]; N]> {
+        let mut found = [[].as_slice(); N];
+        for (column, name) in found.iter_mut().zip(names) {
+            *column = self.longs(name)?;
+        }
+        Ok(found)
     }
 
     pub(super) fn doubles(&self, name: &str) -> Result<&'a [f64]> {

@@ -5,13 +5,11 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use datafusion::dataframe::DataFrame;
 use datafusion::error::Result as QueryResult;
-use datafusion::functions::core::expr_fn::coalesce;
-use datafusion::functions_aggregate::expr_fn::{avg, stddev};
-use datafusion::logical_expr::{col, lit};
+use datafusion::logical_expr::col;
 use serde::{Deserialize, Serialize};
 
-use super::columns::{Columns, each_batch};
-use super::query::{BinnedQuery, plain, series};
+use super::columns::{Columns, at, each_batch};
+use super::query::{BinnedQuery, plain, series, summed_up};
 use crate::Result;
 use crate::tables::Kind;
 
@@ -33,33 +31,52 @@ pub struct BinnedMetric {
     pub stats: Vec<BinnedMetricStats>,
 }
 
-/// What the values of a bin are like. Nulls don't count. A NaN among them makes all three NaN, which JSON writes as null.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+/// What the values of a bin are like. Nulls don't count. A NaN or an infinity among them makes the mean and both bounds what arithmetic
+/// makes of it; JSON writes null for what is no number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BinnedMetricStats {
-    /// Their mean.
+    /// Their mean: of the exact sum, rounded once.
     pub avg: f64,
     /// The mean less their sample standard deviation, which is 0 for one value.
     pub lower_bound: f64,
     /// The mean plus their sample standard deviation.
     pub upper_bound: f64,
+    /// How many there are, those that are no numbers among them.
+    #[serde(default)]
+    pub count: i64,
+    /// Rows whose value is null.
+    #[serde(default)]
+    pub nulls: i64,
+    /// Values that are no numbers.
+    #[serde(default)]
+    pub nans: i64,
+    /// The smallest of those that are numbers; NaN if there is none.
+    #[serde(default)]
+    pub min: f64,
+    /// The largest of them.
+    #[serde(default)]
+    pub max: f64,
 }
 
 /// The rows of [`frame`], in any order.
 pub(super) fn bins(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
-    let keys = vec![query.bin().alias("bin"), series(Kind::custom()).alias("metric")];
-    let spread = coalesce(vec![col("spread"), lit(0.0)]);
-    rows.filter(col("value").is_not_null())?
-        .aggregate(keys, vec![avg(col("value")).alias("avg"), stddev(col("value")).alias("spread")])?
-        .select(vec![
-            col("bin").alias("created_at"),
-            plain("metric").alias("metric"),
-            col("avg"),
-            (col("avg") - spread.clone()).alias("lower_bound"),
-            (col("avg") + spread).alias("upper_bound"),
-        ])
+    let keys = vec![query.bin().alias("bin"), series(Kind::custom()).alias("name_of_metric")];
+    let rows = summed_up(rows, keys)?;
+    rows.select(vec![
+        col("bin").alias("created_at"),
+        plain("name_of_metric").alias("metric"),
+        col("mean").alias("avg"),
+        (col("mean") - col("stddev")).alias("lower_bound"),
+        (col("mean") + col("stddev")).alias("upper_bound"),
+        col("count"),
+        col("nulls"),
+        col("nans"),
+        col("min"),
+        col("max"),
+    ])
 }
 
-/// Columns `created_at`, `metric`, `avg`, `lower_bound`, `upper_bound`, sorted by metric and time.
+/// Columns `created_at`, `metric`, `avg`, `lower_bound`, `upper_bound`, `count`, `nulls`, `nans`, `min`, `max`, sorted by metric and time.
 pub(super) fn frame(rows: DataFrame, query: &BinnedQuery) -> QueryResult<DataFrame> {
     bins(rows, query)?.sort(["metric", "created_at"].map(|name| col(name).sort(true, false)).to_vec())
 }
@@ -70,11 +87,20 @@ pub(super) async fn collect(frame: DataFrame) -> Result<BinnedMetrics> {
     each_batch(frame, "reading custom metrics", |batch| {
         let columns = Columns::of(batch);
         let (times, names) = (columns.times("created_at")?, columns.texts("metric")?);
-        let (avg, lower, upper) =
-            (columns.doubles("avg")?, columns.doubles("lower_bound")?, columns.doubles("upper_bound")?);
-        let stats = avg.iter().zip(lower).zip(upper);
-        for ((time, name), ((avg, lower_bound), upper_bound)) in times.zip(names).zip(stats) {
-            let stats = BinnedMetricStats { avg: *avg, lower_bound: *lower_bound, upper_bound: *upper_bound };
+        let [avg, lower, upper, min, max] =
+            columns.all_doubles(["avg", "lower_bound", "upper_bound", "min", "max"])?;
+        let [count, nulls, nans] = columns.all_longs(["count", "nulls", "nans"])?;
+        for (row, (time, name)) in times.zip(names).enumerate() {
+            let stats = BinnedMetricStats {
+                avg: at(avg, row),
+                lower_bound: at(lower, row),
+                upper_bound: at(upper, row),
+                count: at(count, row),
+                nulls: at(nulls, row),
+                nans: at(nans, row),
+                min: at(min, row),
+                max: at(max, row),
+            };
             found.entry(name.unwrap_or_default().to_owned()).or_default().push((time, stats));
         }
         Ok(())

@@ -9,11 +9,12 @@
 //! A version never changes, and files that were merged away stay for a day. So every row is in the answer once, whatever is
 //! written or merged meanwhile. Only `fresh` knows Postgres, from which it takes the rows that are not archived yet.
 
-mod bin;
+mod bins;
 mod broken;
 mod columns;
 mod custom;
 mod days;
+pub mod drift;
 mod entities;
 mod fresh;
 mod load;
@@ -39,16 +40,18 @@ use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::logical_expr::{Expr, col};
 use futures::future::join_all;
 
-pub use bin::BinWidth;
+pub use bins::Bins;
+pub(crate) use bins::zone;
 pub use custom::{BinnedMetric, BinnedMetricStats, BinnedMetrics};
 pub(crate) use days::DayFiles;
+use drift::{Drift, DriftQuery};
 pub use entities::EntitySummary;
 pub use psi::FeatureBinProportions;
 pub use query::BinnedQuery;
 pub use spc::{SpcFeature, SpcFeatures};
 pub use table::{Stat, TableBins, TableQuery, TableSeries};
 use version::{Found, Tables, find, planning};
-pub(crate) use when::{moment, time};
+pub(crate) use when::{When, moment};
 
 use crate::archive::{self, Storage, View};
 use crate::config::{Config, ObjectStorageSettings};
@@ -235,11 +238,20 @@ impl Archive {
     /// As [`Archive::binned_custom`].
     pub async fn binned_spc(&self, query: &BinnedQuery) -> Result<SpcFeatures> {
         let rows = self.rows(Kind::spc(), query).await?;
-        spc::collect(spc::bins(rows, query).map_err(planning(Kind::spc()))?).await
+        spc::collect(spc::frame(rows, query).map_err(planning(Kind::spc()))?).await
+    }
+
+    /// How far a model's rows are from others, in each bin, and since when.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Query`] if the question has no answer, or the reference no rows; otherwise as [`Archive::binned_custom`].
+    pub async fn drift(&self, query: &DriftQuery) -> Result<Drift> {
+        drift::drift(self, query).await
     }
 
     /// What [`Archive::binned_custom`] collects, to go on with: columns `created_at`, `metric`, `avg`, `lower_bound`,
-    /// `upper_bound`, sorted by metric and time.
+    /// `upper_bound`, `count`, `nulls`, `nans`, `min`, `max`, sorted by metric and time.
     ///
     /// # Errors
     ///
@@ -250,7 +262,7 @@ impl Archive {
     }
 
     /// What [`Archive::binned_psi`] collects, to go on with: columns `created_at`, `feature`, `bin_id`, `bin_count`,
-    /// `proportion`, sorted by feature, time and `bin_id`.
+    /// `proportion`, `rows`, sorted by feature, time and `bin_id`.
     ///
     /// # Errors
     ///
@@ -260,8 +272,8 @@ impl Archive {
         psi::frame(rows, query).map_err(planning(Kind::psi()))
     }
 
-    /// What [`Archive::binned_spc`] collects, to go on with: columns `created_at`, `feature`, `value`, sorted by feature and
-    /// time.
+    /// What [`Archive::binned_spc`] collects, to go on with: columns `created_at`, `feature`, `value`, `count`, `nulls`, `nans`, `min`,
+    /// `max`, sorted by feature and time.
     ///
     /// # Errors
     ///

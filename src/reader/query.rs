@@ -1,20 +1,24 @@
 use arrow::datatypes::DataType;
 use chrono::{DateTime, SecondsFormat, Utc};
 use datafusion::common::{Column, ScalarValue};
+use datafusion::dataframe::DataFrame;
+use datafusion::error::Result as QueryResult;
+use datafusion::functions::core::expr_ext::FieldAccessor as _;
 use datafusion::functions::core::expr_fn::coalesce;
 use datafusion::logical_expr::{Expr, cast, col, lit};
 
-use super::BinWidth;
+use super::Bins;
+use crate::moments;
 use crate::tables::{Entity, Kind};
 use crate::{Error, Result};
 
-/// What a binned query asks for: the rows of one entity with `start <= created_at < end`, in bins of one width.
+/// What a binned query asks for: the rows of one entity with `start <= created_at < end`, in bins of time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BinnedQuery {
     entity: Entity,
     /// Microseconds since the epoch, and the first one after the last.
     range: (i64, i64),
-    width: BinWidth,
+    bins: Bins,
     series: Vec<String>,
 }
 
@@ -24,8 +28,8 @@ impl BinnedQuery {
     /// # Errors
     ///
     /// [`Error::Query`] if the range is empty or reversed.
-    pub fn new(entity: Entity, start: DateTime<Utc>, end: DateTime<Utc>, width: BinWidth) -> Result<Self> {
-        Ok(Self { entity, range: range(start, end)?, width, series: Vec::new() })
+    pub fn new(entity: Entity, start: DateTime<Utc>, end: DateTime<Utc>, bins: Bins) -> Result<Self> {
+        Ok(Self { entity, range: range(start, end)?, bins, series: Vec::new() })
     }
 
     /// The same in the shortest round bins of which there are at most `points_max`: what a server does that is asked for
@@ -41,8 +45,8 @@ impl BinnedQuery {
         points_max: u32,
     ) -> Result<Self> {
         let range = range(start, end)?;
-        let width = BinWidth::at_most(points_max, range.0, range.1)?;
-        Ok(Self { entity, range, width, series: Vec::new() })
+        let bins = Bins::at_most(points_max, range.0, range.1)?;
+        Ok(Self { entity, range, bins, series: Vec::new() })
     }
 
     /// The same for these metrics (or features) only; for all of them if there are none.
@@ -52,16 +56,26 @@ impl BinnedQuery {
         self
     }
 
+    /// The same of another range.
+    pub(super) fn within(&self, start: DateTime<Utc>, end: DateTime<Utc>) -> Result<Self> {
+        Ok(Self { range: range(start, end)?, ..self.clone() })
+    }
+
+    /// The same of another entity.
+    pub(super) fn of_entity(self, entity: Entity) -> Self {
+        Self { entity, ..self }
+    }
+
     /// The entity.
     #[must_use]
     pub const fn entity(&self) -> &Entity {
         &self.entity
     }
 
-    /// The length of its bins.
+    /// Its bins.
     #[must_use]
-    pub const fn width(&self) -> BinWidth {
-        self.width
+    pub const fn bins(&self) -> Bins {
+        self.bins
     }
 
     /// First microsecond since the epoch, and the first one after the last.
@@ -81,7 +95,7 @@ impl BinnedQuery {
 
     /// The start of a row's bin.
     pub(super) fn bin(&self) -> Expr {
-        self.width.start_expr(col("created_at"))
+        self.bins.start_expr(col("created_at"))
     }
 }
 
@@ -92,6 +106,18 @@ pub(super) fn series(kind: Kind) -> Expr {
     }
     // Of SPC rows it may be null.
     coalesce(vec![col("feature"), lit("")])
+}
+
+/// The moments of each group's values, as columns `count`, `nulls`, `nans`, `sum`, `mean`, `stddev`, `min`, `max` beside the keys, which have
+/// names. A group without values is left out.
+pub(super) fn summed_up(rows: DataFrame, keys: Vec<Expr>) -> QueryResult<DataFrame> {
+    let names: Vec<Expr> = keys.iter().map(|key| col(key.qualified_name().1)).collect();
+    let bins = rows.aggregate(keys, vec![moments::moments(col("value")).alias("moments")])?;
+    let summary = moments::summary(col("moments")).alias("summary");
+    let parts = moments::PARTS.map(|part| col("summary").field(part).alias(part));
+    bins.select(names.iter().cloned().chain([summary]).collect::<Vec<_>>())?
+        .select(names.into_iter().chain(parts).collect::<Vec<_>>())?
+        .filter(col("count").gt(lit(0_i64)))
 }
 
 /// A column of names as plain texts, which every client reads; in the scan they are views.
@@ -136,8 +162,8 @@ mod tests {
 
     fn query(start: &str, end: &str) -> Result<BinnedQuery> {
         let entity = Entity { space: "s".into(), name: "n".into(), version: "1".into() };
-        let width = BinWidth::from_minutes(1.0)?;
-        BinnedQuery::new(entity, start.parse().unwrap(), end.parse().unwrap(), width)
+        let bins = Bins::from_minutes(1.0)?;
+        BinnedQuery::new(entity, start.parse().unwrap(), end.parse().unwrap(), bins)
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 
 use super::load::load;
-use super::{Archive, BinWidth, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
+use super::{Archive, BinnedMetrics, BinnedQuery, Bins, FeatureBinProportions, SpcFeatures};
 use crate::batch::{Batches, Cell};
 use crate::config::{ObjectStorageSettings, StorageType};
 use crate::tables::{Entity, Kind, WindowWidth, is_in_calendar};
@@ -218,7 +218,7 @@ impl ParquetDataFrame {
         version: &str,
     ) -> Result<DataFrame> {
         let entity = Entity { space: space.to_owned(), name: name.to_owned(), version: version.to_owned() };
-        let query = BinnedQuery::new(entity, *start_time, *end_time, BinWidth::from_minutes(*bin)?)?;
+        let query = BinnedQuery::new(entity, *start_time, *end_time, Bins::from_minutes(*bin)?)?;
         let frame = self.frame();
         let archive = frame.archive.get_or_try_init(|| Archive::open(&frame.settings)).await?;
         archive.refresh().await?;

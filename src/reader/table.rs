@@ -8,15 +8,18 @@ use arrow::datatypes::{DataType, Float64Type};
 use chrono::{DateTime, Utc};
 use datafusion::common::Column;
 use datafusion::dataframe::DataFrame;
-use datafusion::functions_aggregate::expr_fn::{avg, count, max, min, sum};
-use datafusion::logical_expr::{Expr, cast, lit};
+use datafusion::error::Result as QueryResult;
+use datafusion::functions::core::expr_ext::FieldAccessor as _;
+use datafusion::functions_aggregate::expr_fn::{count, max, min, sum};
+use datafusion::logical_expr::{Expr, cast, lit, when};
 use datafusion::prelude::SessionContext;
 use serde::Serialize;
 
-use super::BinWidth;
+use super::Bins;
 use super::columns::{Columns, each_batch};
 use super::query::{is_within, range};
 use super::sql;
+use crate::moments;
 use crate::tables::{ColumnSpec, ColumnType, Kind};
 use crate::{Error, Result};
 
@@ -50,7 +53,7 @@ impl Stat {
     }
 }
 
-/// What is asked of a table: the values of one column with `start <= time < end`, in bins of one width.
+/// What is asked of a table: the values of one column with `start <= time < end`, in bins of time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableQuery {
     table: String,
@@ -61,7 +64,7 @@ pub struct TableQuery {
     stats: Vec<Stat>,
     /// Microseconds since the epoch, and the first one after the last.
     range: (i64, i64),
-    width: BinWidth,
+    bins: Bins,
 }
 
 impl TableQuery {
@@ -75,7 +78,7 @@ impl TableQuery {
         value: impl Into<String>,
         start: DateTime<Utc>,
         end: DateTime<Utc>,
-        width: BinWidth,
+        bins: Bins,
     ) -> Result<Self> {
         Ok(Self {
             table: table.into(),
@@ -85,7 +88,7 @@ impl TableQuery {
             condition: None,
             stats: vec![Stat::Mean],
             range: range(start, end)?,
-            width,
+            bins,
         })
     }
 
@@ -137,10 +140,10 @@ impl TableQuery {
         &self.value
     }
 
-    /// The length of its bins.
+    /// Its bins.
     #[must_use]
-    pub const fn width(&self) -> BinWidth {
-        self.width
+    pub const fn bins(&self) -> Bins {
+        self.bins
     }
 
     /// First microsecond since the epoch, and the first one after the last.
@@ -222,10 +225,12 @@ pub(super) fn frame(kind: Kind, rows: DataFrame, query: &TableQuery) -> Result<D
         ColumnType::Boolean => cast(column(&query.value), DataType::Int64),
         _ => column(&query.value),
     };
-    let stat = |stat: &Stat| {
+    let aggregate = |stat: &Stat| {
         let aggregate = match (stat, spec.column_type) {
             // Decimals would be cut to a few digits more than they have.
-            (Stat::Mean, _) => avg(cast(value(), DataType::Float64)),
+            (Stat::Mean, _) | (Stat::Sum, ColumnType::Double) => {
+                moments::moments(cast(value(), DataType::Float64))
+            }
             // 64 bits may be too few.
             (Stat::Sum, ColumnType::Int | ColumnType::Long) => {
                 sum(cast(value(), DataType::Decimal128(38, 0)))
@@ -237,14 +242,30 @@ pub(super) fn frame(kind: Kind, rows: DataFrame, query: &TableQuery) -> Result<D
         };
         aggregate.alias(stat.name())
     };
+    // Of no value there is no mean and no sum.
+    let of_moments = |stat: &Stat, part: &str| {
+        let summary = || moments::summary(column(stat.name()));
+        when(summary().field("count").gt(lit(0_i64)), summary().field(part)).end()
+    };
+    let stat = |stat: &Stat| {
+        let answer = match (stat, spec.column_type) {
+            (Stat::Mean, _) => of_moments(stat, "mean")?,
+            (Stat::Sum, ColumnType::Double) => of_moments(stat, "sum")?,
+            _ => column(stat.name()),
+        };
+        Ok(answer.alias(stat.name()))
+    };
     let time = kind.time_column();
-    let mut keys = vec![query.width.start_expr(column(time)).alias(time)];
+    let mut keys = vec![query.bins.start_expr(column(time)).alias(time)];
     keys.extend(query.by.iter().map(|name| column(name)));
+    let names = [time].into_iter().chain(query.by.iter().map(String::as_str));
+    let answers = names.map(|name| Ok(column(name))).chain(query.stats.iter().map(stat));
     let sorted = query.by.iter().map(String::as_str).chain([time]);
     let sorted = sorted.map(|name| column(name).sort(true, false)).collect();
     let planned = rows
         .filter(is_within(time, query.range))
-        .and_then(|rows| rows.aggregate(keys, query.stats.iter().map(stat).collect()))
+        .and_then(|rows| rows.aggregate(keys, query.stats.iter().map(aggregate).collect()))
+        .and_then(|rows| rows.select(answers.collect::<QueryResult<Vec<_>>>()?))
         .and_then(|rows| rows.sort(sorted));
     planned.map_err(Error::query(format!("preparing to read {}", kind.name())))
 }

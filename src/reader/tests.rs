@@ -53,7 +53,7 @@ fn query(entity: usize, days: std::ops::Range<i64>) -> BinnedQuery {
         DateTime::from_timestamp_micros(START + day * MICROS_PER_DAY).unwrap()
     };
     let entity = Entity { space: "space".into(), name: name(entity), version: "1".into() };
-    BinnedQuery::new(entity, time(days.start), time(days.end), BinWidth::from_minutes(60.0).unwrap()).unwrap()
+    BinnedQuery::new(entity, time(days.start), time(days.end), Bins::from_minutes(60.0).unwrap()).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeZone as _, Utc};
 use highwater::Archive;
 use highwater::config::ObjectStorageSettings;
-use highwater::reader::{BinWidth, BinnedQuery};
+use highwater::reader::{BinnedQuery, Bins};
 use highwater::tables::{Entity, Kind};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -95,11 +95,30 @@ fn time(micros: i64) -> DateTime<Utc> {
     Utc.timestamp_micros(micros).unwrap()
 }
 
-/// The grouping of the rows that a query asks for, in SQL: `$1` to `$6` are its parameters.
-fn grouped(kind: Source, series: &str, values: &str, keys: &str) -> String {
+/// What is asked, and the start of a row's bin in SQL, as microseconds since the epoch.
+struct Asked {
+    query: BinnedQuery,
+    bin: String,
+}
+
+/// Bins of a length, of which those of days count from a Monday, in SQL.
+fn length_sql(micros: i64) -> String {
+    let origin = if micros % DAY == 0 { 4 * DAY } else { 0 };
     format!(
-        "select {series} as series,
-                (floor(extract(epoch from created_at) * 1000000 / $6::bigint) * $6::bigint)::bigint as bin, {values}
+        "(floor((extract(epoch from created_at) * 1000000 - {origin}) / {micros}) * {micros} + {origin})::bigint"
+    )
+}
+
+/// Bins of the calendar, in SQL.
+fn calendar_sql(unit: &str, zone: &str) -> String {
+    format!("(extract(epoch from date_trunc('{unit}', created_at, '{zone}')) * 1000000)::bigint")
+}
+
+/// The grouping of the rows that a query asks for, in SQL: `$1` to `$5` are its parameters.
+fn grouped(kind: Source, asked: &Asked, series: &str, values: &str, keys: &str) -> String {
+    let bin = &asked.bin;
+    format!(
+        "select {series} as series, {bin} as bin, {values}
            from scouter.{} where space = $1 and name = $2 and version = $3
             and created_at >= 'epoch'::timestamptz + $4::bigint * interval '1 microsecond'
             and created_at <  'epoch'::timestamptz + $5::bigint * interval '1 microsecond'
@@ -108,36 +127,44 @@ fn grouped(kind: Source, series: &str, values: &str, keys: &str) -> String {
     )
 }
 
-async fn ask(client: &Client, sql: &str, query: &BinnedQuery) -> Vec<tokio_postgres::Row> {
-    let Entity { space, name, version } = query.entity();
-    let (start, end) = query.range();
-    client.query(sql, &[space, name, version, &start, &end, &query.width().micros()]).await.unwrap()
+async fn ask(client: &Client, sql: &str, asked: &Asked) -> Vec<tokio_postgres::Row> {
+    let Entity { space, name, version } = asked.query.entity();
+    let (start, end) = asked.query.range();
+    client.query(sql, &[space, name, version, &start, &end]).await.unwrap()
 }
+
+/// How many values there are, how many nulls, how many that are no numbers, and the bounds of the others.
+const COUNTS: &str = "count(value)::float8, (count(*) - count(value))::float8, (count(*) filter (where value = 'NaN'))::float8,
+    coalesce(min(value) filter (where value <> 'NaN'), 'NaN'), coalesce(max(value) filter (where value <> 'NaN'), 'NaN')";
 
 type Series<T> = BTreeMap<String, Vec<(i64, T)>>;
 
-async fn custom_of_postgres(client: &Client, query: &BinnedQuery) -> Series<[f64; 3]> {
-    let sql = grouped(
-        Source::Custom,
-        "metric",
-        "avg(value), avg(value) - coalesce(stddev_samp(value), 0), avg(value) + coalesce(stddev_samp(value), 0)",
-        "having count(value) > 0 order by 1, 2",
-    );
+async fn series_of_postgres<const N: usize>(client: &Client, sql: &str, asked: &Asked) -> Series<[f64; N]> {
     let mut found = Series::new();
-    for row in ask(client, &sql, query).await {
-        found.entry(row.get(0)).or_default().push((row.get(1), [row.get(2), row.get(3), row.get(4)]));
+    for row in ask(client, sql, asked).await {
+        let values = std::array::from_fn(|place| row.get(2 + place));
+        found.entry(row.get(0)).or_default().push((row.get(1), values));
     }
     found
 }
 
-async fn spc_of_postgres(client: &Client, query: &BinnedQuery) -> Series<[f64; 1]> {
-    let sql =
-        grouped(Source::Spc, "coalesce(feature, '')", "avg(value)", "having count(value) > 0 order by 1, 2");
-    let mut found = Series::new();
-    for row in ask(client, &sql, query).await {
-        found.entry(row.get(0)).or_default().push((row.get(1), [row.get(2)]));
-    }
-    found
+async fn custom_of_postgres(client: &Client, asked: &Asked) -> Series<[f64; 8]> {
+    let spread = "coalesce(stddev_samp(value), 0)";
+    let values = format!("avg(value), avg(value) - {spread}, avg(value) + {spread}, {COUNTS}");
+    let sql = grouped(Source::Custom, asked, "metric", &values, "having count(value) > 0 order by 1, 2");
+    series_of_postgres(client, &sql, asked).await
+}
+
+async fn spc_of_postgres(client: &Client, asked: &Asked) -> Series<[f64; 6]> {
+    let values = format!("avg(value), {COUNTS}");
+    let sql = grouped(
+        Source::Spc,
+        asked,
+        "coalesce(feature, '')",
+        &values,
+        "having count(value) > 0 order by 1, 2",
+    );
+    series_of_postgres(client, &sql, asked).await
 }
 
 type Proportions = BTreeMap<i32, f64>;
@@ -145,9 +172,9 @@ type Proportions = BTreeMap<i32, f64>;
 /// By feature: the proportions of each bin of time, and the overall ones.
 async fn psi_of_postgres(
     client: &Client,
-    query: &BinnedQuery,
+    asked: &Asked,
 ) -> BTreeMap<String, (Vec<(i64, Proportions)>, Proportions)> {
-    let counts = grouped(Source::Psi, "feature", "bin_id, sum(bin_count) as n", ", bin_id");
+    let counts = grouped(Source::Psi, asked, "feature", "bin_id, sum(bin_count) as n", ", bin_id");
     let sql = format!(
         "with counts as ({counts}),
               parts as (select *, sum(n) over (partition by series, bin) as total from counts),
@@ -159,7 +186,7 @@ async fn psi_of_postgres(
          order by 1, 2, 3"
     );
     let mut found: BTreeMap<String, (Vec<(i64, Proportions)>, Proportions)> = BTreeMap::new();
-    for row in ask(client, &sql, query).await {
+    for row in ask(client, &sql, asked).await {
         let (bins, overall) = found.entry(row.get(0)).or_default();
         let (id, part) = (row.get(2), row.get(3));
         match row.get::<_, Option<i64>>(1) {
@@ -194,23 +221,33 @@ fn assert_close<const N: usize>(found: &Series<[f64; N]>, wanted: &Series<[f64; 
     }
 }
 
-async fn compare(archive: &Archive, client: &Client, query: &BinnedQuery) -> usize {
+async fn compare(archive: &Archive, client: &Client, asked: &Asked) -> usize {
+    let query = &asked.query;
     let micros = |times: &[DateTime<Utc>]| times.iter().map(DateTime::timestamp_micros).collect::<Vec<_>>();
     let custom = archive.binned_custom(query).await.unwrap();
     let found = custom.metrics.into_iter().map(|(name, metric)| {
         assert_eq!(name, metric.metric);
-        let stats = metric.stats.iter().map(|stats| [stats.avg, stats.lower_bound, stats.upper_bound]);
+        let stats = metric.stats.iter().map(|stats| {
+            let counts = [stats.count, stats.nulls, stats.nans].map(|count| count as f64);
+            let [count, nulls, nans] = counts;
+            [stats.avg, stats.lower_bound, stats.upper_bound, count, nulls, nans, stats.min, stats.max]
+        });
         (name, micros(&metric.created_at).into_iter().zip(stats).collect())
     });
-    let wanted = custom_of_postgres(client, query).await;
+    let wanted = custom_of_postgres(client, asked).await;
     assert_close(&found.collect(), &wanted, query);
 
     let spc = archive.binned_spc(query).await.unwrap();
     let found = spc.features.into_iter().map(|(name, feature)| {
-        let values = feature.values.iter().map(|value| [*value]);
+        let values = (0..feature.values.len()).map(|at| {
+            let [count, nulls, nans] =
+                [&feature.counts, &feature.nulls, &feature.nans].map(|counts| counts[at] as f64);
+            [feature.values[at], count, nulls, nans, feature.min[at], feature.max[at]]
+        });
+        let values: Vec<_> = values.collect();
         (name, micros(&feature.created_at).into_iter().zip(values).collect())
     });
-    assert_close(&found.collect(), &spc_of_postgres(client, query).await, query);
+    assert_close(&found.collect(), &spc_of_postgres(client, asked).await, query);
 
     let psi = archive.binned_psi(query).await.unwrap();
     let found: BTreeMap<_, _> = psi
@@ -220,7 +257,7 @@ async fn compare(archive: &Archive, client: &Client, query: &BinnedQuery) -> usi
             (feature.feature, (bins, feature.overall_proportions))
         })
         .collect();
-    assert_eq!(found, psi_of_postgres(client, query).await, "{query:?}");
+    assert_eq!(found, psi_of_postgres(client, asked).await, "{query:?}");
     wanted.values().map(Vec::len).sum()
 }
 
@@ -256,20 +293,32 @@ async fn answers_are_those_of_postgres() {
         let edge = (NOON - NOON.rem_euclid(7 * MINUTE), NOON - NOON.rem_euclid(7 * MINUTE) + 21 * MINUTE);
         let between = (NOON - 5 * HOUR + 1, NOON + 3 * HOUR + 12_345);
         let mut bins = 0;
-        for (range, width) in [
-            (day, HOUR),
-            (day, 7 * MINUTE),
-            (edge, 7 * MINUTE),
-            (between, 3 * MINUTE + 1),
-            (between, 5 * HOUR),
-            (years, DAY),
-            (years, 400 * DAY),
-            ((NOON, NOON + 1), MINUTE),
+        let of_length = |width: i64| {
+            let bins = Bins::new(Duration::from_micros(u64::try_from(width).unwrap())).unwrap();
+            (bins, length_sql(width))
+        };
+        let of_calendar = |unit: &str, bins: &str, zone: &str| {
+            (bins.parse::<Bins>().unwrap().in_zone(zone).unwrap(), calendar_sql(unit, zone))
+        };
+        for (range, (width, bin)) in [
+            (day, of_length(HOUR)),
+            (day, of_length(7 * MINUTE)),
+            (edge, of_length(7 * MINUTE)),
+            (between, of_length(3 * MINUTE + 1)),
+            (between, of_length(5 * HOUR)),
+            (years, of_length(400 * DAY)),
+            ((NOON, NOON + 1), of_length(MINUTE)),
+            (years, of_calendar("day", "1d", "UTC")),
+            (years, of_calendar("day", "1d", "Europe/Berlin")),
+            (years, of_calendar("week", "1w", "America/New_York")),
+            (years, of_calendar("week", "7d", "UTC")),
+            (years, of_calendar("month", "1mo", "Asia/Kolkata")),
+            (years, of_calendar("year", "1y", "America/Sao_Paulo")),
+            (years, of_calendar("hour", "1h", "Asia/Kathmandu")),
         ] {
-            let width = BinWidth::new(Duration::from_micros(u64::try_from(width).unwrap())).unwrap();
             for name in ENTITIES {
                 let query = BinnedQuery::new(entity(name), time(range.0), time(range.1), width).unwrap();
-                bins += compare(archive, &client, &query).await;
+                bins += compare(archive, &client, &Asked { query, bin: bin.clone() }).await;
             }
         }
         assert!(bins > 1_000, "round {round}: {bins} bins are no test");
@@ -344,4 +393,53 @@ async fn what_can_t_be_answered_is_told() {
         assert!(matches!(error, highwater::Error::Query { .. }), "{refused}: {error:?}");
     }
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bins_of_the_calendar_are_those_of_postgres() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let client = stage.connect().await;
+    let seed = rand::random();
+    eprintln!("query: seed {seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    // Twenty years, and the hours around changes of clocks.
+    let mut times: Vec<i64> =
+        (0..5_000).map(|_| rng.random_range(NOON - 10 * 365 * DAY..NOON + 10 * 365 * DAY)).collect();
+    for change in
+        [1_774_746_000_000_000_i64, 1_792_890_000_000_000, 1_772_953_200_000_000, 1_541_300_400_000_000]
+    {
+        times.extend((0..500).map(|_| change + rng.random_range(-2 * DAY..2 * DAY)));
+    }
+    for zone in [
+        "UTC",
+        "Europe/Berlin",
+        "America/New_York",
+        "Asia/Kolkata",
+        "America/Sao_Paulo",
+        "Africa/Cairo",
+        "Pacific/Auckland",
+    ] {
+        for (unit, written) in [
+            ("day", "1d"),
+            ("week", "1w"),
+            ("month", "1mo"),
+            ("quarter", "3mo"),
+            ("year", "1y"),
+            ("hour", "1h"),
+            ("minute", "1m"),
+        ] {
+            let sql = "select (extract(epoch from date_trunc($1, 'epoch'::timestamptz + t * interval '1 microsecond', $2)) * 1000000)::bigint
+                       from unnest($3::bigint[]) with ordinality u(t, n) order by n";
+            let wanted = client.query(sql, &[&unit, &zone, &times]).await.unwrap();
+            let bins = written.parse::<Bins>().unwrap().in_zone(zone).unwrap();
+            for (at, row) in times.iter().zip(wanted) {
+                assert_eq!(
+                    time(bins.start_of(*at)),
+                    time(row.get(0)),
+                    "{written} of {} in {zone}",
+                    time(*at)
+                );
+            }
+        }
+    }
 }

@@ -127,15 +127,23 @@ fn json_is_what_scouter_s_clients_read(stage: &Stage) {
         assert_eq!(code, Some(0), "{errors}");
         serde_json::from_str(&out).unwrap()
     };
-    let stats = |avg: f64| json!({"avg": avg, "lower_bound": avg - 1.0, "upper_bound": avg + 1.0});
+    let stats = |avg: f64| {
+        json!({"avg": avg, "lower_bound": avg - 1.0, "upper_bound": avg + 1.0, "count": 3, "nulls": 0, "nans": 0,
+               "min": avg - 1.0, "max": avg + 1.0})
+    };
     let bins = ["2026-11-01T00:00:00Z", "2026-11-01T01:00:00Z"];
     let accuracy = json!({"metric": "accuracy", "created_at": bins, "stats": [stats(1.0), stats(4.0)]});
     assert_eq!(answer("custom"), json!({"metrics": {"accuracy": accuracy}}));
-    assert_eq!(answer("spc"), json!({"features": {"age": {"created_at": [bins[0]], "values": [4.0]}}}));
+    assert_eq!(
+        answer("spc"),
+        json!({"features": {"age": {"created_at": [bins[0]], "values": [4.0], "counts": [1], "nulls": [1], "nans": [0],
+                                    "min": [4.0], "max": [4.0]}}})
+    );
     let parts = json!({"0": 0.25, "1": 0.75});
     assert_eq!(
         answer("psi"),
-        json!([{"feature": "age", "created_at": [bins[0]], "bin_proportions": [parts], "overall_proportions": parts}])
+        json!([{"feature": "age", "created_at": [bins[0]], "bin_proportions": [parts], "overall_proportions": parts,
+                "counts": [4], "rows": [2]}])
     );
 }
 
@@ -146,14 +154,17 @@ fn tables_csv_and_arrow_have_the_same_rows(stage: &Stage) {
         out
     };
     let table = printed("spc", &["--bin", "1d"]);
-    assert_eq!(table, "CREATED_AT            FEATURE  VALUE\n2026-11-01T00:00:00Z  age      4.0\n");
+    assert_eq!(
+        table,
+        "CREATED_AT            FEATURE  VALUE  COUNT  NULLS  NANS  MIN  MAX\n2026-11-01T00:00:00Z  age      4.0    1      1      0     4.0  4.0\n"
+    );
     assert_eq!(
         printed("psi", &["--points", "10", "--format", "csv"]),
-        "created_at,feature,bin_id,bin_count,proportion\n\
-         2026-11-01T00:00:00Z,age,0,1,0.25\n2026-11-01T00:00:00Z,age,1,3,0.75\n"
+        "created_at,feature,bin_id,bin_count,proportion,rows\n\
+         2026-11-01T00:00:00Z,age,0,1,0.25,1\n2026-11-01T00:00:00Z,age,1,3,0.75,1\n"
     );
     let nothing = printed("custom", &["--metric", "other", "--format", "csv"]);
-    assert_eq!(nothing, "created_at,metric,avg,lower_bound,upper_bound\n");
+    assert_eq!(nothing, "created_at,metric,avg,lower_bound,upper_bound,count,nulls,nans,min,max\n");
     let arrow = stage.launch().output(&query("custom", &["--bin", "30m", "--format", "arrow"]));
     let read = arrow::ipc::reader::StreamReader::try_new(&arrow.stdout[..], None).unwrap();
     assert_eq!(read.map(|batch| batch.unwrap().num_rows()).sum::<usize>(), 4);

@@ -10,7 +10,7 @@ use chrono::{DateTime, TimeZone as _, Utc};
 use futures::TryStreamExt as _;
 use highwater::Archive;
 use highwater::config::{Config, ObjectStorageSettings, SourceConfig};
-use highwater::reader::{BinWidth, BinnedQuery};
+use highwater::reader::{BinnedQuery, Bins};
 use highwater::tables::Entity;
 use tokio_postgres::Client;
 
@@ -60,7 +60,7 @@ async fn rows_of_prefix(archive: &Archive, base: i64) -> i64 {
 
 /// The same by a binned query.
 async fn rows_of_bins(archive: &Archive, base: i64) -> i64 {
-    let width = BinWidth::new(Duration::from_millis(700)).unwrap();
+    let width = Bins::new(Duration::from_millis(700)).unwrap();
     let (start, end) = (time(base), time(base + 100_000 * STEP));
     let query = BinnedQuery::new(model(), start, end, width).unwrap();
     let frame = archive.psi_frame(&query).await.unwrap();
@@ -314,5 +314,8 @@ async fn equal_rows_are_counted_on_both_sides() {
         "--format",
         "csv",
     ]);
-    assert_eq!(out, "created_at,feature,value\n2026-11-01T00:00:00Z,,1.75\n");
+    assert_eq!(
+        out,
+        "created_at,feature,value,count,nulls,nans,min,max\n2026-11-01T00:00:00Z,,1.75,4,0,0,1.0,4.0\n"
+    );
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use highwater::Archive;
 use highwater::archive::Storage;
-use highwater::reader::{BinWidth, BinnedQuery};
+use highwater::reader::{BinnedQuery, Bins};
 use highwater::tables::Entity;
 
 use crate::support::schema::Shape;
@@ -72,7 +72,7 @@ async fn answers_as_from_a_folder(store: Store) {
     let entity = Entity { space: "shop".into(), name: "model 1".into(), version: "1.0.0".into() };
     let time = |text: &str| text.parse::<DateTime<Utc>>().unwrap();
     let (start, end) = (time("2026-11-01T03:00:00Z"), time("2026-11-03T12:00:00Z"));
-    let query = BinnedQuery::new(entity, start, end, BinWidth::from_minutes(60.0).unwrap()).unwrap();
+    let query = BinnedQuery::new(entity, start, end, Bins::from_minutes(60.0).unwrap()).unwrap();
     let found = archive.binned_psi(&query).await.unwrap();
     let settings =
         highwater::config::ObjectStorageSettings::new(folder.path().to_str().unwrap(), "").unwrap();

@@ -206,12 +206,11 @@ impl Drawing<'_> {
         let percent = |part: &f64| format!("{:.0} %", part * 100.0);
         let mut chart = self.axes(area, &feature.feature, "share of counts", (0.0, 1.0), &percent)?;
         let ids = bin_ids(feature);
-        let width = chrono::Duration::microseconds(self.picture.width);
         for (start, shares) in feature.created_at.iter().zip(&feature.bin_proportions) {
             let mut below = 0.0;
             for (place, id) in ids.iter().enumerate() {
                 let share = shares.get(id).copied().unwrap_or_default();
-                let corners = [(*start, below), (*start + width, below + share)];
+                let corners = [(*start, below), (self.picture.end_of(*start), below + share)];
                 let bar = Rectangle::new(corners, color(place, ids.len()).filled());
                 chart.draw_series([bar]).map_err(failed)?;
                 below += share;

@@ -12,8 +12,8 @@ use super::columns::cell;
 use super::print;
 use crate::error::{Error, Result};
 use crate::reader::{
-    BinWidth, BinnedMetricStats, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures, Stat,
-    TableBins, TableQuery,
+    BinnedMetricStats, BinnedMetrics, BinnedQuery, Bins, FeatureBinProportions, SpcFeatures, Stat, TableBins,
+    TableQuery,
 };
 
 /// Panels of one picture: more can't be looked at together.
@@ -25,7 +25,7 @@ pub(super) struct Picture {
     /// Start of the first bin and end of the last one that the query's range touches.
     range: (DateTime<Utc>, DateTime<Utc>),
     /// Length of a bin, microseconds.
-    width: i64,
+    bins: Bins,
     panels: Vec<Panel>,
 }
 
@@ -87,16 +87,16 @@ impl Picture {
         });
         let stats: Vec<&str> = query.asked().iter().map(|stat| stat.name()).collect();
         let what = format!("{}: {} of {}", found.table, stats.join(", "), found.value);
-        Self::new(&what, query.width(), query.range(), panels.collect())
+        Self::new(&what, query.bins(), query.range(), panels.collect())
     }
 
     fn of_model(kind: &str, query: &BinnedQuery, panels: Vec<Panel>) -> Result<Self> {
         let entity = query.entity();
         let what = format!("{kind}: {} {} {}", entity.space, entity.name, entity.version);
-        Self::new(&what, query.width(), query.range(), panels)
+        Self::new(&what, query.bins(), query.range(), panels)
     }
 
-    fn new(what: &str, width: BinWidth, (start, end): (i64, i64), mut panels: Vec<Panel>) -> Result<Self> {
+    fn new(what: &str, bins: Bins, (start, end): (i64, i64), mut panels: Vec<Panel>) -> Result<Self> {
         if panels.len() > PANELS_MAX {
             let detail = format!(
                 "{} series don't fit into a picture: choose up to {PANELS_MAX} (--metric, or --where)",
@@ -105,18 +105,15 @@ impl Picture {
             return Err(Error::Query { detail });
         }
         let time = |micros| DateTime::from_timestamp_micros(micros).unwrap_or_default();
-        let range =
-            (time(width.start_of(start)), time(width.start_of(end - 1).saturating_add(width.micros())));
-        let length = std::time::Duration::from_micros(width.micros().unsigned_abs());
-        let length = humantime::format_duration(length);
-        let title = cell(&format!("{what}, bins of {length}"), NAME_MAX);
+        let range = (time(bins.start_of(start)), time(bins.end_of(end - 1)));
+        let title = cell(&format!("{what}, bins of {bins}"), NAME_MAX);
         for panel in &mut panels {
             match panel {
                 Panel::Line(line) => line.name = cell(&line.name, NAME_MAX),
                 Panel::Shares(feature) => feature.feature = cell(&feature.feature, NAME_MAX),
             }
         }
-        Ok(Self { title, range, width: width.micros(), panels })
+        Ok(Self { title, range, bins, panels })
     }
 
     /// Writes the picture to a file, or draws it in the terminal.
@@ -139,7 +136,13 @@ impl Picture {
 
     /// The time in the middle of the bin that starts at `start`.
     fn middle(&self, start: DateTime<Utc>) -> DateTime<Utc> {
-        start + chrono::Duration::microseconds(self.width / 2)
+        start + (self.end_of(start) - start) / 2
+    }
+
+    /// The end of the bin that starts at `start`.
+    fn end_of(&self, start: DateTime<Utc>) -> DateTime<Utc> {
+        let end = self.bins.end_of(start.timestamp_micros());
+        DateTime::from_timestamp_micros(end).unwrap_or(start)
     }
 
     /// The bins of a line that touch one another; a NaN is a gap, too.
@@ -153,13 +156,13 @@ impl Picture {
             }
             let bounds = line.bounds.as_ref().and_then(|bounds| bounds.get(index)).copied();
             let bounds = bounds.filter(|(low, high)| low.is_finite() && high.is_finite());
-            let is_next = last == Some(*start - chrono::Duration::microseconds(self.width));
+            let is_next = last == Some(*start);
             let point = (self.middle(*start), *value, bounds);
             match runs.last_mut().filter(|_| is_next) {
                 Some(run) => run.push(point),
                 None => runs.push(vec![point]),
             }
-            last = Some(*start);
+            last = Some(self.end_of(*start));
         }
         runs
     }
@@ -218,11 +221,16 @@ mod tests {
     fn query() -> BinnedQuery {
         let entity = Entity { space: "shop".into(), name: "rank & <co>".into(), version: "1".into() };
         let time = |hours: i64| DateTime::from_timestamp(hours * 3600 + 60, 0).unwrap();
-        BinnedQuery::new(entity, time(0), time(7), BinWidth::from_minutes(60.0).unwrap()).unwrap()
+        BinnedQuery::new(entity, time(0), time(7), Bins::from_minutes(60.0).unwrap()).unwrap()
     }
 
     fn custom() -> Picture {
-        let stats = |avg: f64| BinnedMetricStats { avg, lower_bound: avg - 1.0, upper_bound: avg + 1.0 };
+        let stats = |avg: f64| BinnedMetricStats {
+            avg,
+            lower_bound: avg - 1.0,
+            upper_bound: avg + 1.0,
+            ..BinnedMetricStats::default()
+        };
         let hours = [0, 1, 2, 4, 5, 6];
         let metric = BinnedMetric {
             metric: "accuracy".into(),
@@ -239,6 +247,7 @@ mod tests {
             created_at: [0, 3].map(|hour| DateTime::from_timestamp(hour * 3600, 0).unwrap()).to_vec(),
             bin_proportions: vec![[(0, 0.25), (1, 0.75)].into(), [(0, 1.0)].into()],
             overall_proportions: [(0, 0.5), (1, 0.5)].into(),
+            ..FeatureBinProportions::default()
         };
         Picture::psi(&query(), vec![feature]).unwrap()
     }
@@ -247,6 +256,7 @@ mod tests {
         let feature = SpcFeature {
             created_at: [0, 1, 2, 5].map(|hour| DateTime::from_timestamp(hour * 3600, 0).unwrap()).to_vec(),
             values: vec![1e-7, 2e-7, -1e-7, 0.0],
+            ..SpcFeature::default()
         };
         let found = SpcFeatures { features: [("länge µ".to_owned(), feature)].into() };
         Picture::spc(&query(), found).unwrap()

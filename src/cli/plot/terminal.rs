@@ -107,7 +107,7 @@ fn draw_shares(picture: &Picture, feature: &FeatureBinProportions, text: &mut St
         column
     };
     for (start, shares) in feature.created_at.iter().zip(&feature.bin_proportions) {
-        let end = *start + chrono::Duration::microseconds(picture.width);
+        let end = picture.end_of(*start);
         let (first, last) = (column(*start), column(end).max(column(*start) + 1));
         for (row, cells) in grid.iter_mut().rev().enumerate() {
             #[expect(clippy::cast_precision_loss, reason = "a few rows")]

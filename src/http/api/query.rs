@@ -1,13 +1,13 @@
 //! `/api/query/{table}`: what `highwater query` answers.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use arrow::ipc::writer::StreamWriter;
 use axum::extract::{Path, RawQuery, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
+use chrono_tz::Tz;
 use datafusion::dataframe::DataFrame;
 use futures::TryStreamExt as _;
 
@@ -17,10 +17,10 @@ use super::super::served::{ANSWER_BYTES_MAX, Served};
 use super::super::tag::Tag;
 use super::json;
 use crate::error::Error;
-use crate::reader::{Archive, BinWidth, BinnedQuery, Stat, TableQuery, time};
+use crate::reader::{Archive, BinnedQuery, Bins, Stat, TableQuery, When, zone};
 use crate::tables::{Entity, Kind};
 
-pub(super) const QUERY: [Param; 14] = [
+pub(super) const QUERY: [Param; 15] = [
     Param::new("space", "space of the model"),
     Param::new("name", "name of the model"),
     Param::new("version", "version of the model"),
@@ -28,8 +28,9 @@ pub(super) const QUERY: [Param; 14] = [
     Param::new("to", "only rows before this time; without it up to now"),
     Param::new(
         "bin",
-        "length of the bins, such as 30s, 15m, 1h or 7d; they are aligned to 1970-01-01T00:00:00Z",
+        "length of the bins, such as 30s, 15m or 6h; or 1d, 1w, 1mo, 1y for days, weeks from Monday, months and years",
     ),
+    Param::new("tz", "the time zone in which days begin, such as Europe/Berlin; UTC if not given"),
     Param::new(
         "points",
         "in place of bin: the shortest round length of which there are at most so many bins; 500 if not given",
@@ -119,14 +120,18 @@ enum Question {
 
 impl Asked {
     fn read(table: &str, given: &Given, allows_sql: bool) -> Result<Self, Problem> {
+        let (zone, now) =
+            (given.text("tz").map(zone).transpose().map_err(Problem::bad)?.unwrap_or(Tz::UTC), Utc::now());
         let moment = |name: &str| {
             let read = |text: &str| {
-                time(text).map_err(|why| Problem::bad(format!("{name} is {text:?}, which is {why}")))
+                let when = text.parse::<When>();
+                let when = when.map_err(|why| Problem::bad(format!("{name} is {text:?}, which is {why}")))?;
+                Ok::<_, Problem>(when.time(zone, now)?)
             };
             given.text(name).map(read).transpose()
         };
-        let (start, end) = (moment("from")?.unwrap_or_default(), moment("to")?.unwrap_or_else(Utc::now));
-        let width = width(given, start, end)?;
+        let (start, end) = (moment("from")?.unwrap_or_default(), moment("to")?.unwrap_or(now));
+        let width = bins(given, zone, (start, end))?;
         let is_fresh = given.flag("fresh")?;
         if let Some(value) = given.text("value") {
             if is_fresh {
@@ -210,26 +215,23 @@ async fn known(archive: &Archive, kind: Kind, query: &BinnedQuery, is_empty: boo
     })
 }
 
-fn width(given: &Given, start: DateTime<Utc>, end: DateTime<Utc>) -> Result<BinWidth, Problem> {
-    let (start, end) = (start.timestamp_micros(), end.timestamp_micros());
+fn bins(given: &Given, zone: Tz, (start, end): (DateTime<Utc>, DateTime<Utc>)) -> Result<Bins, Problem> {
+    let range = (start.timestamp_micros(), end.timestamp_micros());
     let points = given.parsed::<u32>("points", "a whole number")?;
     if points.is_some_and(|points| points > POINTS_MAX) {
         return Err(Problem::bad(format!("points may be {POINTS_MAX} at most")));
     }
     let Some(bin) = given.text("bin") else {
-        return Ok(BinWidth::at_most(points.unwrap_or(500), start, end)?);
+        return Ok(Bins::at_most_in(zone, points.unwrap_or(500), range)?);
     };
     if points.is_some() {
         return Err(Problem::bad("bin and points don't go together"));
     }
-    let parsed = humantime::parse_duration(bin);
-    let length: Duration = parsed
-        .map_err(|_| Problem::bad(format!("bin is {bin:?}, but must be a length such as 15m, 1h or 7d")))?;
-    let width = BinWidth::new(length)?;
-    if end.saturating_sub(start) / width.micros() > i64::from(POINTS_MAX) {
+    let bins = bin.parse::<Bins>().map_err(Problem::bad)?.within(zone);
+    if range.1.saturating_sub(range.0) / bins.micros() > i64::from(POINTS_MAX) {
         return Err(Problem::bad(format!("the range has more than {POINTS_MAX} bins of {bin}")));
     }
-    Ok(width)
+    Ok(bins)
 }
 
 fn table_query(
@@ -237,7 +239,7 @@ fn table_query(
     value: &str,
     given: &Given,
     (start, end): (DateTime<Utc>, DateTime<Utc>),
-    width: BinWidth,
+    width: Bins,
 ) -> Result<TableQuery, Problem> {
     let names = [Stat::Mean, Stat::Min, Stat::Max, Stat::Count, Stat::Sum];
     let stats = given.all("stat").into_iter().map(|name| {

@@ -1,0 +1,271 @@
+//! The answer to a question of drift.
+
+use std::sync::Arc;
+
+use arrow::array::{
+    ArrayRef, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+};
+use arrow::error::ArrowError;
+use chrono::{DateTime, Utc};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+use super::DriftQuery;
+use crate::tables::Kind;
+use crate::{Error, Result};
+
+/// How many bins in a row have to be over before the first of them is when it began.
+const LASTING: usize = 3;
+
+/// How far each series of a model is from the reference, in each bin of time.
+///
+/// As JSON: `{"measure", "against", "smoothing", "threshold_rule", "features": {f: {"created_at", "score", "count", "reference_count", "threshold",
+/// "over", "since", "largest_step"}}}`, with `metrics` in place of `features` for custom metrics. What is no number is null.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drift {
+    /// The kind of rows.
+    pub kind: Kind,
+    /// By what; see [`Measure`](super::Measure).
+    pub measure: &'static str,
+    /// What the rows are compared with, as it is written.
+    pub against: String,
+    /// What was done about empty bins; `None` of a measure that has no bins.
+    pub smoothing: Option<&'static str>,
+    /// What the thresholds are, as it is written.
+    pub threshold_rule: String,
+    /// The one that moved most first: by its highest score.
+    pub series: Vec<DriftSeries>,
+}
+
+/// A series over time.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DriftSeries {
+    /// The feature or metric.
+    pub name: String,
+    /// Starts of the bins that have rows, ascending.
+    pub created_at: Vec<DateTime<Utc>>,
+    /// How far each bin is from the reference; NaN where one of the two is empty.
+    pub score: Vec<f64>,
+    /// What stands behind each score: counts, or values.
+    pub count: Vec<i64>,
+    /// The same of the reference; `None` of a profile.
+    pub reference_count: Vec<Option<i64>>,
+    /// From which score on a bin is over; `None` where there is no reference.
+    pub threshold: Vec<Option<f64>>,
+    /// Whether it is: the score, or what it is below 0, is larger than the threshold.
+    pub over: Vec<bool>,
+    /// The first bin that was over and was followed by two more: when it began, and lasted.
+    pub since: Option<DateTime<Utc>>,
+    /// The largest change from one bin to the next.
+    pub largest_step: Option<Step>,
+}
+
+/// A change of a score.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Step {
+    /// The start of the bin after it.
+    pub created_at: DateTime<Utc>,
+    /// The score before.
+    pub from: f64,
+    /// The score after.
+    pub to: f64,
+}
+
+/// A bin with its score.
+pub(super) struct Scored {
+    pub(super) start: i64,
+    pub(super) score: f64,
+    pub(super) count: i64,
+    pub(super) reference_count: Option<i64>,
+    pub(super) threshold: Option<f64>,
+}
+
+pub(super) fn series(name: &str, scored: Vec<Scored>) -> DriftSeries {
+    let mut found = DriftSeries { name: name.to_owned(), ..DriftSeries::default() };
+    for bin in scored {
+        found.created_at.push(DateTime::from_timestamp_micros(bin.start).unwrap_or_default());
+        found.score.push(bin.score);
+        found.count.push(bin.count);
+        found.reference_count.push(bin.reference_count);
+        found.threshold.push(bin.threshold);
+        found.over.push(bin.threshold.is_some_and(|threshold| bin.score.abs() > threshold));
+    }
+    let lasting = found.over.windows(LASTING).position(|bins| bins.iter().all(|over| *over));
+    found.since = lasting.and_then(|first| found.created_at.get(first).copied());
+    let bins = found.created_at.iter().zip(&found.score).filter(|(_, score)| score.is_finite());
+    let bins: Vec<(&DateTime<Utc>, &f64)> = bins.collect();
+    let steps = bins.windows(2).filter_map(|pair| match pair {
+        [(_, from), (time, to)] => Some(Step { created_at: **time, from: **from, to: **to }),
+        _ => None,
+    });
+    found.largest_step = steps.max_by(|a, b| (a.to - a.from).abs().total_cmp(&(b.to - b.from).abs()));
+    found
+}
+
+pub(super) fn answer(query: &DriftQuery, mut series: Vec<DriftSeries>) -> Drift {
+    series.sort_by(|a, b| b.highest().total_cmp(&a.highest()));
+    series.truncate(query.most().unwrap_or(usize::MAX));
+    Drift {
+        kind: query.kind(),
+        measure: query.measure().name(),
+        against: query.against().to_string(),
+        smoothing: (query.kind() == Kind::psi()).then(|| query.smoothing().name()),
+        threshold_rule: query.threshold().to_string(),
+        series,
+    }
+}
+
+impl DriftSeries {
+    /// The highest score, whatever its sign; minus infinity if there is none.
+    #[must_use]
+    pub fn highest(&self) -> f64 {
+        let scores = self.score.iter().map(|score| score.abs()).filter(|score| !score.is_nan());
+        scores.fold(f64::NEG_INFINITY, f64::max)
+    }
+
+    /// The bin of the highest score.
+    #[must_use]
+    pub fn highest_at(&self) -> Option<DateTime<Utc>> {
+        let highest = self.highest();
+        let at = self.score.iter().position(|score| score.abs() == highest)?;
+        self.created_at.get(at).copied()
+    }
+
+    /// How many bins are over.
+    #[must_use]
+    pub fn bins_over(&self) -> usize {
+        self.over.iter().filter(|over| **over).count()
+    }
+}
+
+impl Drift {
+    /// `feature` or `metric`.
+    fn series_name(&self) -> &'static str {
+        if self.kind == Kind::custom() { "metric" } else { "feature" }
+    }
+
+    /// A row for each bin: `created_at`, `feature` (or `metric`), `score`, `count`, `reference_count`, `threshold`, `over`; the series that moved most
+    /// first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Encode`] if that is more than Arrow holds.
+    pub fn rows(&self) -> Result<RecordBatch> {
+        let all = || self.series.iter();
+        let times = all().flat_map(|series| &series.created_at).copied();
+        let names = all().flat_map(|series| std::iter::repeat_n(series.name.as_str(), series.score.len()));
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("created_at", instants(times.map(Some))),
+            (self.series_name(), Arc::new(names.map(Some).collect::<StringArray>())),
+            ("score", numbers(all().flat_map(|series| &series.score).copied())),
+            ("count", Arc::new(all().flat_map(|series| &series.count).copied().collect::<Int64Array>())),
+            (
+                "reference_count",
+                Arc::new(all().flat_map(|series| &series.reference_count).copied().collect::<Int64Array>()),
+            ),
+            (
+                "threshold",
+                Arc::new(all().flat_map(|series| &series.threshold).copied().collect::<Float64Array>()),
+            ),
+            (
+                "over",
+                Arc::new(all().flat_map(|series| &series.over).copied().map(Some).collect::<BooleanArray>()),
+            ),
+        ];
+        RecordBatch::try_from_iter_with_nullable(
+            columns.into_iter().map(|(name, column)| (name, column, true)),
+        )
+        .map_err(failed)
+    }
+
+    /// A row for each series: `feature` (or `metric`), `highest` score and when (`highest_at`), `bins`, `bins_over`, `since` (the first bin over
+    /// that lasted), `largest_step` and when (`largest_step_at`); the one that moved most first.
+    ///
+    /// # Errors
+    ///
+    /// As [`Drift::rows`].
+    pub fn summary(&self) -> Result<RecordBatch> {
+        let all = || self.series.iter();
+        let whole = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        let step = |series: &DriftSeries| series.largest_step.map(|step| step.to - step.from);
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            (
+                self.series_name(),
+                Arc::new(all().map(|series| Some(series.name.as_str())).collect::<StringArray>()),
+            ),
+            ("highest", numbers(all().map(DriftSeries::highest))),
+            ("highest_at", instants(all().map(DriftSeries::highest_at))),
+            ("bins", Arc::new(all().map(|series| whole(series.score.len())).collect::<Int64Array>())),
+            ("bins_over", Arc::new(all().map(|series| whole(series.bins_over())).collect::<Int64Array>())),
+            ("since", instants(all().map(|series| series.since))),
+            ("largest_step", Arc::new(all().map(step).collect::<Float64Array>())),
+            (
+                "largest_step_at",
+                instants(all().map(|series| series.largest_step.map(|step| step.created_at))),
+            ),
+        ];
+        RecordBatch::try_from_iter_with_nullable(
+            columns.into_iter().map(|(name, column)| (name, column, true)),
+        )
+        .map_err(failed)
+    }
+}
+
+fn failed(source: ArrowError) -> Error {
+    Error::Encode { context: "building the answer".to_owned(), source: Box::new(source) }
+}
+
+fn instants(times: impl Iterator<Item = Option<DateTime<Utc>>>) -> ArrayRef {
+    let micros = times.map(|time| time.map(|time| time.timestamp_micros()));
+    Arc::new(micros.collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
+}
+
+/// What is no score is null.
+fn numbers(scores: impl Iterator<Item = f64>) -> ArrayRef {
+    let known = |score: f64| (!score.is_nan() && score != f64::NEG_INFINITY).then_some(score);
+    Arc::new(scores.map(known).collect::<Float64Array>())
+}
+
+impl Serialize for DriftSeries {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("created_at", &self.created_at)?;
+        map.serialize_entry("score", &self.score)?;
+        map.serialize_entry("count", &self.count)?;
+        // Of most references it is the same for all bins.
+        match self.reference_count.split_first() {
+            Some((first, rest)) if rest.iter().all(|count| count == first) => {
+                map.serialize_entry("reference_count", first)?;
+            }
+            _ => map.serialize_entry("reference_count", &self.reference_count)?,
+        }
+        map.serialize_entry("threshold", &self.threshold)?;
+        map.serialize_entry("over", &self.over)?;
+        map.serialize_entry("since", &self.since)?;
+        map.serialize_entry("largest_step", &self.largest_step)?;
+        map.end()
+    }
+}
+
+/// The series, by name, in their order.
+struct ByName<'a>(&'a [DriftSeries]);
+
+impl Serialize for ByName<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|series| (&series.name, series)))
+    }
+}
+
+impl Serialize for Drift {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("measure", self.measure)?;
+        map.serialize_entry("against", &self.against)?;
+        map.serialize_entry("smoothing", &self.smoothing)?;
+        map.serialize_entry("threshold_rule", &self.threshold_rule)?;
+        map.serialize_entry(
+            if self.kind == Kind::custom() { "metrics" } else { "features" },
+            &ByName(&self.series),
+        )?;
+        map.end()
+    }
+}

@@ -1,0 +1,79 @@
+//! What a model was trained with, as Scouter keeps it (`drift_profile.profile`).
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::measures::Sample;
+use crate::tables::Kind;
+use crate::{Error, Result};
+
+/// A profile of a model's drift.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Profile(Value);
+
+#[derive(Debug, Deserialize)]
+struct Features<T> {
+    features: BTreeMap<String, T>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PsiFeature {
+    bins: Vec<PsiBin>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PsiBin {
+    id: i32,
+    proportion: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct SpcFeature {
+    center: f64,
+    three_ucl: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct CustomMetrics {
+    metrics: BTreeMap<String, f64>,
+}
+
+/// Standard deviations between the centre of a process and its outer limit.
+const OUTER_LIMIT: f64 = 3.0;
+
+impl Profile {
+    /// A profile as Scouter writes it, in JSON.
+    #[must_use]
+    pub const fn new(json: Value) -> Self {
+        Self(json)
+    }
+
+    /// What rows of a kind are compared with, by feature or metric: shares of bins, the centre and the deviation of a process, or
+    /// the value of a metric.
+    pub(super) fn samples(&self, kind: Kind) -> Result<BTreeMap<String, Sample>> {
+        let wrong = |error: serde_json::Error| Error::Query {
+            detail: format!("this is no {} profile of Scouter ({error})", kind.name()),
+        };
+        if kind == Kind::psi() {
+            let found = Features::<PsiFeature>::deserialize(&self.0).map_err(wrong)?;
+            let shares =
+                |feature: PsiFeature| feature.bins.iter().map(|bin| (bin.id, bin.proportion)).collect();
+            return Ok(found
+                .features
+                .into_iter()
+                .map(|(name, feature)| (name, Sample::Shares(shares(feature))))
+                .collect());
+        }
+        if kind == Kind::spc() {
+            let found = Features::<SpcFeature>::deserialize(&self.0).map_err(wrong)?;
+            let centre = |feature: SpcFeature| {
+                Sample::Centre(feature.center, Some((feature.three_ucl - feature.center) / OUTER_LIMIT))
+            };
+            return Ok(found.features.into_iter().map(|(name, feature)| (name, centre(feature))).collect());
+        }
+        let found = CustomMetrics::deserialize(&self.0).map_err(wrong)?;
+        Ok(found.metrics.into_iter().map(|(name, value)| (name, Sample::Centre(value, None))).collect())
+    }
+}
