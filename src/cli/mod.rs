@@ -3,6 +3,7 @@
 mod check;
 mod columns;
 mod completions;
+mod drift;
 mod flags;
 mod notify;
 mod output;
@@ -30,6 +31,7 @@ use crate::error::{Error, Policy, Result};
 use crate::failpoint;
 use crate::telemetry::{self, LogFormat};
 use completions::ShellName;
+use drift::DriftFlags;
 use flags::SettingFlags;
 use output::Style;
 use purge::PurgeFlags;
@@ -108,7 +110,7 @@ Exit code of check: 0 all is well, 1 warnings, 2 errors.
 Exit code of verify: 0 equal, 1 different or not compared, 2 failed.
 Exit code of purge: 0 all that is past retention is gone (or can be), 1 something is blocked, 2 failed.";
 
-#[derive(Clone, PartialEq, Eq, Subcommand)]
+#[derive(Clone, PartialEq, Subcommand)]
 enum Command {
     /// Archive until told to stop; what `highwater` does without a subcommand
     Run,
@@ -128,6 +130,8 @@ enum Command {
     Resync(ResyncFlags),
     /// Read the history of a model, in bins of time
     Query(Box<QueryFlags>),
+    /// Tell how far a model has moved from a reference, which of its series most, and since when
+    Drift(Box<DriftFlags>),
     /// List the models of the archive, with their times and rows
     Entities,
     /// Ask the archive in SQL (DataFusion's dialect)
@@ -241,6 +245,9 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
             Some(Command::Verify(flags)) => verify::verify(&config, flags, cli.format.of_report()?).await,
             Some(Command::Query(flags)) => {
                 query::query(&config, flags, style).await.map(|()| ExitCode::SUCCESS)
+            }
+            Some(Command::Drift(flags)) => {
+                drift::drift(&config, flags, style).await.map(|()| ExitCode::SUCCESS)
             }
             Some(Command::Entities) => query::entities(&config, style).await.map(|()| ExitCode::SUCCESS),
             Some(Command::Sql(flags)) if cli.apart => {

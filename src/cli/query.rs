@@ -18,6 +18,50 @@ use crate::error::{Error, Result};
 use crate::reader::{Archive, BinnedQuery, Bins, Stat, TableQuery, When, zone};
 use crate::tables::{Entity, Kind};
 
+/// Which rows, and in which bins.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct RangeFlags {
+    /// Only rows from this time on: RFC 3339, a date, or -30d for 30 days ago
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    from: When,
+
+    /// Only rows before this time [default: now]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    to: Option<When>,
+
+    /// Length of the bins, such as 30s, 15m or 6h; or 1d, 1w, 1mo, 1y for days, weeks from Monday, months and years
+    #[arg(long, value_name = "LENGTH", conflicts_with = "points")]
+    bin: Option<Bins>,
+
+    /// The time zone in which days begin, such as Europe/Berlin
+    #[arg(long, value_name = "ZONE", value_parser = zone, default_value = "UTC")]
+    tz: Tz,
+
+    /// Choose the shortest round length of which there are at most so many bins
+    #[arg(long, default_value_t = 500)]
+    points: u32,
+}
+
+impl RangeFlags {
+    pub(super) fn range(&self) -> Result<(DateTime<Utc>, DateTime<Utc>)> {
+        let end = self.to.map(|to| self.time(to)).transpose()?;
+        Ok((self.time(self.from)?, end.unwrap_or_else(Utc::now)))
+    }
+
+    pub(super) fn time(&self, when: When) -> Result<DateTime<Utc>> {
+        when.time(self.tz, Utc::now())
+    }
+
+    pub(super) fn bins(&self, start: DateTime<Utc>, end: DateTime<Utc>) -> Result<Bins> {
+        match self.bin {
+            Some(bins) => Ok(bins.within(self.tz)),
+            None => {
+                Bins::at_most_in(self.tz, self.points, (start.timestamp_micros(), end.timestamp_micros()))
+            }
+        }
+    }
+}
+
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub(super) struct QueryFlags {
     /// What to read: custom (mean of each metric, with a standard deviation to both sides), psi (proportions of each feature's
@@ -53,25 +97,8 @@ pub(super) struct QueryFlags {
     #[arg(long, value_name = "STATS", value_delimiter = ',', default_value = "mean", requires = "value")]
     stat: Vec<StatName>,
 
-    /// Only rows from this time on: RFC 3339, a date, or -30d for 30 days ago
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
-    from: When,
-
-    /// Only rows before this time [default: now]
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
-    to: Option<When>,
-
-    /// Length of the bins, such as 30s, 15m or 6h; or 1d, 1w, 1mo, 1y for days, weeks from Monday, months and years
-    #[arg(long, value_name = "LENGTH", conflicts_with = "points")]
-    bin: Option<Bins>,
-
-    /// The time zone in which days begin, such as Europe/Berlin
-    #[arg(long, value_name = "ZONE", value_parser = zone, default_value = "UTC")]
-    tz: Tz,
-
-    /// Choose the shortest round length of which there are at most so many bins
-    #[arg(long, default_value_t = 500)]
-    points: u32,
+    #[command(flatten)]
+    range: RangeFlags,
 
     /// Also read the rows from Postgres that are not archived yet: the answer is complete up to now
     #[arg(long, conflicts_with = "value")]
@@ -157,29 +184,14 @@ impl QueryFlags {
             name: part("--name", &self.name)?,
             version: part("--version", &self.version)?,
         };
-        let (start, end) = self.range()?;
-        Ok(BinnedQuery::new(entity, start, end, self.bins(start, end)?)?.of_series(self.metric.clone()))
-    }
-
-    fn range(&self) -> Result<(DateTime<Utc>, DateTime<Utc>)> {
-        let now = Utc::now();
-        let end = self.to.map(|to| to.time(self.tz, now)).transpose()?;
-        Ok((self.from.time(self.tz, now)?, end.unwrap_or(now)))
-    }
-
-    fn bins(&self, start: DateTime<Utc>, end: DateTime<Utc>) -> Result<Bins> {
-        match self.bin {
-            Some(bins) => Ok(bins.within(self.tz)),
-            None => {
-                Bins::at_most_in(self.tz, self.points, (start.timestamp_micros(), end.timestamp_micros()))
-            }
-        }
+        let (start, end) = self.range.range()?;
+        Ok(BinnedQuery::new(entity, start, end, self.range.bins(start, end)?)?.of_series(self.metric.clone()))
     }
 
     /// The question of a column of any table.
     fn table_query(&self, value: &str) -> Result<TableQuery> {
-        let (start, end) = self.range()?;
-        let query = TableQuery::new(self.table.as_str(), value, start, end, self.bins(start, end)?)?
+        let (start, end) = self.range.range()?;
+        let query = TableQuery::new(self.table.as_str(), value, start, end, self.range.bins(start, end)?)?
             .by(self.by.clone())
             .stats(self.stat.iter().copied().map(Stat::from));
         let entity = [("space", &self.space), ("name", &self.name), ("version", &self.version)];
@@ -230,7 +242,7 @@ pub(super) async fn query(config: &Config, flags: &QueryFlags, style: Style) -> 
     // Before anything is printed it must be known whether there is anything.
     let batches = frame.collect().await.map_err(Error::query("running the query"))?;
     let is_empty = batches.iter().all(|batch: &RecordBatch| batch.num_rows() == 0);
-    known(&archive, kind, &query, is_empty).await?;
+    known(&archive, kind.kind(), &query, is_empty).await?;
     print_rows(&schema, stream::iter(batches.into_iter().map(Ok)), style).await
 }
 
@@ -240,7 +252,7 @@ async fn collect(archive: &Archive, query: &BinnedQuery, kind: QueryKind, flags:
     match kind {
         QueryKind::Custom => {
             let found = archive.binned_custom(query).await?;
-            known(archive, kind, query, found.metrics.is_empty()).await?;
+            known(archive, kind.kind(), query, found.metrics.is_empty()).await?;
             match file {
                 Some(file) => Picture::custom(query, found)?.draw(file),
                 None => print_json(&found),
@@ -248,7 +260,7 @@ async fn collect(archive: &Archive, query: &BinnedQuery, kind: QueryKind, flags:
         }
         QueryKind::Psi => {
             let found = archive.binned_psi(query).await?;
-            known(archive, kind, query, found.is_empty()).await?;
+            known(archive, kind.kind(), query, found.is_empty()).await?;
             match file {
                 Some(file) => Picture::psi(query, found)?.draw(file),
                 None => print_json(&found),
@@ -256,7 +268,7 @@ async fn collect(archive: &Archive, query: &BinnedQuery, kind: QueryKind, flags:
         }
         QueryKind::Spc => {
             let found = archive.binned_spc(query).await?;
-            known(archive, kind, query, found.features.is_empty()).await?;
+            known(archive, kind.kind(), query, found.features.is_empty()).await?;
             match file {
                 Some(file) => Picture::spc(query, found)?.draw(file),
                 None => print_json(&found),
@@ -266,11 +278,11 @@ async fn collect(archive: &Archive, query: &BinnedQuery, kind: QueryKind, flags:
 }
 
 /// An empty answer must not hide a mistyped name.
-async fn known(archive: &Archive, kind: QueryKind, query: &BinnedQuery, is_empty: bool) -> Result<()> {
-    if is_empty { archive.check_entity(kind.kind(), query.entity()).await } else { Ok(()) }
+pub(super) async fn known(archive: &Archive, kind: Kind, query: &BinnedQuery, is_empty: bool) -> Result<()> {
+    if is_empty { archive.check_entity(kind, query.entity()).await } else { Ok(()) }
 }
 
-fn print_json(found: &impl Serialize) -> Result<()> {
+pub(super) fn print_json(found: &impl Serialize) -> Result<()> {
     print(&json(found)?)
 }
 

@@ -21,6 +21,7 @@ use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
+use super::drift;
 use crate::{Error, Result};
 
 /// Bytes of a text.
@@ -40,8 +41,11 @@ const TABLES_MAX: usize = 100;
 /// Functions that make a text or a list of any length of a few bytes.
 const MISSING: [&str; 6] = ["repeat", "lpad", "rpad", "array_repeat", "array_resize", "range"];
 
-/// Takes from a session what a stranger's SQL must not have.
-pub(super) fn restrict(session: &SessionContext) {
+/// Gives a session our functions, and takes from it what a stranger's SQL must not have.
+pub(super) fn prepare(session: &SessionContext) {
+    for function in drift::functions() {
+        session.register_udf(function);
+    }
     for name in MISSING {
         session.deregister_udf(name);
     }
@@ -350,7 +354,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn what_is_let_through_fits_on_the_stack() {
         let session = SessionContext::new();
-        restrict(&session);
+        prepare(&session);
         let operators = |most: usize| OPERATORS_MAX / most;
         let keywords = |most: usize| (KEYWORDS_MAX - 10) / most;
         let deep = [
@@ -415,7 +419,7 @@ mod tests {
     #[tokio::test]
     async fn queries_without_a_name_have_their_own_columns() {
         let session = SessionContext::new();
-        restrict(&session);
+        prepare(&session);
         for (text, wanted) in [
             ("select x from (select x + 1 as x from (select x + 1 as x from (select 1 as x)))", 3),
             (
@@ -441,7 +445,7 @@ mod tests {
     #[tokio::test]
     async fn functions_without_bound_and_recursion_are_missing() {
         let session = SessionContext::new();
-        restrict(&session);
+        prepare(&session);
         for (text, said) in [
             ("select repeat('x', 2000000000)", "repeat"),
             ("select lpad('x', 2000000000)", "lpad"),

@@ -42,7 +42,7 @@ pub(super) struct Scans {
 impl Tables {
     pub(super) fn new(views: Vec<Found>, runtime: &Arc<RuntimeEnv>, memory_bytes: usize) -> Result<Self> {
         let session = archive::session(Arc::clone(runtime), memory_bytes);
-        sql::restrict(&session);
+        sql::prepare(&session);
         let mut scans = Vec::new();
         for found in &views {
             let (kind, of_kind) = match found {

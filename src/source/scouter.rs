@@ -28,19 +28,20 @@ pub(crate) async fn entity_of(client: &Client, schema: &str, uid: &str) -> Resul
     row.map(of).transpose().map_err(failed())
 }
 
-/// The profile against which the population stability of a model is computed, as Scouter has it.
+/// The profile against which the drift of a model is measured, as Scouter has it: of `custom`, `psi` or `spc`.
 ///
 /// # Errors
 ///
 /// The query failed. A database that is not Scouter's has none of them, which is no error.
-pub(crate) async fn psi_profile(
+pub(crate) async fn profile(
     client: &Client,
     schema: &str,
     entity: &Entity,
+    drift_type: &str,
 ) -> Result<Option<serde_json::Value>> {
     let query = format!(
         "select profile::jsonb from {}.drift_profile
-         where (space, name, version) = ($1, $2, $3) and lower(drift_type) = 'psi' limit 1",
+         where (space, name, version) = ($1, $2, $3) and lower(drift_type) = $4 limit 1",
         quote_identifier(schema)
     );
     let failed = || {
@@ -48,7 +49,7 @@ pub(crate) async fn psi_profile(
             "reading the profile of a model (the role needs select on {schema}.drift_profile)"
         ))
     };
-    let row = client.query_opt(&query, &[&entity.space, &entity.name, &entity.version]).await;
+    let row = client.query_opt(&query, &[&entity.space, &entity.name, &entity.version, &drift_type]).await;
     let row = row.or_else(without_table).map_err(failed())?;
     row.map(|row| row.try_get(0)).transpose().map_err(failed())
 }

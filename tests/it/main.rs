@@ -21,6 +21,7 @@ mod connection;
 mod crash;
 mod described;
 mod docs;
+mod drift;
 mod earlier;
 mod embed;
 mod encodings;

@@ -71,8 +71,7 @@ impl Browser {
                 }
             }
         });
-        let mut browser =
-            Self { child, commands, answers: receiver, events, session: None, next: 0, folder: folder };
+        let mut browser = Self { child, commands, answers: receiver, events, session: None, next: 0, folder };
         let target =
             browser.command("Target.createTarget", json!({ "url": "about:blank" }))["targetId"].clone();
         let attached =

@@ -2,6 +2,7 @@
 
 mod check;
 mod coverage;
+mod drift;
 mod entities;
 mod openapi;
 mod query;
@@ -29,6 +30,7 @@ pub(super) fn routes() -> Router<Arc<Served>> {
         .route("/api/coverage", get(coverage::coverage))
         .route("/api/state", get(state::state))
         .route("/api/query/{table}", get(query::query))
+        .route("/api/drift/{table}", get(drift::drift))
         .route("/api/sql", get(sql::sql))
         .route("/scouter/drift/custom", get(scouter::custom))
         .route("/scouter/drift/psi", get(scouter::psi))

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::health;
 use super::super::params::Param;
-use super::{entities, query, scouter, sql};
+use super::{drift, entities, query, scouter, sql};
 
 /// A route as it is described.
 struct Route {
@@ -26,7 +26,7 @@ const JSON: &str = "application/json";
 const TEXT: &str = "text/plain";
 
 /// All routes but this one and the page.
-const ROUTES: [Route; 14] = [
+const ROUTES: [Route; 15] = [
     Route {
         path: "/livez",
         summary: "Whether the tasks run; also /healthz",
@@ -68,6 +68,13 @@ const ROUTES: [Route; 14] = [
         params: &[],
         content: &[JSON],
         statuses: &[503],
+    },
+    Route {
+        path: "/api/drift/{table}",
+        summary: "How far a model has moved from a reference, in bins of time (custom, psi, spc): what `highwater drift` answers",
+        params: &drift::DRIFT,
+        content: &[JSON],
+        statuses: &[304, 400, 404, 429, 503, 504],
     },
     Route {
         path: "/api/query/{table}",

@@ -120,17 +120,10 @@ enum Question {
 
 impl Asked {
     fn read(table: &str, given: &Given, allows_sql: bool) -> Result<Self, Problem> {
-        let (zone, now) =
-            (given.text("tz").map(zone).transpose().map_err(Problem::bad)?.unwrap_or(Tz::UTC), Utc::now());
-        let moment = |name: &str| {
-            let read = |text: &str| {
-                let when = text.parse::<When>();
-                let when = when.map_err(|why| Problem::bad(format!("{name} is {text:?}, which is {why}")))?;
-                Ok::<_, Problem>(when.time(zone, now)?)
-            };
-            given.text(name).map(read).transpose()
-        };
-        let (start, end) = (moment("from")?.unwrap_or_default(), moment("to")?.unwrap_or(now));
+        let zone = given.text("tz").map(zone).transpose().map_err(Problem::bad)?.unwrap_or(Tz::UTC);
+        let now = Utc::now();
+        let (start, end) = (moment(given, "from", (zone, now))?, moment(given, "to", (zone, now))?);
+        let (start, end) = (start.unwrap_or_default(), end.unwrap_or(now));
         let width = bins(given, zone, (start, end))?;
         let is_fresh = given.flag("fresh")?;
         if let Some(value) = given.text("value") {
@@ -150,13 +143,7 @@ impl Asked {
                 return Err(Problem::bad(format!("{name} goes with value only")));
             }
         }
-        // A name may be empty, and is not left out for that.
-        let part = |name: &str| {
-            let missing =
-                || Problem::bad(format!("{name} is missing: a model is a space, a name and a version"));
-            given.exact(name).map(str::to_owned).ok_or_else(missing)
-        };
-        let entity = Entity { space: part("space")?, name: part("name")?, version: part("version")? };
+        let entity = entity(given)?;
         let series = given.all("metric").into_iter().chain(given.all("feature"));
         let query = BinnedQuery::new(entity, start, end, width)?.of_series(series);
         let question = match table {
@@ -204,8 +191,37 @@ impl Asked {
     }
 }
 
+/// A time, if it was given.
+pub(super) fn moment(
+    given: &Given,
+    name: &str,
+    (zone, now): (Tz, DateTime<Utc>),
+) -> Result<Option<DateTime<Utc>>, Problem> {
+    let read = |text: &str| {
+        let when = text.parse::<When>();
+        let when = when.map_err(|why| Problem::bad(format!("{name} is {text:?}, which is {why}")))?;
+        Ok::<_, Problem>(when.time(zone, now)?)
+    };
+    given.text(name).map(read).transpose()
+}
+
+/// The model, which has to be given.
+pub(super) fn entity(given: &Given) -> Result<Entity, Problem> {
+    // A name may be empty, and is not left out for that.
+    let part = |name: &str| {
+        let missing = || Problem::bad(format!("{name} is missing: a model is a space, a name and a version"));
+        given.exact(name).map(str::to_owned).ok_or_else(missing)
+    };
+    Ok(Entity { space: part("space")?, name: part("name")?, version: part("version")? })
+}
+
 /// An empty answer must not hide a mistyped name.
-async fn known(archive: &Archive, kind: Kind, query: &BinnedQuery, is_empty: bool) -> Result<(), Problem> {
+pub(super) async fn known(
+    archive: &Archive,
+    kind: Kind,
+    query: &BinnedQuery,
+    is_empty: bool,
+) -> Result<(), Problem> {
     if !is_empty {
         return Ok(());
     }
@@ -215,7 +231,11 @@ async fn known(archive: &Archive, kind: Kind, query: &BinnedQuery, is_empty: boo
     })
 }
 
-fn bins(given: &Given, zone: Tz, (start, end): (DateTime<Utc>, DateTime<Utc>)) -> Result<Bins, Problem> {
+pub(super) fn bins(
+    given: &Given,
+    zone: Tz,
+    (start, end): (DateTime<Utc>, DateTime<Utc>),
+) -> Result<Bins, Problem> {
     let range = (start.timestamp_micros(), end.timestamp_micros());
     let points = given.parsed::<u32>("points", "a whole number")?;
     if points.is_some_and(|points| points > POINTS_MAX) {

@@ -8,13 +8,14 @@ use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use chrono::{DateTime, Duration, Utc};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::super::params::{Given, Param};
 use super::super::problem::Problem;
 use super::super::served::Served;
 use super::json;
 use super::query::POINTS_MAX;
+use crate::reader::drift::{Profile, ProfileShares};
 use crate::reader::{Archive, BinnedMetrics, BinnedQuery, FeatureBinProportions, SpcFeatures};
 use crate::source::scouter;
 use crate::tables::Entity;
@@ -45,9 +46,6 @@ const INTERVALS: [(&str, i64); 8] = [
     ("SevenDays", 10_080),
 ];
 
-/// Added to both shares of a bin before they are compared, as Scouter does it (`PsiMonitor::compute_psi`).
-const EPSILON: f64 = 1e-10;
-
 /// The means of each metric, with a standard deviation to both sides.
 pub(in crate::http) async fn custom(
     State(served): State<Arc<Served>>,
@@ -77,15 +75,14 @@ pub(in crate::http) async fn psi(
 ) -> Result<Response, Problem> {
     let (archive, query, entity) = ask(&served, query).await?;
     let Some(archive) = archive else { return json(&PsiAnswer::default()) };
-    let profile =
-        served.database(async |client, schema| scouter::psi_profile(client, schema, &entity).await).await?;
+    let profile = served
+        .database(async |client, schema| scouter::profile(client, schema, &entity, "psi").await)
+        .await?;
     let Some(profile) = profile else {
         let detail = "the database has no PSI profile of the model, which its index is computed against";
         return Err(Problem::new(StatusCode::NOT_FOUND, detail));
     };
-    let profile: Profile = serde_json::from_value(profile).map_err(|error| {
-        Problem::unavailable(format!("the model's PSI profile is not one that is understood ({error})"))
-    })?;
+    let profile = Profile::new(profile).shares().map_err(|error| Problem::unavailable(error.to_string()))?;
     let turn = served.turn().await?;
     turn.answer(json(&answer(
         &profile,
@@ -156,23 +153,6 @@ fn range(given: &Given, now: DateTime<Utc>) -> Result<(DateTime<Utc>, DateTime<U
     Ok((now - Duration::minutes(minutes), now))
 }
 
-/// What of a profile counts here.
-#[derive(Debug, Deserialize)]
-struct Profile {
-    features: BTreeMap<String, ProfileFeature>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ProfileFeature {
-    bins: Vec<ProfileBin>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ProfileBin {
-    id: i64,
-    proportion: f64,
-}
-
 #[derive(Debug, Default, PartialEq, Serialize)]
 struct PsiAnswer {
     features: BTreeMap<String, PsiFeature>,
@@ -187,42 +167,20 @@ struct PsiFeature {
 }
 
 /// Features that are not in the profile are left out, as in Scouter.
-fn answer(profile: &Profile, found: Vec<FeatureBinProportions>) -> PsiAnswer {
+fn answer(profile: &ProfileShares, found: Vec<FeatureBinProportions>) -> PsiAnswer {
     let features = found.into_iter().filter_map(|feature| {
-        let expected = profile.features.get(&feature.feature)?;
-        let psi = feature.bin_proportions.iter().map(|observed| index(&expected.bins, observed)).collect();
-        let overall_psi = index(&expected.bins, &feature.overall_proportions);
+        let index = |observed: &BTreeMap<i32, f64>| profile.psi(&feature.feature, observed);
+        let overall_psi = index(&feature.overall_proportions)?;
+        let psi = feature.bin_proportions.iter().filter_map(index).collect();
         let (created_at, bins) = (feature.created_at, feature.overall_proportions);
         Some((feature.feature, PsiFeature { created_at, psi, overall_psi, bins }))
     });
     PsiAnswer { features: features.collect() }
 }
 
-/// The sum of `(p - q) ln(p / q)` over the profile's bins.
-fn index(expected: &[ProfileBin], observed: &BTreeMap<i32, f64>) -> f64 {
-    let of = |bin: &ProfileBin| {
-        let observed =
-            i32::try_from(bin.id).ok().and_then(|id| observed.get(&id)).copied().unwrap_or_default();
-        let (p, q) = (bin.proportion + EPSILON, observed + EPSILON);
-        (p - q) * (p / q).ln()
-    };
-    expected.iter().map(of).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_index_is_scouters() {
-        let bins = [(1, 0.3), (2, 0.4), (3, 0.3)].map(|(id, proportion)| ProfileBin { id, proportion });
-        let observed = BTreeMap::from([(1, 0.2), (2, 0.4), (3, 0.4)]);
-        let expected = (0.3 - 0.2) * (0.3_f64 / 0.2).ln() + (0.3 - 0.4) * (0.3_f64 / 0.4).ln();
-        assert!((index(&bins, &observed) - expected).abs() < 1e-6);
-        // A bin that nothing fell into counts, one that the profile has not does not.
-        let other = BTreeMap::from([(1, 0.5), (9, 0.5)]);
-        assert!(index(&bins, &other) > 10.0);
-    }
 
     #[test]
     fn ranges_are_intervals_or_both_times() {

@@ -28,8 +28,8 @@ pub struct Drift {
     pub measure: &'static str,
     /// What the rows are compared with, as it is written.
     pub against: String,
-    /// What was done about empty bins; `None` of a measure that has no bins.
-    pub smoothing: Option<&'static str>,
+    /// What was done about empty bins.
+    pub smoothing: &'static str,
     /// What the thresholds are, as it is written.
     pub threshold_rule: String,
     /// The one that moved most first: by its highest score.
@@ -108,7 +108,7 @@ pub(super) fn answer(query: &DriftQuery, mut series: Vec<DriftSeries>) -> Drift 
         kind: query.kind(),
         measure: query.measure().name(),
         against: query.against().to_string(),
-        smoothing: (query.kind() == Kind::psi()).then(|| query.smoothing().name()),
+        smoothing: query.smoothing().name(),
         threshold_rule: query.threshold().to_string(),
         series,
     }
@@ -260,7 +260,7 @@ impl Serialize for Drift {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("measure", self.measure)?;
         map.serialize_entry("against", &self.against)?;
-        map.serialize_entry("smoothing", &self.smoothing)?;
+        map.serialize_entry("smoothing", self.smoothing)?;
         map.serialize_entry("threshold_rule", &self.threshold_rule)?;
         map.serialize_entry(
             if self.kind == Kind::custom() { "metrics" } else { "features" },

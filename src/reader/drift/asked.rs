@@ -1,13 +1,14 @@
 //! What is asked of drift.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use chrono::{DateTime, Duration, Utc};
 
 use super::profile::Profile;
 use super::shown;
-use crate::reader::BinnedQuery;
+use crate::reader::{BinnedQuery, When};
 use crate::tables::Kind;
 use crate::{Error, Result};
 
@@ -37,6 +38,66 @@ impl fmt::Display for Against {
             Self::Version(version) => write!(f, "version:{version}"),
             Self::Profile(_) => f.write_str("profile"),
         }
+    }
+}
+
+/// A reference as it is written.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Named {
+    Window(When, When),
+    Previous,
+    Ago(Duration),
+    Version(String),
+    /// Of a file, or Scouter's.
+    Profile(Option<PathBuf>),
+}
+
+impl FromStr for Named {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let refused = || {
+            format!(
+                "{text:?} is no reference: write 2026-01-01..2026-02-01, previous, -365d, version:1.3.0 or profile"
+            )
+        };
+        match text {
+            "previous" => return Ok(Self::Previous),
+            "profile" => return Ok(Self::Profile(None)),
+            _ => {}
+        }
+        if let Some(version) = text.strip_prefix("version:") {
+            return Ok(Self::Version(version.to_owned()));
+        }
+        if let Some(file) = text.strip_prefix("profile:") {
+            return Ok(Self::Profile(Some(file.into())));
+        }
+        if let Some((from, to)) = text.split_once("..") {
+            let when = |text: &str| text.parse::<When>().map_err(|_| refused());
+            return Ok(Self::Window(when(from)?, when(to)?));
+        }
+        let ago = text.strip_prefix('-').and_then(|ago| humantime::parse_duration(ago).ok());
+        ago.and_then(|ago| Duration::from_std(ago).ok()).map(Self::Ago).ok_or_else(refused)
+    }
+}
+
+impl Named {
+    /// The reference, unless it is a profile, which has to be read first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Query`] if it is one, or one of its times is none.
+    pub(crate) fn at(&self, time: impl Fn(When) -> Result<DateTime<Utc>>) -> Result<Against> {
+        Ok(match self {
+            Self::Window(from, to) => Against::Window(time(*from)?, time(*to)?),
+            Self::Previous => Against::Previous,
+            Self::Ago(ago) => Against::Ago(*ago),
+            Self::Version(version) => Against::Version(version.clone()),
+            Self::Profile(_) => {
+                let detail = "the profile of a file is read by the command line only".to_owned();
+                return Err(Error::Query { detail });
+            }
+        })
     }
 }
 
@@ -165,7 +226,8 @@ pub struct DriftQuery {
     query: BinnedQuery,
     against: Against,
     measure: Measure,
-    smoothing: Smoothing,
+    /// If it was asked for.
+    smoothing: Option<Smoothing>,
     threshold: Threshold,
     top: Option<usize>,
 }
@@ -184,8 +246,8 @@ impl DriftQuery {
             });
         }
         let measure = if kind == Kind::psi() { Measure::Psi } else { Measure::Smd };
-        let (smoothing, threshold) = (Smoothing::Scouter, Threshold::Chance(ALPHA));
-        Ok(Self { kind, query, against, measure, smoothing, threshold, top: None })
+        let threshold = Threshold::Chance(ALPHA);
+        Ok(Self { kind, query, against, measure, smoothing: None, threshold, top: None })
     }
 
     /// By this measure, with its own default for the threshold.
@@ -197,10 +259,10 @@ impl DriftQuery {
         self
     }
 
-    /// With this done about empty bins.
+    /// With this done about empty bins: of `psi`, and of `chi2` against a profile. The others need nothing.
     #[must_use]
     pub const fn smoothed(mut self, smoothing: Smoothing) -> Self {
-        self.smoothing = smoothing;
+        self.smoothing = Some(smoothing);
         self
     }
 
@@ -230,7 +292,13 @@ impl DriftQuery {
         if is_profile && self.measure == Measure::Ks {
             return wrong("a profile has no values that ks could be of".to_owned());
         }
-        if is_profile && of_counts && self.smoothing == Smoothing::Count {
+        if self.smoothing.is_some() && !self.is_smoothed() {
+            return wrong(format!(
+                "{} needs no smoothing here: it is finite whatever is empty",
+                self.measure.name()
+            ));
+        }
+        if is_profile && self.smoothing == Some(Smoothing::Count) {
             return wrong(
                 "a profile has shares and no counts to add 1 to: choose another smoothing".to_owned(),
             );
@@ -271,10 +339,17 @@ impl DriftQuery {
         self.measure
     }
 
+    /// Whether bins of nothing have to be thought of.
+    fn is_smoothed(&self) -> bool {
+        let is_profile = matches!(self.against, Against::Profile(_));
+        self.measure == Measure::Psi || (self.measure == Measure::Chi2 && is_profile)
+    }
+
     /// What is done about empty bins.
     #[must_use]
-    pub const fn smoothing(&self) -> Smoothing {
-        self.smoothing
+    pub fn smoothing(&self) -> Smoothing {
+        let default = if self.is_smoothed() { Smoothing::Scouter } else { Smoothing::Off };
+        self.smoothing.unwrap_or(default)
     }
 
     /// From where on they are over.

@@ -1,10 +1,9 @@
 //! Measures of drift as functions in SQL, of two lists of counts or shares.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array};
-use arrow::compute::cast;
+use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field, Float64Type};
 use datafusion::error::{DataFusionError, Result};
 use datafusion::logical_expr::{
@@ -18,8 +17,7 @@ use super::{Measure, Smoothing};
 pub(in crate::reader) fn functions() -> impl Iterator<Item = ScalarUDF> {
     let measures = [Measure::Psi, Measure::Js, Measure::Hellinger, Measure::Tvd, Measure::Chi2];
     measures.into_iter().map(|measure| {
-        let list = || DataType::List(Arc::new(Field::new_list_field(DataType::Float64, true)));
-        let signature = Signature::exact(vec![list(), list()], Volatility::Immutable);
+        let signature = Signature::any(2, Volatility::Immutable);
         ScalarUDF::from(OfLists { measure, signature })
     })
 }
@@ -47,10 +45,22 @@ impl ScalarUDFImpl for OfLists {
         let [reference, current]: [ArrayRef; 2] = ColumnarValue::values_to_arrays(&arguments.args)?
             .try_into()
             .map_err(|_| DataFusionError::Internal(format!("{} takes two lists", self.name())))?;
+        let lists = |array: &ArrayRef| {
+            let numbers = DataType::List(Arc::new(Field::new_list_field(DataType::Float64, true)));
+            let wrong = || DataFusionError::Execution(format!("{} is of two lists of numbers", self.name()));
+            match array.data_type() {
+                DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(..) | DataType::Null => {
+                }
+                _ => return Err(wrong()),
+            }
+            // What is no number is an error, and not a null.
+            let options = CastOptions { safe: false, ..CastOptions::default() };
+            cast_with_options(array, &numbers, &options).map_err(|_| wrong())
+        };
+        let (reference, current) = (lists(&reference)?, lists(&current)?);
         let list = |array: &ArrayRef, row: usize| -> Result<Option<Vec<f64>>> {
             let lists = array.as_list_opt::<i32>().filter(|lists| lists.is_valid(row));
             let Some(values) = lists.map(|lists| lists.value(row)) else { return Ok(None) };
-            let values = cast(&values, &DataType::Float64)?;
             let values = values.as_primitive::<Float64Type>();
             // A null is a bin of nothing.
             Ok(Some(values.iter().map(Option::unwrap_or_default).collect()))
@@ -68,7 +78,8 @@ impl ScalarUDFImpl for OfLists {
                 );
                 return Err(DataFusionError::Execution(detail));
             }
-            Ok(weigh(self.measure, Smoothing::Scouter, &reference, &current).filter(|score| !score.is_nan()))
+            let smoothing = if self.measure == Measure::Psi { Smoothing::Scouter } else { Smoothing::Off };
+            Ok(weigh(self.measure, smoothing, &reference, &current).filter(|score| !score.is_nan()))
         };
         let scores = (0..reference.len()).map(score).collect::<Result<Float64Array>>()?;
         Ok(ColumnarValue::Array(Arc::new(scores)))

@@ -144,6 +144,15 @@ fn weight_of_all(sample: &Sample) -> f64 {
     sample.count().unwrap_or_default() as f64
 }
 
+/// The population stability index of shares, as Scouter has it.
+pub(super) fn score_of_shares(profile: &Sample, observed: &BTreeMap<i32, f64>) -> f64 {
+    let observed = Sample::Shares(observed.clone());
+    let ids = ids(profile, &observed);
+    let weights = |sample: &Sample| ids.iter().map(|id| weight(sample, *id)).collect::<Vec<f64>>();
+    let shares = Shares::new(Smoothing::Scouter, (&weights(profile), false), (&weights(&observed), 1.0));
+    shares.map_or(0.0, |shares| shares.score(Measure::Psi))
+}
+
 /// The score of two lists of weights of the same bins; `None` if one is empty.
 pub(super) fn weigh(
     measure: Measure,

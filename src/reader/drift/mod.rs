@@ -19,10 +19,12 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, SecondsFormat, Utc};
 
 pub use answer::{Drift, DriftSeries, Step};
+pub(crate) use asked::Named;
 pub use asked::{Against, DriftQuery, Measure, Smoothing, Threshold};
 pub(super) use functions::functions;
 use measures::{Sample, score, significant};
 pub use profile::Profile;
+pub(crate) use profile::ProfileShares;
 use samples::{Series, Source};
 
 use super::{Archive, BinnedQuery};

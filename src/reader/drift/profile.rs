@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::measures::Sample;
+use super::measures::{Sample, score_of_shares};
 use crate::tables::Kind;
 use crate::{Error, Result};
 
@@ -50,6 +50,15 @@ impl Profile {
         Self(json)
     }
 
+    /// The shares of each feature's bins.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Query`] if it is no profile of PSI.
+    pub(crate) fn shares(&self) -> Result<ProfileShares> {
+        self.samples(Kind::psi()).map(ProfileShares)
+    }
+
     /// What rows of a kind are compared with, by feature or metric: shares of bins, the centre and the deviation of a process, or
     /// the value of a metric.
     pub(super) fn samples(&self, kind: Kind) -> Result<BTreeMap<String, Sample>> {
@@ -75,5 +84,16 @@ impl Profile {
         }
         let found = CustomMetrics::deserialize(&self.0).map_err(wrong)?;
         Ok(found.metrics.into_iter().map(|(name, value)| (name, Sample::Centre(value, None))).collect())
+    }
+}
+
+/// What a profile says of the bins of features.
+#[derive(Debug)]
+pub(crate) struct ProfileShares(BTreeMap<String, Sample>);
+
+impl ProfileShares {
+    /// The population stability index of a feature's shares, as Scouter has it; `None` of a feature that is not in the profile.
+    pub(crate) fn psi(&self, feature: &str, observed: &BTreeMap<i32, f64>) -> Option<f64> {
+        self.0.get(feature).map(|profile| score_of_shares(profile, observed))
     }
 }

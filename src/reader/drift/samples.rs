@@ -9,7 +9,7 @@ use super::Measure;
 use super::measures::Sample;
 use crate::moments::{self, Moments};
 use crate::reader::columns::{Columns, each_batch};
-use crate::reader::query::{plain, series};
+use crate::reader::query::series;
 use crate::reader::version::planning;
 use crate::reader::{Archive, BinnedQuery, psi};
 use crate::tables::Kind;
