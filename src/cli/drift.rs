@@ -124,7 +124,7 @@ pub(super) async fn drift(config: &Config, flags: &DriftFlags, style: Style) -> 
     if let Some(top) = flags.top {
         asked = asked.top(top);
     }
-    let mut archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+    let mut archive = Archive::open_table(&config.storage, flags.table.name(), config.memory_bytes).await?;
     if flags.fresh {
         archive = archive.with_database(config.clone());
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use arrow::array::RecordBatch;
 use chrono::{DateTime, Utc};
 use chrono_tz::Tz;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use datafusion::dataframe::DataFrame;
 use futures::stream;
 use serde::Serialize;
@@ -93,9 +93,9 @@ pub(super) struct QueryFlags {
     #[arg(long = "where", value_name = "SQL", requires = "value")]
     condition: Option<String>,
 
-    /// What of the values, such as mean,min,max
+    /// What of the values: mean, min, max, count, sum, or a percentile such as p50 or p99.9; several with commas
     #[arg(long, value_name = "STATS", value_delimiter = ',', default_value = "mean", requires = "value")]
-    stat: Vec<StatName>,
+    stat: Vec<Stat>,
 
     #[command(flatten)]
     range: RangeFlags,
@@ -112,28 +112,6 @@ pub(super) struct QueryFlags {
     /// Only this metric (or feature); may be repeated
     #[arg(long, visible_alias = "feature", value_name = "NAME", conflicts_with = "value")]
     metric: Vec<String>,
-}
-
-/// What of a bin's values is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum StatName {
-    Mean,
-    Min,
-    Max,
-    Count,
-    Sum,
-}
-
-impl From<StatName> for Stat {
-    fn from(name: StatName) -> Self {
-        match name {
-            StatName::Mean => Self::Mean,
-            StatName::Min => Self::Min,
-            StatName::Max => Self::Max,
-            StatName::Count => Self::Count,
-            StatName::Sum => Self::Sum,
-        }
-    }
 }
 
 /// The kinds that have queries of their own.
@@ -193,7 +171,7 @@ impl QueryFlags {
         let (start, end) = self.range.range()?;
         let query = TableQuery::new(self.table.as_str(), value, start, end, self.range.bins(start, end)?)?
             .by(self.by.clone())
-            .stats(self.stat.iter().copied().map(Stat::from));
+            .stats(self.stat.iter().copied());
         let entity = [("space", &self.space), ("name", &self.name), ("version", &self.version)];
         let query = entity.into_iter().fold(query, |query, (column, text)| match text {
             Some(text) => query.equal(column, text),
@@ -209,7 +187,11 @@ impl QueryFlags {
 /// Prints what a column of any table is like, or draws it.
 async fn of_table(config: &Config, flags: &QueryFlags, value: &str, style: Style) -> Result<()> {
     let query = flags.table_query(value)?;
-    let archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+    let archive = match flags.condition {
+        // It may ask other tables.
+        Some(_) => Archive::open_within(&config.storage, config.memory_bytes).await?,
+        None => Archive::open_table(&config.storage, query.table(), config.memory_bytes).await?,
+    };
     match &flags.plot {
         Some(file) => {
             let found = archive.binned_table(&query).await?;
@@ -226,7 +208,7 @@ pub(super) async fn query(config: &Config, flags: &QueryFlags, style: Style) -> 
     }
     let kind = QueryKind::of(&flags.table)?;
     let query = flags.query()?;
-    let mut archive = Archive::open_within(&config.storage, config.memory_bytes).await?;
+    let mut archive = Archive::open_table(&config.storage, kind.kind().name(), config.memory_bytes).await?;
     if flags.fresh {
         archive = archive.with_database(config.clone());
     }

@@ -15,6 +15,7 @@ mod access;
 mod api;
 mod compute;
 mod health;
+mod kept;
 mod metrics;
 mod params;
 mod problem;

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::body::{self, Body};
+use axum::body::{self, Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures::stream;
@@ -15,9 +15,11 @@ use tokio::time::timeout;
 use tokio_postgres::Client;
 
 use super::compute::Compute;
+use super::kept::Kept;
 use super::problem::Problem;
 use super::report::LastReport;
 use super::requests::Requests;
+use super::tag::Tag;
 use crate::apart;
 use crate::archive::{self, Storage};
 use crate::archiver::Archiver;
@@ -69,6 +71,7 @@ pub(super) struct Served {
     entities: Mutex<(Versions, Arc<Vec<EntitySummary>>)>,
     pub(super) report: LastReport,
     pub(super) compute: Compute,
+    pub(super) kept: Kept,
     turns: Arc<Semaphore>,
     /// For short questions.
     session: Mutex<Session>,
@@ -120,6 +123,7 @@ impl Served {
             entities: Mutex::default(),
             report: LastReport::default(),
             compute: Compute::default(),
+            kept: Kept::default(),
             turns: Arc::new(Semaphore::new(QUERIES_MAX)),
             session: Mutex::new(session),
             _watching: watching,
@@ -242,9 +246,31 @@ pub(super) struct Turn {
 impl Turn {
     /// The answer, which ends the turn when it is sent, or given up.
     pub(super) async fn answer(self, response: Response) -> Result<Response, Problem> {
+        self.answer_to(response, |_, _| ()).await
+    }
+
+    /// The same of an answer that has a tag, and is kept under it.
+    pub(super) async fn tagged(
+        self,
+        response: Response,
+        tag: &Tag,
+        kept: &Kept,
+    ) -> Result<Response, Problem> {
+        let response = self.answer_to(response, |kind, bytes| kept.keep(tag, kind, bytes)).await?;
+        Ok(tag.put_into(response))
+    }
+
+    async fn answer_to(
+        self,
+        response: Response,
+        seen: impl FnOnce(HeaderValue, Bytes),
+    ) -> Result<Response, Problem> {
         let (mut parts, body) = response.into_parts();
         let bytes = body::to_bytes(body, ANSWER_BYTES_MAX).await;
         let bytes = bytes.map_err(|_| Problem::too_large(ANSWER_BYTES_MAX))?;
+        if let Some(kind) = parts.headers.get(header::CONTENT_TYPE).filter(|_| parts.status.is_success()) {
+            seen(kind.clone(), bytes.clone());
+        }
         parts.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
         let pieces = stream::unfold((bytes, self), |(mut bytes, turn)| async {
             let length = bytes.len().min(PIECE_BYTES);

@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use super::problem::Problem;
 
 /// What an answer is made of: the versions of the tables that it reads, and all that was asked. Equal ones have equal answers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tag(String);
 
 impl Tag {

@@ -18,11 +18,13 @@ pub mod drift;
 mod entities;
 mod fresh;
 mod load;
+mod open;
 mod psi;
 mod query;
 pub mod scouter;
 mod spc;
 mod sql;
+mod stat;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -38,7 +40,6 @@ use arrow::array::RecordBatch;
 use datafusion::dataframe::DataFrame;
 use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::logical_expr::{Expr, col};
-use futures::future::join_all;
 
 pub use bins::Bins;
 pub(crate) use bins::zone;
@@ -49,20 +50,18 @@ pub use entities::EntitySummary;
 pub use psi::FeatureBinProportions;
 pub use query::BinnedQuery;
 pub use spc::{SpcFeature, SpcFeatures};
-pub use table::{Stat, TableBins, TableQuery, TableSeries};
-use version::{Found, Tables, find, planning};
+pub use stat::{Quantile, Stat};
+pub use table::{TableBins, TableQuery, TableSeries};
+use version::{Found, Tables, all_of, find, planning};
 pub(crate) use when::{When, moment};
 
-use crate::archive::{self, Storage, View};
-use crate::config::{Config, ObjectStorageSettings};
+use crate::archive::{Storage, View};
+use crate::config::Config;
 use crate::tables::{Entity, Kind};
 use crate::{Error, Result};
 
 /// A snapshot of this age is refreshed by the next query: files that were merged away are deleted a day later.
 const AGE_MAX: Duration = Duration::from_hours(12);
-
-/// Logs that are read at a time.
-const READS_MAX: usize = 8;
 
 /// How often the database is asked again because rows were purged meanwhile. A second time is rare: the purge's horizon would
 /// have to move twice, which takes a checkpoint each.
@@ -117,58 +116,6 @@ impl fmt::Debug for Archive {
 }
 
 impl Archive {
-    /// Opens the archive at a storage URI at its newest version. Nothing is written.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Setting`] if there is no archive, [`Error::Storage`] and [`Error::Delta`] if it can't be read.
-    pub async fn open(settings: &ObjectStorageSettings) -> Result<Self> {
-        Self::open_within(settings, archive::MEMORY_BYTES).await
-    }
-
-    /// The same with so many bytes of memory for what all queries of it sort, group and join; what doesn't fit goes to disk,
-    /// or ends the query.
-    ///
-    /// # Errors
-    ///
-    /// As [`Archive::open`].
-    pub async fn open_within(settings: &ObjectStorageSettings, memory_bytes: usize) -> Result<Self> {
-        Self::new(Storage::open_existing(settings)?, memory_bytes).await
-    }
-
-    /// The same in a storage that is open already: over a store of your own, say, that counts, caches or limits requests.
-    ///
-    /// # Errors
-    ///
-    /// As [`Archive::open`].
-    pub async fn open_in(storage: Storage) -> Result<Self> {
-        Self::new(storage, archive::MEMORY_BYTES).await
-    }
-
-    /// The same with so many bytes of memory for its queries.
-    pub(crate) async fn open_in_within(storage: Storage, memory_bytes: usize) -> Result<Self> {
-        Self::new(storage, memory_bytes).await
-    }
-
-    async fn new(storage: Storage, memory_bytes: usize) -> Result<Self> {
-        let mut kinds = Kind::built_in().to_vec();
-        for found in archive::described_tables(&storage).await? {
-            match found {
-                Ok(kind) => kinds.push(kind),
-                Err(error) => tracing::warn!("{}; the other tables can be read", error.chain()),
-            }
-        }
-        let views = all_of(kinds.into_iter().map(|kind| find(&storage, kind))).await?;
-        if views.iter().all(|view| view.as_ref().is_ok_and(|view| view.version().is_none())) {
-            return Err(archive::nothing_in(storage.url()));
-        }
-        let runtime = archive::runtime(&storage, memory_bytes).map_err(Error::query("preparing to read"))?;
-        let tables = RwLock::new(Arc::new(Tables::new(views, &runtime, memory_bytes)?));
-        let refreshing = tokio::sync::Mutex::new(());
-        let shared = Shared { storage, runtime, memory_bytes, tables, refreshing };
-        Ok(Self { shared: Arc::new(shared), database: None })
-    }
-
     /// The same archive, whose binned queries also have the rows that are committed in the database and not archived yet:
     /// every row that was committed before a query began is in its answer, once, whether `highwater run` is running or not.
     /// The configuration's database, schema, slot and memory count.
@@ -475,19 +422,5 @@ impl Archive {
 
     fn current(&self) -> Arc<Tables> {
         Arc::clone(&self.shared.tables.read().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up. So many at a time, since each
-/// blocks threads, and needs more of them to go on.
-async fn all_of<T>(reads: impl IntoIterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
-    let mut reads = reads.into_iter();
-    let mut results: Vec<Result<T>> = Vec::new();
-    loop {
-        let part: Vec<_> = reads.by_ref().take(READS_MAX).collect();
-        if part.is_empty() {
-            return results.into_iter().collect();
-        }
-        results.extend(join_all(part).await);
     }
 }

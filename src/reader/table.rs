@@ -11,6 +11,7 @@ use datafusion::dataframe::DataFrame;
 use datafusion::error::Result as QueryResult;
 use datafusion::functions::core::expr_ext::FieldAccessor as _;
 use datafusion::functions_aggregate::expr_fn::{count, max, min, sum};
+use datafusion::functions_aggregate::percentile_cont::percentile_cont;
 use datafusion::logical_expr::{Expr, cast, lit, when};
 use datafusion::prelude::SessionContext;
 use serde::Serialize;
@@ -19,39 +20,10 @@ use super::Bins;
 use super::columns::{Columns, each_batch};
 use super::query::{is_within, range};
 use super::sql;
+use super::stat::Stat;
 use crate::moments;
 use crate::tables::{ColumnSpec, ColumnType, Kind};
 use crate::{Error, Result};
-
-/// What of a bin's values is asked for. Nulls don't count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Stat {
-    /// The mean of numbers; of booleans the share of those that are true.
-    Mean,
-    /// The smallest.
-    Min,
-    /// The largest.
-    Max,
-    /// How many there are.
-    Count,
-    /// The sum of numbers; of booleans the number of those that are true.
-    Sum,
-}
-
-impl Stat {
-    /// Its name, and that of its column in an answer.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Mean => "mean",
-            Self::Min => "min",
-            Self::Max => "max",
-            Self::Count => "count",
-            Self::Sum => "sum",
-        }
-    }
-}
 
 /// What is asked of a table: the values of one column with `start <= time < end`, in bins of time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,7 +145,7 @@ impl TableQuery {
     fn check(&self, kind: Kind) -> Result<&'static ColumnSpec> {
         let value = self.column(kind, &self.value)?;
         for by in &self.by {
-            let is_taken = self.stats.iter().any(|stat| stat.name() == by) || kind.time_column() == by;
+            let is_taken = self.stats.iter().any(|stat| stat.name() == *by) || kind.time_column() == by;
             if is_taken || self.by.iter().filter(|other| *other == by).count() > 1 {
                 return Err(Self::wrong(format!("the answer would have two columns {by:?}")));
             }
@@ -183,7 +155,11 @@ impl TableQuery {
             value.column_type,
             ColumnType::Timestamp | ColumnType::String | ColumnType::Date | ColumnType::Binary
         );
-        match self.stats.iter().find(|stat| matches!(stat, Stat::Mean | Stat::Sum) && !is_number) {
+        match self
+            .stats
+            .iter()
+            .find(|stat| matches!(stat, Stat::Mean | Stat::Sum | Stat::Quantile(_)) && !is_number)
+        {
             None => Ok(value),
             Some(stat) => Err(Self::wrong(format!(
                 "there is no {} of {}, which holds no numbers; min, max and count there are",
@@ -239,19 +215,24 @@ pub(super) fn frame(kind: Kind, rows: DataFrame, query: &TableQuery) -> Result<D
             (Stat::Min, _) => min(column(&query.value)),
             (Stat::Max, _) => max(column(&query.value)),
             (Stat::Count, _) => count(value()),
+            // Of integers it would be one.
+            (Stat::Quantile(quantile), _) => {
+                let order = cast(value(), DataType::Float64).sort(true, false);
+                percentile_cont(order, lit(quantile.share()))
+            }
         };
         aggregate.alias(stat.name())
     };
     // Of no value there is no mean and no sum.
     let of_moments = |stat: &Stat, part: &str| {
-        let summary = || moments::summary(column(stat.name()));
+        let summary = || moments::summary(column(&stat.name()));
         when(summary().field("count").gt(lit(0_i64)), summary().field(part)).end()
     };
     let stat = |stat: &Stat| {
         let answer = match (stat, spec.column_type) {
             (Stat::Mean, _) => of_moments(stat, "mean")?,
             (Stat::Sum, ColumnType::Double) => of_moments(stat, "sum")?,
-            _ => column(stat.name()),
+            _ => column(&stat.name()),
         };
         Ok(answer.alias(stat.name()))
     };
@@ -289,7 +270,7 @@ pub struct TableSeries {
     /// Starts of the bins that have rows, ascending.
     pub created_at: Vec<DateTime<Utc>>,
     /// The stats by their names, as numbers: a value for each bin, `None` where all values are null.
-    pub stats: BTreeMap<&'static str, Vec<Option<f64>>>,
+    pub stats: BTreeMap<String, Vec<Option<f64>>>,
 }
 
 /// Collects what [`frame`] describes.
@@ -308,7 +289,7 @@ pub(super) async fn collect(kind: Kind, frame: DataFrame, query: &TableQuery) ->
         };
         let times = Columns::of(batch).times(kind.time_column())?;
         let by = query.by.iter().map(|name| of(name, &DataType::Utf8)).collect::<Result<Vec<_>>>()?;
-        let stats = query.stats.iter().map(|stat| Ok((stat.name(), of(stat.name(), &DataType::Float64)?)));
+        let stats = query.stats.iter().map(|stat| Ok((stat.name(), of(&stat.name(), &DataType::Float64)?)));
         let stats = stats.collect::<Result<Vec<_>>>()?;
         for (row, time) in times.enumerate() {
             let text = |texts: &arrow::array::ArrayRef| {
@@ -324,7 +305,7 @@ pub(super) async fn collect(kind: Kind, frame: DataFrame, query: &TableQuery) ->
             for (name, values) in &stats {
                 let values = values.as_primitive_opt::<Float64Type>();
                 let value = values.filter(|values| values.is_valid(row)).map(|values| values.value(row));
-                last.stats.entry(*name).or_default().push(value);
+                last.stats.entry(name.clone()).or_default().push(value);
             }
         }
         Ok(())

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use chrono::{DateTime, Utc};
 
 use super::*;
+use crate::archive;
 use crate::archive::tests::Observed;
 use crate::archive::{CommitNote, Namer, Table, encode, upload};
 use crate::batch::{Batches, Cell};
@@ -103,4 +104,42 @@ async fn a_query_reads_little_of_other_entities_and_nothing_of_other_days() {
     assert!(!archive.refresh().await.unwrap());
     let looks = observed.requests.load(Ordering::Relaxed) - before;
     assert!(looks <= 4, "{looks} requests to see that nothing is new");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::print_stderr, reason = "the figures themselves are worth a look")]
+async fn a_query_of_one_table_reads_no_other_log() {
+    let folder = tempfile::tempdir().unwrap();
+    let (observed, storage) = Observed::folder(folder.path());
+    fill(&storage).await;
+    for kind in [Kind::custom(), Kind::psi()] {
+        Table::claim(&storage, kind, "highwater/1/test", "session", Lsn(1)).await.unwrap();
+    }
+    let cost = || observed.requests.load(Ordering::Relaxed);
+    let before = cost();
+    let whole = Archive::open_in(storage.clone()).await.unwrap();
+    let all = cost() - before;
+    let before = cost();
+    let archive = Archive::of_table(storage.clone(), "spc", archive::MEMORY_BYTES).await.unwrap();
+    let one = cost() - before;
+    eprintln!("{one} requests for one table, {all} for all");
+    assert!(one * 5 < all * 2, "{one} of {all}");
+    let asked = query(4, 0..DAYS);
+    assert_eq!(archive.binned_spc(&asked).await.unwrap(), whole.binned_spc(&asked).await.unwrap());
+    assert_eq!(
+        archive.versions(),
+        [("spc", whole.versions().iter().find(|(name, _)| *name == "spc").unwrap().1)]
+    );
+    // A table without rows is one of all of them, and one that nobody knows is missed with the names of those there are.
+    assert!(
+        Archive::of_table(storage.clone(), "quarantine", archive::MEMORY_BYTES)
+            .await
+            .unwrap()
+            .versions()
+            .len()
+            > 1
+    );
+    assert!(
+        Archive::of_table(storage, "events", archive::MEMORY_BYTES).await.unwrap().kind_of("events").is_err()
+    );
 }

@@ -9,12 +9,16 @@ use datafusion::error::DataFusionError;
 use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::logical_expr::Expr;
 use datafusion::prelude::SessionContext;
+use futures::future::join_all;
 
 use super::broken::Broken;
 use super::sql;
 use crate::archive::{self, Scan, Storage, View};
 use crate::tables::{COMMITTED_AT, Kind, LSN};
 use crate::{Error, Result};
+
+/// Logs that are read at a time.
+const READS_MAX: usize = 8;
 
 /// What the name of a table's newest versions has behind the table's own.
 const LATEST_SUFFIX: &str = "_latest";
@@ -123,4 +127,20 @@ pub(super) async fn find(storage: &Storage, kind: Kind) -> Result<Found> {
 
 pub(super) fn planning(kind: Kind) -> impl FnOnce(DataFusionError) -> Error {
     Error::query(format!("preparing to read {}", kind.name()))
+}
+
+/// The results, or the first error, once all have ended: the Delta library's tasks don't bear to be given up. So many at a time, since each
+/// blocks threads, and needs more of them to go on.
+pub(super) async fn all_of<T>(
+    reads: impl IntoIterator<Item = impl Future<Output = Result<T>>>,
+) -> Result<Vec<T>> {
+    let mut reads = reads.into_iter();
+    let mut results: Vec<Result<T>> = Vec::new();
+    loop {
+        let part: Vec<_> = reads.by_ref().take(READS_MAX).collect();
+        if part.is_empty() {
+            return results.into_iter().collect();
+        }
+        results.extend(join_all(part).await);
+    }
 }

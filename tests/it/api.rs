@@ -92,6 +92,10 @@ async fn an_answer_that_has_not_changed_is_not_sent_again() {
     let again = site.clone().with("if-none-match", &tag);
     let unchanged = again.get(&path).await;
     assert_eq!((unchanged.status, unchanged.body.len(), unchanged.header("etag")), (304, 0, tag.as_str()));
+    // Whoever asks without a tag gets the same, which is kept.
+    let kept = site.get(&path).await;
+    assert_eq!((kept.status, &kept.body, kept.header("etag")), (200, &first.body, tag.as_str()));
+    assert_eq!(kept.header("content-type"), first.header("content-type"));
     // Another question, and the same one once more is archived.
     assert_eq!(again.get(&path.replace("365d", "366d")).await.status, 200);
     stage.assert_archived(DEADLINE).await;

@@ -76,7 +76,7 @@ impl Picture {
             let named = named.map(|(column, value)| format!("{column} {}", value.as_deref().unwrap_or("-")));
             let name = named.collect::<Vec<_>>().join(", ");
             let values = |stat: Stat| {
-                let values = series.stats.get(stat.name())?.iter();
+                let values = series.stats.get(&stat.name())?.iter();
                 Some(values.map(|value| drawable(value.unwrap_or(f64::NAN))).collect::<Vec<_>>())
             };
             let bounds = values(Stat::Min).zip(values(Stat::Max));
@@ -85,7 +85,7 @@ impl Picture {
             let name = if name.is_empty() { found.value.clone() } else { name };
             Panel::Line(Line { name, times: series.created_at.clone(), values: first, bounds })
         });
-        let stats: Vec<&str> = query.asked().iter().map(|stat| stat.name()).collect();
+        let stats: Vec<String> = query.asked().iter().map(|stat| stat.name()).collect();
         let what = format!("{}: {} of {}", found.table, stats.join(", "), found.value);
         Self::new(&what, query.bins(), query.range(), panels.collect())
     }

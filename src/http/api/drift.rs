@@ -65,8 +65,8 @@ pub(in crate::http) async fn drift(
     };
     // A profile may change, and is in the tag as it is.
     let tag = Tag::of(&archive.versions(), &format!("{asked:?}"));
-    if let Some(unchanged) = tag.unchanged(&headers) {
-        return Ok(unchanged);
+    if let Some(known) = tag.unchanged(&headers).or_else(|| served.kept.answer(&tag)) {
+        return Ok(known);
     }
     let turn = served.turn().await?;
     let answered = served.compute.run(async move {
@@ -74,7 +74,7 @@ pub(in crate::http) async fn drift(
         known(&archive, kind, asked.query(), found.series.is_empty()).await?;
         json(&found)
     });
-    Ok(tag.put_into(turn.answer(answered.await?).await?))
+    turn.tagged(answered.await?, &tag, &served.kept).await
 }
 
 async fn read(served: &Served, kind: Kind, given: &Given) -> Result<DriftQuery, Problem> {

@@ -43,7 +43,11 @@ pub(super) const QUERY: [Param; 15] = [
         "the column whose values are asked for; the table may then be any, and the model may be left out",
     ),
     Param::new("by", "for each value of this column; only with value").repeated(),
-    Param::new("stat", "what of the values: mean, min, max, count or sum; only with value").repeated(),
+    Param::new(
+        "stat",
+        "what of the values: mean, min, max, count, sum, or a percentile such as p50; only with value",
+    )
+    .repeated(),
     Param::new(
         "where",
         "only rows for which this SQL is true; only with value, and where HIGHWATER_HTTP_SQL is on",
@@ -83,8 +87,9 @@ pub(in crate::http) async fn query(
     };
     let form = Form::of(&headers);
     let tag = (!asked.is_fresh).then(|| Tag::of(&archive.versions(), &format!("{form:?}{asked:?}")));
-    if let Some(unchanged) = tag.as_ref().and_then(|tag| tag.unchanged(&headers)) {
-        return Ok(unchanged);
+    let known = |tag: &Tag| tag.unchanged(&headers).or_else(|| served.kept.answer(tag));
+    if let Some(known) = tag.as_ref().and_then(known) {
+        return Ok(known);
     }
     let turn = served.turn().await?;
     if asked.is_fresh {
@@ -96,11 +101,10 @@ pub(in crate::http) async fn query(
             Form::Arrow => arrow(asked.frame(&archive).await?).await,
         }
     });
-    let response = turn.answer(answered.await?).await?;
-    Ok(match tag {
-        Some(tag) => tag.put_into(response),
-        None => response,
-    })
+    match tag {
+        Some(tag) => turn.tagged(answered.await?, &tag, &served.kept).await,
+        None => turn.answer(answered.await?).await,
+    }
 }
 
 /// What is asked.
@@ -261,13 +265,8 @@ fn table_query(
     (start, end): (DateTime<Utc>, DateTime<Utc>),
     width: Bins,
 ) -> Result<TableQuery, Problem> {
-    let names = [Stat::Mean, Stat::Min, Stat::Max, Stat::Count, Stat::Sum];
-    let stats = given.all("stat").into_iter().map(|name| {
-        let stat = names.into_iter().find(|stat| stat.name() == name);
-        stat.ok_or_else(|| {
-            Problem::bad(format!("stat is {name:?}, but must be mean, min, max, count or sum"))
-        })
-    });
+    let stats = given.all("stat").into_iter();
+    let stats = stats.map(|name| name.parse::<Stat>().map_err(|why| Problem::bad(format!("stat: {why}"))));
     let stats = stats.collect::<Result<Vec<Stat>, Problem>>()?;
     let query = TableQuery::new(table, value, start, end, width)?.by(given.all("by")).stats(stats);
     let query =
