@@ -59,6 +59,7 @@
 //! | [`error`] | every failure, and whether it is worth a retry |
 //! | [`lsn`] | positions in the log |
 //! | [`tables`] | what is archived: tables, their columns, entities, windows of time |
+//! | `moments` | exact sums, and what comes of them |
 //! | [`config`] | what was typed, then [`Config`], checked once |
 //! | [`telemetry`] | logs |
 //! | `vitals` | what a running archiver counts, and how old its rows are |

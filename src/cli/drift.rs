@@ -1,7 +1,11 @@
 //! `highwater drift`: how far a model has moved, which of its series most, and since when.
 
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
 use arrow::array::RecordBatch;
-use clap::Args;
+use clap::{Args, value_parser};
 use futures::stream;
 
 use super::OutputFormat;
@@ -51,14 +55,14 @@ pub(super) struct DriftFlags {
     #[arg(long)]
     smoothing: Option<Smoothing>,
 
-    /// From where on a bin is over: a number, chi2:0.05 (what chance passes so often) or sd:3 (of the reference's own scores)
+    /// From where on a bin is over: a number, chi2:0.05 (what chance exceeds so often) or sd:3 (of the reference's own scores)
     /// [default: chi2:0.05; 0.1 of tvd]
     #[arg(long)]
     threshold: Option<Threshold>,
 
-    /// Only the so many series that moved most
-    #[arg(long, value_name = "COUNT")]
-    top: Option<usize>,
+    /// Only this many series: those that moved most
+    #[arg(long, value_name = "COUNT", value_parser = value_parser!(u32).range(1..))]
+    top: Option<u32>,
 
     /// A row for each series, the one that moved most first: its highest score, how many bins are over, since when, and the largest step
     #[arg(long)]
@@ -86,8 +90,7 @@ fn kind(name: &str) -> Result<Kind, String> {
 async fn against(config: &Config, flags: &DriftFlags, entity: &Entity) -> Result<Against> {
     let profile = match &flags.against {
         Named::Profile(Some(file)) => {
-            let text = tokio::fs::read(file).await;
-            let text = text.map_err(Error::io(format!("reading {}", file.display())))?;
+            let text = read(file).map_err(Error::io(format!("reading the profile {:?}", file.display())))?;
             serde_json::from_slice(&text).map_err(|error| Error::Query {
                 detail: format!("{} is no profile: it is not JSON ({error})", file.display()),
             })?
@@ -102,6 +105,20 @@ async fn against(config: &Config, flags: &DriftFlags, entity: &Entity) -> Result
         named => return named.at(|when| flags.range.time(when)),
     };
     Ok(Against::Profile(Profile::new(profile)))
+}
+
+/// The most bytes of a profile.
+const PROFILE_BYTES_MAX: u64 = 64 << 20;
+
+/// A file that is one, and no more of it than a profile has.
+fn read(file: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(file)?.take(PROFILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > PROFILE_BYTES_MAX {
+        let limit = format!("it has more than {} MiB", PROFILE_BYTES_MAX >> 20);
+        return Err(std::io::Error::other(limit));
+    }
+    Ok(bytes)
 }
 
 /// Prints how far the model has moved.
@@ -122,7 +139,7 @@ pub(super) async fn drift(config: &Config, flags: &DriftFlags, style: Style) -> 
         asked = asked.over(threshold);
     }
     if let Some(top) = flags.top {
-        asked = asked.top(top);
+        asked = asked.top(top as usize);
     }
     let mut archive = Archive::open_table(&config.storage, flags.table.name(), config.memory_bytes).await?;
     if flags.fresh {

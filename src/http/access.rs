@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
@@ -56,9 +56,12 @@ const PROBES: [&str; 3] = ["/livez", "/readyz", "/healthz"];
 /// Lets through who may ask.
 pub(super) async fn admit(State(access): State<Arc<Access>>, mut request: Request, next: Next) -> Response {
     let refusal = match &access.to {
-        _ if request.headers().get_all(header::HOST).iter().count() > 1 => Some(two_hosts()),
+        _ if !has_one_host(&request) => Some(no_host()),
         HttpAccess::Anybody => None,
-        HttpAccess::Local => (!is_local(request.headers())).then(foreign_host),
+        HttpAccess::Local => {
+            let is_local = is_local(request.headers()) && request.uri().host().is_none_or(is_local_name);
+            (!is_local).then(foreign_host)
+        }
         HttpAccess::Token(token) => match has_token(request.headers(), token.reveal()) {
             true => None,
             false if PROBES.contains(&request.uri().path()) => {
@@ -101,14 +104,25 @@ fn is_local(headers: &HeaderMap) -> bool {
         Some((name, port)) if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,
     };
+    is_local_name(name)
+}
+
+fn is_local_name(name: &str) -> bool {
     let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     let is_name = name.eq_ignore_ascii_case("localhost") || name.to_ascii_lowercase().ends_with(".localhost");
     is_name || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// RFC 9112, section 3.2.
-fn two_hosts() -> Response {
-    Problem::bad("the request names more than one host").into_response()
+/// Whether the request names one host, as it has to from HTTP/1.1 on (RFC 9112, section 3.2).
+fn has_one_host(request: &Request) -> bool {
+    match request.headers().get_all(header::HOST).iter().count() {
+        0 => request.version() < Version::HTTP_11,
+        hosts => hosts == 1,
+    }
+}
+
+fn no_host() -> Response {
+    Problem::bad("the request has to name one host").into_response()
 }
 
 fn foreign_host() -> Response {

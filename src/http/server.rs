@@ -15,6 +15,7 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
 use hyper_util::service::TowerToHyperService;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
@@ -33,6 +34,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a client may take nothing of an answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What of an answer waits in a socket to be sent.
+const SEND_BUFFER_BYTES: usize = 256 << 10;
 
 /// The most bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 16 << 10;
@@ -174,6 +178,8 @@ fn connection(
     });
     // Small answers go out at once; without it they are slower, no more.
     let _ = stream.set_nodelay(true);
+    // Else megabytes lie in it, and a slow reader who takes of them is not seen to take anything.
+    let _ = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER_BYTES);
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(WRITE_TIMEOUT));
     http1::Builder::new()

@@ -12,7 +12,7 @@ use std::time::Duration;
 use arrow::array::{ArrayRef, TimestampMicrosecondArray};
 use arrow::datatypes::{DataType, TimeUnit};
 use chrono::{DateTime, Datelike as _, LocalResult, NaiveDate, NaiveDateTime, Offset as _, TimeZone as _};
-use chrono_tz::Tz;
+use chrono_tz::{TZ_VARIANTS, Tz};
 use datafusion::common::cast::as_timestamp_microsecond_array;
 use datafusion::error::Result as QueryResult;
 use datafusion::logical_expr::{
@@ -200,6 +200,19 @@ impl Bins {
         self.of(micros).1
     }
 
+    /// Start of the bin that holds the time which is so long before the start of a bin: a length, or days or months of the calendar.
+    pub(super) fn start_before(self, start: i64, ago: Self) -> i64 {
+        let local = naive(start.saturating_add(self.offset_at(start)));
+        let before = match ago.step {
+            Step::Length(length) => return self.start_of(start.saturating_sub(length)),
+            Step::Days(days) => local.checked_sub_signed(chrono::Duration::days(days)),
+            Step::Months(months) => {
+                local.checked_sub_months(chrono::Months::new(u32::try_from(months).unwrap_or(u32::MAX)))
+            }
+        };
+        self.start_of(before.map_or(CALENDAR.start, |before| from_local(self.zone, before)))
+    }
+
     /// The bin that holds a time.
     fn of(self, micros: i64) -> (i64, i64) {
         match self.step {
@@ -360,7 +373,8 @@ impl fmt::Display for Bins {
 
 /// A time zone by its name.
 pub(crate) fn zone(name: &str) -> std::result::Result<Tz, String> {
-    name.parse().map_err(|_| {
+    let found = TZ_VARIANTS.iter().find(|zone| zone.name().eq_ignore_ascii_case(name));
+    found.copied().ok_or_else(|| {
         format!("there is no time zone {name:?}; the names are those of IANA, such as Europe/Berlin")
     })
 }

@@ -20,6 +20,7 @@ mod fresh;
 mod load;
 mod open;
 mod psi;
+mod quantile;
 mod query;
 pub mod scouter;
 mod spc;

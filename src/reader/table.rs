@@ -11,7 +11,6 @@ use datafusion::dataframe::DataFrame;
 use datafusion::error::Result as QueryResult;
 use datafusion::functions::core::expr_ext::FieldAccessor as _;
 use datafusion::functions_aggregate::expr_fn::{count, max, min, sum};
-use datafusion::functions_aggregate::percentile_cont::percentile_cont;
 use datafusion::logical_expr::{Expr, cast, lit, when};
 use datafusion::prelude::SessionContext;
 use serde::Serialize;
@@ -19,8 +18,8 @@ use serde::Serialize;
 use super::Bins;
 use super::columns::{Columns, each_batch};
 use super::query::{is_within, range};
-use super::sql;
 use super::stat::Stat;
+use super::{quantile, sql};
 use crate::moments;
 use crate::tables::{ColumnSpec, ColumnType, Kind};
 use crate::{Error, Result};
@@ -215,11 +214,7 @@ pub(super) fn frame(kind: Kind, rows: DataFrame, query: &TableQuery) -> Result<D
             (Stat::Min, _) => min(column(&query.value)),
             (Stat::Max, _) => max(column(&query.value)),
             (Stat::Count, _) => count(value()),
-            // Of integers it would be one.
-            (Stat::Quantile(quantile), _) => {
-                let order = cast(value(), DataType::Float64).sort(true, false);
-                percentile_cont(order, lit(quantile.share()))
-            }
+            (Stat::Quantile(_), _) => quantile::values(cast(value(), DataType::Float64)),
         };
         aggregate.alias(stat.name())
     };
@@ -232,6 +227,7 @@ pub(super) fn frame(kind: Kind, rows: DataFrame, query: &TableQuery) -> Result<D
         let answer = match (stat, spec.column_type) {
             (Stat::Mean, _) => of_moments(stat, "mean")?,
             (Stat::Sum, ColumnType::Double) => of_moments(stat, "sum")?,
+            (Stat::Quantile(of), _) => quantile::quantile(*of, column(&stat.name())),
             _ => column(&stat.name()),
         };
         Ok(answer.alias(stat.name()))

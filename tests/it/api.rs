@@ -174,6 +174,7 @@ async fn a_process_that_only_reads_answers_without_a_database() {
     let empty = stage.folder().join("empty");
     fs_create(&empty);
     let launch = stage.launch().with("SCOUTER_STORAGE_URI", &empty.display().to_string());
+    let launch = launch.with("HIGHWATER_HTTP_SQL", "on");
     let reader = launch.start_command(&["serve"]);
     let site = Site::of(&reader).await;
     assert_eq!(site.json("/api/entities").await, Value::Array(Vec::new()));
@@ -182,6 +183,7 @@ async fn a_process_that_only_reads_answers_without_a_database() {
     std::fs::remove_dir(&empty).unwrap();
     let away = site.get("/api/entities").await;
     assert!(away.status == 503 && away.text().contains("empty"), "{}", away.text());
+    assert_eq!(site.get("/api/sql?query=select+1").await.status, 503);
 }
 
 fn fs_create(folder: &std::path::Path) {

@@ -205,8 +205,10 @@ async fn it_is_the_same_over_http(stage: &Stage, site: &Site) {
     for (more, status, said) in [
         ("&measure=ks", 400, "psi has no ks"),
         ("&against=profile:/etc/passwd", 400, "command line only"),
-        ("&against=x", 400, "no reference"),
-        ("&threshold=x", 400, "no threshold"),
+        ("&against=x", 400, "not a reference"),
+        ("&threshold=x", 400, "not a threshold"),
+        ("&top=0", 400, "top"),
+        ("&version=9", 400, "twice"),
     ] {
         let path = format!(
             "{}{more}",
@@ -216,6 +218,9 @@ async fn it_is_the_same_over_http(stage: &Stage, site: &Site) {
         assert!(answer.status == status && answer.text().contains(said), "{path}: {}", answer.text());
     }
     assert_eq!(site.get(&path.replace("psi?", "quarantine?")).await.status, 404);
+    assert_eq!(site.get(&path.replace("1.0.0", "9").replace("profile", "previous")).await.status, 404);
+    let fresh = site.get(&format!("{path}&fresh=true")).await;
+    assert_eq!((fresh.status, fresh.header("etag"), fresh.json()), (200, "", answer.json()));
 }
 
 fn what_moved_is_found(stage: &Stage) {
@@ -227,7 +232,10 @@ fn what_moved_is_found(stage: &Stage) {
     assert_eq!(asked(&["--summary", "--top", "1", "--format", "csv"]).lines().count(), 2);
     let summary = asked(&["--summary", "--top", "1", "--feature", "age", "--format", "csv"]);
     let lines: Vec<&str> = summary.lines().collect();
-    assert_eq!(lines[0], "feature,highest,highest_at,bins,bins_over,since,largest_step,largest_step_at");
+    assert_eq!(
+        lines[0],
+        "feature,highest,highest_at,bins,bins_over,since,until,largest_step,largest_step_at"
+    );
     assert!(lines.len() == 2 && lines[1].starts_with("age,") && lines[1].contains("2026-01-0"), "{summary}");
     let js: Vec<String> = asked(&["--measure", "js", "--feature", "age", "--format", "csv"])
         .lines()
@@ -283,7 +291,7 @@ async fn what_has_no_answer_is_told() {
     let no_profile = format!("profile:{}", empty.display());
     let refused = |table: &str, more: &[&str]| {
         let output = stage.launch().output(&[&["drift", table][..], &MODEL, &RANGE, more].concat());
-        assert!(!output.status.success());
+        assert!(!output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stdout));
         String::from_utf8(output.stderr).unwrap()
     };
     for (table, more, said) in [
@@ -292,9 +300,18 @@ async fn what_has_no_answer_is_told() {
         ("quarantine", &[], "none of custom, psi, spc"),
         ("psi", &["--threshold", "sd:3"], "sd needs a reference of several bins"),
         ("psi", &["--measure", "tvd", "--threshold", "chi2:0.05"], "tvd has no rule of chance"),
-        ("psi", &["--threshold", "high"], "no threshold"),
-        ("psi", &["--measure", "js", "--smoothing", "count"], "js needs no smoothing"),
-        ("psi", &["--against", "yesterday"], "no reference"),
+        ("psi", &["--threshold", "high"], "not a threshold"),
+        ("psi", &["--measure", "js", "--smoothing", "count"], "js has no use for smoothing"),
+        ("psi", &["--threshold", "chi2:1e-17"], "not a threshold"),
+        (
+            "psi",
+            &["--against", "2026-01-01..2026-01-02", "--threshold", "sd:3"],
+            "needs a reference of several bins",
+        ),
+        ("psi", &["--against", "-0d"], "not a reference"),
+        ("psi", &["--top", "0"], "0"),
+        ("psi", &["--against", "profile:/dev/zero"], "more than 64 MiB"),
+        ("psi", &["--against", "yesterday"], "not a reference"),
         ("psi", &["--against", "2020-01-01..2020-02-01"], "the reference has no psi rows"),
         ("psi", &["--against", "version:9"], "the reference has no psi rows"),
         ("psi", &["--against", &no_profile], "no psi profile of Scouter"),
@@ -305,6 +322,15 @@ async fn what_has_no_answer_is_told() {
         let text = refused(table, more);
         assert!(text.contains(said), "{table} {more:?}: {text}");
     }
+    // A model that nobody knows is told as by `query`, and what has no rows in the range has no answer.
+    let drift = |version: &str, more: &[&str]| {
+        let model = ["--space", "shop", "--name", "ranking", "--version", version];
+        stage.launch().output(&[&["drift", "psi", "--format", "csv"][..], &model, more].concat())
+    };
+    let unknown = String::from_utf8(drift("9", &RANGE).stderr).unwrap();
+    assert!(unknown.contains("did you mean") && unknown.contains("1.0.0"), "{unknown}");
+    let nothing = drift("1.0.0", &["--from", "2020-01-01", "--to", "2020-02-01", "--bin", "1d"]);
+    assert!(nothing.status.success() && nothing.stdout.iter().filter(|byte| **byte == b'\n').count() == 1);
     for (sql, said) in [
         (
             "select psi(array_agg(value), array_agg(value) filter (where value > 0.6)) from custom",

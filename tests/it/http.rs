@@ -273,6 +273,13 @@ async fn requests_that_are_malformed_oversized_or_slow_end_and_harm_nobody() {
             b"GET /livez HTTP/1.1\r\nhost: localhost\r\nhost: b\r\nconnection: close\r\n\r\n".to_vec(),
             &["400"],
         ),
+        (b"GET /livez HTTP/1.1\r\nconnection: close\r\n\r\n".to_vec(), &["400"]),
+        (b"GET /livez HTTP/1.0\r\n\r\n".to_vec(), &["200"]),
+        (
+            b"GET http://evil.example/livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+                .to_vec(),
+            &["421"],
+        ),
         (line("/api/../../etc/passwd").into_bytes(), &["404"]),
         (line("/ui/../Cargo.toml").into_bytes(), &["404"]),
         (line("/ui/%2e%2e/%2e%2e/etc/passwd").into_bytes(), &["404"]),

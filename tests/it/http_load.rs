@@ -135,3 +135,38 @@ async fn who_takes_no_answer_keeps_a_turn_until_he_is_cut_off() {
     until("their turns end", DEADLINE, async || (site.get(&path).await.status == 200).then_some(())).await;
     drop(slow);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_takes_an_answer_slowly_gets_all_of_it() {
+    let stage = Stage::shared(Shape::Entity).await;
+    let client = stage.connect().await;
+    create_entities(&client).await;
+    let rows = "insert into scouter.custom_drift (created_at, entity_id, metric, value)
+                select '2026-01-01'::timestamptz + n * interval '1 minute', id, 'a metric with a long name', n + random()
+                from scouter.drift_entities, generate_series(1, 9000) n where version = '1.0.0'";
+    client.batch_execute(rows).await.unwrap();
+    let sidecar = stage.start().await;
+    stage.assert_archived(DEADLINE).await;
+    let site = Site::of(&sidecar).await;
+    let path = format!("/api/query/custom?{MODEL}&from=2026-01-01&to=2026-01-07&bin=60s");
+    let whole = site.get(&path).await.body.len();
+    let address = site.url.trim_start_matches("http://").to_owned();
+    let taken = tokio::task::spawn_blocking(move || {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.set_recv_buffer_size(8 << 10).unwrap();
+        socket.connect(&address.parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+        let mut stream = TcpStream::from(socket);
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+        let (mut piece, mut taken) = (vec![0; 4 << 10], 0);
+        // 40 KiB a second: longer than an answer may stand still.
+        loop {
+            match stream.read(&mut piece).unwrap() {
+                0 => return taken,
+                count => taken += count,
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    });
+    let taken = taken.await.unwrap();
+    assert!(whole > 1 << 20 && taken > whole, "{taken} of {whole}");
+}

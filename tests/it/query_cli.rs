@@ -88,10 +88,11 @@ fn a_column_of_any_table_is_binned(stage: &Stage) {
         rows(&["spc", "--value", "feature", "--stat", "max"]),
         json!([{"created_at": "2026-11-01T00:00:00Z", "max": "age"}])
     );
-    // As `percentile_cont` of 0 to 5.
+    // As `percentile_cont` of 0 to 2, and of 3 to 5.
     assert_eq!(
         rows(&["custom", "--value", "value", "--stat", "p50,p95,p100,mean"]),
-        json!([{"created_at": "2026-11-01T00:00:00Z", "p50": 2.5, "p95": 4.75, "p100": 5.0, "mean": 2.5}])
+        json!([{"created_at": "2026-11-01T00:00:00Z", "p50": 1.0, "p95": 1.9, "p100": 2.0, "mean": 1.0},
+               {"created_at": "2026-11-01T01:00:00Z", "p50": 4.0, "p95": 4.9, "p100": 5.0, "mean": 4.0}])
     );
     assert_eq!(rows(&["custom", "--value", "value", "--name", "it's"]), json!([]));
     let (code, out, errors) = asked(&["custom", "--value", "value", "--stat", "mean,min,max", "--plot"]);

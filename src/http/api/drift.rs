@@ -20,7 +20,7 @@ use crate::reader::{BinnedQuery, zone};
 use crate::source::scouter;
 use crate::tables::Kind;
 
-pub(super) const DRIFT: [Param; 15] = [
+pub(super) const DRIFT: [Param; 16] = [
     Param::new("space", "space of the model"),
     Param::new("name", "name of the model"),
     Param::new("version", "version of the model"),
@@ -44,7 +44,8 @@ pub(super) const DRIFT: [Param; 15] = [
         "of bins that one side has nothing in: scouter (the default), evidently, count or none",
     ),
     Param::new("threshold", "from where on a bin is over: a number, chi2:0.05 (the default) or sd:3"),
-    Param::new("top", "only the so many series that moved most"),
+    Param::new("top", "only this many series: those that moved most"),
+    Param::new("fresh", "true: with the rows in Postgres that are not archived yet"),
 ];
 
 /// How far a model has moved. The query ends when whoever asks goes away.
@@ -60,21 +61,29 @@ pub(in crate::http) async fn drift(
         return Err(Problem::new(StatusCode::NOT_FOUND, detail));
     };
     let asked = read(&served, kind, &given).await?;
-    let Some(archive) = served.archive().await? else {
+    let is_fresh = given.flag("fresh")?;
+    let Some(mut archive) = served.archive().await? else {
         return Err(Problem::new(StatusCode::NOT_FOUND, "nothing is archived yet"));
     };
-    // A profile may change, and is in the tag as it is.
-    let tag = Tag::of(&archive.versions(), &format!("{asked:?}"));
-    if let Some(known) = tag.unchanged(&headers).or_else(|| served.kept.answer(&tag)) {
-        return Ok(known);
+    // A profile may change, and is in the tag as it is. What is not archived yet has no version.
+    let tag = (!is_fresh).then(|| Tag::of(&archive.versions(), &format!("{kind:?}{asked:?}")));
+    let answer = |tag: &Tag| tag.unchanged(&headers).or_else(|| served.kept.answer(tag));
+    if let Some(answer) = tag.as_ref().and_then(answer) {
+        return Ok(answer);
     }
     let turn = served.turn().await?;
+    if is_fresh {
+        archive = archive.with_database(served.config.clone());
+    }
     let answered = served.compute.run(async move {
         let found = archive.drift(&asked).await?;
         known(&archive, kind, asked.query(), found.series.is_empty()).await?;
         json(&found)
     });
-    turn.tagged(answered.await?, &tag, &served.kept).await
+    match tag {
+        Some(tag) => turn.tagged(answered.await?, &tag, &served.kept).await,
+        None => turn.answer(answered.await?).await,
+    }
 }
 
 async fn read(served: &Served, kind: Kind, given: &Given) -> Result<DriftQuery, Problem> {
@@ -107,8 +116,8 @@ async fn read(served: &Served, kind: Kind, given: &Given) -> Result<DriftQuery, 
     if let Some(threshold) = parsed(given, "threshold")? {
         asked = asked.over(threshold);
     }
-    Ok(match given.parsed::<usize>("top", "a whole number")? {
-        Some(top) => asked.top(top),
+    Ok(match given.parsed::<std::num::NonZeroUsize>("top", "a whole number from 1 on")? {
+        Some(top) => asked.top(top.get()),
         None => asked,
     })
 }

@@ -42,6 +42,10 @@ pub(in crate::http) async fn sql(
     let query = given.text("query").unwrap_or_default();
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let (content_type, form) = FORMS.into_iter().find(|(name, _)| accept.contains(name)).unwrap_or(FORMS[0]);
+    // Whether there is an archive at all is told as by the other routes.
+    if served.archive().await?.is_none() {
+        return Err(Problem::new(StatusCode::NOT_FOUND, "nothing is archived yet"));
+    }
     let turn = served.turn().await?;
     let arguments = ["sql", "-", "--format", form].map(Into::into);
     let config = &served.config;

@@ -141,3 +141,24 @@ fn bins_touch_each_other_in_every_zone() {
         }
     }
 }
+
+#[test]
+fn so_long_ago_is_of_the_calendar() {
+    for (bins, zone, ago, start, before) in [
+        // A week before the day on which clocks went forward, and the one after it.
+        ("1d", "Europe/Berlin", "7d", "2026-03-29T22:00:00Z", "2026-03-22T23:00:00Z"),
+        ("1d", "Europe/Berlin", "7d", "2026-03-28T23:00:00Z", "2026-03-21T23:00:00Z"),
+        ("1d", "UTC", "1y", "2026-03-27T00:00:00Z", "2025-03-27T00:00:00Z"),
+        ("1d", "UTC", "365d", "2024-12-31T00:00:00Z", "2024-01-01T00:00:00Z"),
+        ("1mo", "UTC", "1y", "2024-02-01T00:00:00Z", "2023-02-01T00:00:00Z"),
+        ("1d", "UTC", "1mo", "2026-03-31T00:00:00Z", "2026-02-28T00:00:00Z"),
+        ("1d", "UTC", "12h", "2026-03-28T00:00:00Z", "2026-03-27T00:00:00Z"),
+        ("1w", "UTC", "10d", "2026-03-23T00:00:00Z", "2026-03-09T00:00:00Z"),
+        ("1h", "Europe/Berlin", "1d", "2026-03-30T01:00:00Z", "2026-03-29T01:00:00Z"),
+    ] {
+        let of = bins.parse::<Bins>().unwrap().in_zone(zone).unwrap();
+        assert_eq!(text(of.start_before(time(start), ago.parse().unwrap())), before, "{start} {ago}");
+    }
+    assert_eq!(zone("europe/berlin"), zone("Europe/Berlin"));
+    assert!(zone("utc").is_ok());
+}

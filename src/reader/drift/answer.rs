@@ -10,6 +10,7 @@ use chrono::{DateTime, Utc};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::DriftQuery;
+use crate::reader::Bins;
 use crate::tables::Kind;
 use crate::{Error, Result};
 
@@ -19,7 +20,7 @@ const LASTING: usize = 3;
 /// How far each series of a model is from the reference, in each bin of time.
 ///
 /// As JSON: `{"measure", "against", "smoothing", "threshold_rule", "features": {f: {"created_at", "score", "count", "reference_count", "threshold",
-/// "over", "since", "largest_step"}}}`, with `metrics` in place of `features` for custom metrics. What is no number is null.
+/// "over", "since", "until", "largest_step"}}}`, with `metrics` in place of `features` for custom metrics. What is no number is null.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Drift {
     /// The kind of rows.
@@ -53,8 +54,10 @@ pub struct DriftSeries {
     pub threshold: Vec<Option<f64>>,
     /// Whether it is: the score, or what it is below 0, is larger than the threshold.
     pub over: Vec<bool>,
-    /// The first bin that was over and was followed by two more: when it began, and lasted.
+    /// The first bin that was over and was followed by two more, each next to the one before: when it began, and lasted.
     pub since: Option<DateTime<Utc>>,
+    /// The end of the last bin that was over without a break since then; `None` if the newest bin is.
+    pub until: Option<DateTime<Utc>>,
     /// The largest change from one bin to the next.
     pub largest_step: Option<Step>,
 }
@@ -79,7 +82,7 @@ pub(super) struct Scored {
     pub(super) threshold: Option<f64>,
 }
 
-pub(super) fn series(name: &str, scored: Vec<Scored>) -> DriftSeries {
+pub(super) fn series(name: &str, bins: Bins, scored: Vec<Scored>) -> DriftSeries {
     let mut found = DriftSeries { name: name.to_owned(), ..DriftSeries::default() };
     for bin in scored {
         found.created_at.push(DateTime::from_timestamp_micros(bin.start).unwrap_or_default());
@@ -89,11 +92,14 @@ pub(super) fn series(name: &str, scored: Vec<Scored>) -> DriftSeries {
         found.threshold.push(bin.threshold);
         found.over.push(bin.threshold.is_some_and(|threshold| bin.score.abs() > threshold));
     }
-    let lasting = found.over.windows(LASTING).position(|bins| bins.iter().all(|over| *over));
-    found.since = lasting.and_then(|first| found.created_at.get(first).copied());
-    let bins = found.created_at.iter().zip(&found.score).filter(|(_, score)| score.is_finite());
-    let bins: Vec<(&DateTime<Utc>, &f64)> = bins.collect();
-    let steps = bins.windows(2).filter_map(|pair| match pair {
+    if let Some((first, last)) = lasting(&found, bins) {
+        found.since = found.created_at.get(first).copied();
+        let end = found.created_at.get(last).map(|start| bins.end_of(start.timestamp_micros()));
+        found.until = end.filter(|_| last + 1 < found.over.len()).and_then(DateTime::from_timestamp_micros);
+    }
+    let scores = found.created_at.iter().zip(&found.score).filter(|(_, score)| score.is_finite());
+    let scores: Vec<(&DateTime<Utc>, &f64)> = scores.collect();
+    let steps = scores.windows(2).filter_map(|pair| match pair {
         [(_, from), (time, to)] => Some(Step { created_at: **time, from: **from, to: **to }),
         _ => None,
     });
@@ -101,8 +107,28 @@ pub(super) fn series(name: &str, scored: Vec<Scored>) -> DriftSeries {
     found
 }
 
+/// The first and the last of the first bins that are over and next to each other, if there are enough of them.
+fn lasting(found: &DriftSeries, bins: Bins) -> Option<(usize, usize)> {
+    let (mut run, mut end): (Option<(usize, usize)>, i64) = (None, 0);
+    for (place, (start, over)) in found.created_at.iter().zip(&found.over).enumerate() {
+        let start = start.timestamp_micros();
+        run = match (run.filter(|_| *over && start == end), *over) {
+            (Some((first, _)), _) => Some((first, place)),
+            (None, is_over) => {
+                if let Some((first, last)) = run.filter(|(first, last)| last - first + 1 >= LASTING) {
+                    return Some((first, last));
+                }
+                is_over.then_some((place, place))
+            }
+        };
+        end = bins.end_of(start);
+    }
+    run.filter(|(first, last)| last - first + 1 >= LASTING)
+}
+
 pub(super) fn answer(query: &DriftQuery, mut series: Vec<DriftSeries>) -> Drift {
-    series.sort_by(|a, b| b.highest().total_cmp(&a.highest()));
+    let far = |series: &DriftSeries| if series.highest().is_nan() { -1.0 } else { series.highest().abs() };
+    series.sort_by(|a, b| far(b).total_cmp(&far(a)));
     series.truncate(query.most().unwrap_or(usize::MAX));
     Drift {
         kind: query.kind(),
@@ -115,18 +141,18 @@ pub(super) fn answer(query: &DriftQuery, mut series: Vec<DriftSeries>) -> Drift 
 }
 
 impl DriftSeries {
-    /// The highest score, whatever its sign; minus infinity if there is none.
+    /// The score that is farthest from 0, with its sign; NaN if there is none.
     #[must_use]
     pub fn highest(&self) -> f64 {
-        let scores = self.score.iter().map(|score| score.abs()).filter(|score| !score.is_nan());
-        scores.fold(f64::NEG_INFINITY, f64::max)
+        let scores = self.score.iter().copied().filter(|score| !score.is_nan());
+        scores.max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(f64::NAN)
     }
 
-    /// The bin of the highest score.
+    /// The bin of that score.
     #[must_use]
     pub fn highest_at(&self) -> Option<DateTime<Utc>> {
         let highest = self.highest();
-        let at = self.score.iter().position(|score| score.abs() == highest)?;
+        let at = self.score.iter().position(|score| *score == highest)?;
         self.created_at.get(at).copied()
     }
 
@@ -178,7 +204,7 @@ impl Drift {
     }
 
     /// A row for each series: `feature` (or `metric`), `highest` score and when (`highest_at`), `bins`, `bins_over`, `since` (the first bin over
-    /// that lasted), `largest_step` and when (`largest_step_at`); the one that moved most first.
+    /// that lasted), `until`, `largest_step` and when (`largest_step_at`); the one that moved most first.
     ///
     /// # Errors
     ///
@@ -197,6 +223,7 @@ impl Drift {
             ("bins", Arc::new(all().map(|series| whole(series.score.len())).collect::<Int64Array>())),
             ("bins_over", Arc::new(all().map(|series| whole(series.bins_over())).collect::<Int64Array>())),
             ("since", instants(all().map(|series| series.since))),
+            ("until", instants(all().map(|series| series.until))),
             ("largest_step", Arc::new(all().map(step).collect::<Float64Array>())),
             (
                 "largest_step_at",
@@ -221,7 +248,7 @@ fn instants(times: impl Iterator<Item = Option<DateTime<Utc>>>) -> ArrayRef {
 
 /// What is no score is null.
 fn numbers(scores: impl Iterator<Item = f64>) -> ArrayRef {
-    let known = |score: f64| (!score.is_nan() && score != f64::NEG_INFINITY).then_some(score);
+    let known = |score: f64| (!score.is_nan()).then_some(score);
     Arc::new(scores.map(known).collect::<Float64Array>())
 }
 
@@ -241,6 +268,7 @@ impl Serialize for DriftSeries {
         map.serialize_entry("threshold", &self.threshold)?;
         map.serialize_entry("over", &self.over)?;
         map.serialize_entry("since", &self.since)?;
+        map.serialize_entry("until", &self.until)?;
         map.serialize_entry("largest_step", &self.largest_step)?;
         map.end()
     }
@@ -267,5 +295,45 @@ impl Serialize for Drift {
             &ByName(&self.series),
         )?;
         map.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(days: &[(i64, f64)]) -> DriftSeries {
+        const DAY: i64 = 86_400_000_000;
+        let scored = |(day, score): &(i64, f64)| Scored {
+            start: day * DAY,
+            score: *score,
+            count: 1,
+            reference_count: Some(1),
+            threshold: Some(0.5),
+        };
+        series("a", "1d".parse().unwrap(), days.iter().map(scored).collect())
+    }
+
+    fn day(number: i64) -> Option<DateTime<Utc>> {
+        DateTime::from_timestamp(number * 86_400, 0)
+    }
+
+    #[test]
+    fn it_began_with_the_first_of_three_bins_that_touch_and_may_be_over_with() {
+        let lasts = found(&[(0, 0.9), (1, 0.1), (2, 0.9), (3, -0.9), (4, 0.9), (5, 0.9)]);
+        assert_eq!((lasts.since, lasts.until), (day(2), None));
+        let ended = found(&[(0, 0.9), (1, 0.9), (2, 0.9), (3, 0.1), (4, 0.9)]);
+        assert_eq!((ended.since, ended.until), (day(0), day(3)));
+        // Days without rows are a break.
+        let broken = found(&[(0, 0.9), (2, 0.9), (4, 0.9)]);
+        assert_eq!((broken.since, broken.until), (None, None));
+        let after = found(&[(0, 0.9), (1, 0.9), (3, 0.9), (4, 0.9), (5, 0.9), (7, 0.9)]);
+        assert_eq!((after.since, after.until), (day(3), day(6)));
+        assert_eq!((lasts.highest(), lasts.bins_over()), (0.9, 5));
+        let step = lasts.largest_step.unwrap();
+        assert_eq!((step.from - step.to).abs(), 1.8);
+        let falls = found(&[(0, 0.1), (1, -2.0), (2, f64::NAN)]);
+        assert_eq!((falls.highest(), falls.highest_at()), (-2.0, day(1)));
+        assert_eq!(found(&[(0, f64::NAN)]).highest_at(), None);
     }
 }

@@ -4,11 +4,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use chrono::{DateTime, Duration, Utc};
+use chrono::{DateTime, Utc};
 
 use super::profile::Profile;
 use super::shown;
-use crate::reader::{BinnedQuery, When};
+use crate::reader::{BinnedQuery, Bins, When};
 use crate::tables::Kind;
 use crate::{Error, Result};
 
@@ -19,8 +19,8 @@ pub enum Against {
     Window(DateTime<Utc>, DateTime<Utc>),
     /// Those of the bin before.
     Previous,
-    /// Those of the bin that was so long ago.
-    Ago(Duration),
+    /// Those of the bin that was so long ago: a length, or days, weeks, months or years of the calendar.
+    Ago(Bins),
     /// Those of another version of the model, over the same range.
     Version(String),
     /// What the model was trained with.
@@ -32,9 +32,7 @@ impl fmt::Display for Against {
         match self {
             Self::Window(start, end) => write!(f, "{}..{}", shown(*start), shown(*end)),
             Self::Previous => f.write_str("previous"),
-            Self::Ago(ago) => {
-                write!(f, "-{}", humantime::format_duration(ago.to_std().unwrap_or_default()))
-            }
+            Self::Ago(ago) => write!(f, "-{ago}"),
             Self::Version(version) => write!(f, "version:{version}"),
             Self::Profile(_) => f.write_str("profile"),
         }
@@ -46,7 +44,7 @@ impl fmt::Display for Against {
 pub(crate) enum Named {
     Window(When, When),
     Previous,
-    Ago(Duration),
+    Ago(Bins),
     Version(String),
     /// Of a file, or Scouter's.
     Profile(Option<PathBuf>),
@@ -58,7 +56,7 @@ impl FromStr for Named {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let refused = || {
             format!(
-                "{text:?} is no reference: write 2026-01-01..2026-02-01, previous, -365d, version:1.3.0 or profile"
+                "{text:?} is not a reference: write 2026-01-01..2026-02-01, previous, -365d, version:1.3.0 or profile"
             )
         };
         match text {
@@ -76,8 +74,8 @@ impl FromStr for Named {
             let when = |text: &str| text.parse::<When>().map_err(|_| refused());
             return Ok(Self::Window(when(from)?, when(to)?));
         }
-        let ago = text.strip_prefix('-').and_then(|ago| humantime::parse_duration(ago).ok());
-        ago.and_then(|ago| Duration::from_std(ago).ok()).map(Self::Ago).ok_or_else(refused)
+        let ago = text.strip_prefix('-').and_then(|ago| ago.parse().ok());
+        ago.map(Self::Ago).ok_or_else(refused)
     }
 }
 
@@ -191,7 +189,7 @@ impl FromStr for Threshold {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let refused = || {
             format!(
-                "{text:?} is no threshold: write a number, chi2:0.05 (passed by chance so often), or sd:3 (of the reference's own scores)"
+                "{text:?} is not a threshold: write a number, chi2:0.05 (what chance exceeds so often, from 1e-9 to 0.5), or sd:3 (of the reference's own scores)"
             )
         };
         let number = |text: &str| {
@@ -200,7 +198,7 @@ impl FromStr for Threshold {
         match text.split_once(':') {
             Some(("chi2", alpha)) => {
                 let alpha = number(alpha)?;
-                if alpha > 0.0 && alpha < 1.0 { Ok(Self::Chance(alpha)) } else { Err(refused()) }
+                if CHANCES.contains(&alpha) { Ok(Self::Chance(alpha)) } else { Err(refused()) }
             }
             Some(("sd", deviations)) => Ok(Self::Spread(number(deviations)?)),
             None if text == "chi2" => Ok(Self::Chance(ALPHA)),
@@ -209,6 +207,9 @@ impl FromStr for Threshold {
         }
     }
 }
+
+/// Probabilities for which the quantiles are right to six digits.
+const CHANCES: std::ops::RangeInclusive<f64> = 1e-9..=0.5;
 
 /// Scouter's default.
 const ALPHA: f64 = 0.05;
@@ -292,11 +293,12 @@ impl DriftQuery {
         if is_profile && self.measure == Measure::Ks {
             return wrong("a profile has no values that ks could be of".to_owned());
         }
-        if self.smoothing.is_some() && !self.is_smoothed() {
-            return wrong(format!(
-                "{} needs no smoothing here: it is finite whatever is empty",
+        if self.smoothing.is_some_and(|smoothing| smoothing != Smoothing::Off) && !self.is_smoothed() {
+            let detail = format!(
+                "{} has no use for smoothing here: psi has, and chi2 of a profile",
                 self.measure.name()
-            ));
+            );
+            return wrong(detail);
         }
         if is_profile && self.smoothing == Some(Smoothing::Count) {
             return wrong(

@@ -187,7 +187,9 @@ impl Shares {
         #[expect(clippy::cast_precision_loss, reason = "a few bins")]
         let added = if smoothing == Smoothing::Count { (1.0, reference.0.len() as f64) } else { (0.0, 0.0) };
         let counted = reference.1.then(|| reference.0.iter().sum::<f64>());
-        if current.1 == 0.0 || counted == Some(0.0) || reference.0.is_empty() {
+        // What is less than nothing is a share of nothing.
+        let is_wrong = reference.0.iter().chain(current.0).any(|weight| *weight < 0.0);
+        if current.1 <= 0.0 || counted == Some(0.0) || reference.0.is_empty() || is_wrong {
             return None;
         }
         let part = |weight: f64, of: f64| (weight + added.0) / (of + added.1);
@@ -254,14 +256,24 @@ fn mean_difference(reference: &Sample, current: &Summary) -> f64 {
         Sample::Moments(moments) => {
             let found = moments.clone().summary();
             let (n, m) = (freedom(&found), freedom(current));
-            let pooled = ((n * found.stddev.powi(2) + m * current.stddev.powi(2)) / (n + m)).sqrt();
+            // In units of the larger one, whose square may be none any more.
+            let unit = found.stddev.max(current.stddev);
+            let part = |deviation: f64| if unit == 0.0 { 0.0 } else { (deviation / unit).powi(2) };
+            let pooled = unit * ((n * part(found.stddev) + m * part(current.stddev)) / (n + m)).sqrt();
             (found.mean, pooled)
         }
         Sample::Centre(mean, deviation) => (*mean, deviation.unwrap_or(current.stddev)),
         _ => return f64::NAN,
     };
-    let difference = current.mean - mean;
-    if difference == 0.0 { 0.0 } else { difference / deviation }
+    if current.mean == mean {
+        return 0.0;
+    }
+    if deviation.is_infinite() {
+        return f64::NAN;
+    }
+    let difference = current.mean / deviation - mean / deviation;
+    // The quotient of each may be infinite where that of their difference is not.
+    if difference.is_finite() { difference } else { (current.mean - mean) / deviation }
 }
 
 /// Of samples in ascending order.
@@ -308,6 +320,7 @@ mod tests {
         // The whole table is explained by the two rows.
         near(score(Measure::Chi2, Smoothing::Off, &one, &other), 90.0);
         assert!(score(Measure::Psi, Smoothing::Scouter, &one, &counts(&[0, 0, 0])).is_nan());
+        assert!(score(Measure::Tvd, Smoothing::Off, &one, &counts(&[-5, 10, 10])).is_nan());
     }
 
     #[test]
@@ -347,6 +360,11 @@ mod tests {
         near(
             score(Measure::Smd, Smoothing::Off, &Sample::Centre(3.0, None), &moments(&[3.0, 4.0, 5.0])),
             1.0,
+        );
+        // Squares that are no doubles.
+        near(
+            score(Measure::Smd, Smoothing::Off, &moments(&[-1e300, 1e300]), &moments(&[0.0, 2e300])),
+            std::f64::consts::FRAC_1_SQRT_2,
         );
         let ks = |a: &[f64], b: &[f64]| {
             score(Measure::Ks, Smoothing::Off, &Sample::Values(a.to_vec()), &Sample::Values(b.to_vec()))

@@ -47,6 +47,10 @@ impl Reference {
         }
     }
 
+    fn has_several_bins(&self) -> bool {
+        matches!(self, Self::Fixed(_, Some(bins)) if bins.values().any(|bins| bins.len() > 1))
+    }
+
     fn is_empty(&self) -> bool {
         match self {
             Self::Fixed(samples, _) => samples.is_empty(),
@@ -59,12 +63,24 @@ impl Reference {
 pub(super) async fn drift(archive: &Archive, query: &DriftQuery) -> Result<Drift> {
     query.check()?;
     let source = Source { archive, kind: query.kind(), measure: query.measure() };
+    let current = source.samples(query.query()).await?;
+    if current.is_empty() {
+        // Whether there is such a model is another question.
+        return Ok(answer::answer(query, Vec::new()));
+    }
     let reference = reference(&source, query).await?;
-    if reference.is_empty() {
+    // The bin before has no rows where the range begins with the first ones.
+    if reference.is_empty() && *query.against() != Against::Previous {
         let detail = format!("the reference has no {} rows: {}", query.kind().name(), query.against());
         return Err(Error::Query { detail });
     }
-    let current = source.samples(query.query()).await?;
+    if matches!(query.threshold(), Threshold::Spread(_)) && !reference.has_several_bins() {
+        let detail = format!(
+            "sd needs a reference of several bins, but {} has one: choose a longer one",
+            query.against()
+        );
+        return Err(Error::Query { detail });
+    }
     let series = current.iter().map(|(name, bins)| {
         let scored = bins.iter().map(|(start, sample)| {
             let against = reference.of(name, *start);
@@ -82,7 +98,7 @@ pub(super) async fn drift(archive: &Archive, query: &DriftQuery) -> Result<Drift
                 }),
             }
         });
-        answer::series(name, scored.collect())
+        answer::series(name, query.query().bins(), scored.collect())
     });
     Ok(answer::answer(query, series.collect()))
 }
@@ -94,6 +110,10 @@ fn spread(query: &DriftQuery, reference: &Reference, name: &str, deviations: f64
     let (all, bins) = (all.get(name)?, bins.get(name)?);
     let scores = bins.values().map(|sample| score(query.measure(), query.smoothing(), all, sample).abs());
     let scores: Vec<f64> = scores.filter(|score| score.is_finite()).collect();
+    // Of one there is no spread.
+    if scores.len() < 2 {
+        return None;
+    }
     #[expect(clippy::cast_precision_loss, reason = "as many bins as an answer has")]
     let count = scores.len() as f64;
     let mean = scores.iter().sum::<f64>() / count;
@@ -127,10 +147,11 @@ async fn reference(source: &Source<'_>, query: &DriftQuery) -> Result<Reference>
             Ok(Reference::Moving(samples, Box::new(move |start| bins.start_of(start.saturating_sub(1)))))
         }
         Against::Ago(ago) => {
-            let ago = ago.num_microseconds().unwrap_or(i64::MAX);
-            let shifted = move |time: i64| bins.start_of(time.saturating_sub(ago));
-            let last = bins.end_of(end.saturating_sub(1).saturating_sub(ago));
-            let samples = source.samples(&asked.within(time(shifted(start))?, time(last)?)?).await?;
+            let ago = *ago;
+            let shifted = move |start: i64| bins.start_before(start, ago);
+            let (first, last) =
+                (shifted(bins.start_of(start)), shifted(bins.start_of(end.saturating_sub(1))));
+            let samples = source.samples(&asked.within(time(first)?, time(bins.end_of(last))?)?).await?;
             Ok(Reference::Moving(samples, Box::new(shifted)))
         }
         Against::Profile(profile) => Ok(Reference::Fixed(profile.samples(query.kind())?, None)),

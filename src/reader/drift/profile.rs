@@ -67,13 +67,23 @@ impl Profile {
         };
         if kind == Kind::psi() {
             let found = Features::<PsiFeature>::deserialize(&self.0).map_err(wrong)?;
-            let shares =
-                |feature: PsiFeature| feature.bins.iter().map(|bin| (bin.id, bin.proportion)).collect();
-            return Ok(found
-                .features
-                .into_iter()
-                .map(|(name, feature)| (name, Sample::Shares(shares(feature))))
-                .collect());
+            let shares = |(name, feature): (String, PsiFeature)| {
+                let count = feature.bins.len();
+                let shares: BTreeMap<i32, f64> =
+                    feature.bins.iter().map(|bin| (bin.id, bin.proportion)).collect();
+                let is_share = |share: &f64| (0.0..=1.0).contains(share);
+                if count == 0
+                    || shares.len() < count
+                    || !shares.values().all(is_share)
+                    || shares.values().all(|share| *share == 0.0)
+                {
+                    let detail =
+                        format!("the bins of {name:?} in the profile are not shares of a whole, each once");
+                    return Err(Error::Query { detail });
+                }
+                Ok((name, Sample::Shares(shares)))
+            };
+            return found.features.into_iter().map(shares).collect();
         }
         if kind == Kind::spc() {
             let found = Features::<SpcFeature>::deserialize(&self.0).map_err(wrong)?;
