@@ -133,7 +133,7 @@ impl Scratch {
         use std::os::unix::fs::DirBuilderExt as _;
         sweep(folder)?;
         loop {
-            let path = folder.join(format!("{SCRATCH}{:016x}", rand::random::<u64>()));
+            let path = folder.join(format!("{SCRATCH}{}-{:016x}", std::process::id(), rand::random::<u64>()));
             std::fs::DirBuilder::new().mode(0o700).create(&path)?;
             // Between the two lines another process may have taken it for one that was left, and have removed it.
             if let Some(lock) = lock(&path)

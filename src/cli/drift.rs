@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use arrow::array::RecordBatch;
 use clap::{Args, value_parser};
@@ -10,6 +10,7 @@ use futures::stream;
 
 use super::OutputFormat;
 use super::output::{Style, print_rows};
+use super::plot::Picture;
 use super::query::{RangeFlags, known, print_json};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -67,6 +68,11 @@ pub(super) struct DriftFlags {
     /// A row for each series, the one that moved most first: its highest score, how many bins are over, since when, and the largest step
     #[arg(long)]
     summary: bool,
+
+    /// Draw the scores: in the terminal, or into a file that ends in .svg or .png
+    #[arg(long, value_name = "FILE", num_args = 0..=1, conflicts_with = "summary")]
+    #[expect(clippy::option_option, reason = "not given, given alone, given with a file")]
+    plot: Option<Option<PathBuf>>,
 
     /// Also read the rows from Postgres that are not archived yet: the answer is complete up to now
     #[arg(long)]
@@ -147,6 +153,9 @@ pub(super) async fn drift(config: &Config, flags: &DriftFlags, style: Style) -> 
     }
     let found = archive.drift(&asked).await?;
     known(&archive, flags.table, asked.query(), found.series.is_empty()).await?;
+    if let Some(file) = &flags.plot {
+        return Picture::drift(&asked, found)?.draw(file.as_deref());
+    }
     if style.format() == OutputFormat::Json && !flags.summary {
         return print_json(&found);
     }

@@ -87,7 +87,9 @@ impl Server {
 
     /// Answers until `stop`; then what is under way is finished, for a few seconds.
     pub async fn serve(self, router: Router, stop: impl Future<Output = ()>) {
-        let router = router.layer(middleware::from_fn_with_state(Arc::clone(&self.access), access::admit));
+        // Around all of it: what a route accepts is not for those to know who may not ask.
+        let admitted = middleware::from_fn_with_state(Arc::clone(&self.access), access::admit);
+        let router = Router::new().fallback_service(router).layer(admitted);
         let (graceful, mut seats) = (GracefulShutdown::new(), Seats::default());
         let mut stop = pin!(stop);
         loop {

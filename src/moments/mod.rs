@@ -63,7 +63,7 @@ pub(crate) struct Summary {
     pub(crate) sum: f64,
     /// The mean, rounded once; NaN as the sum, and where there is no value.
     pub(crate) mean: f64,
-    /// The sample standard deviation, rounded once; 0 of one value, NaN where a value is not finite.
+    /// The sample standard deviation, rounded once; 0 of one value, else NaN where a value is not finite.
     pub(crate) stddev: f64,
     /// The smallest of the values that are numbers, and the largest; NaN if there is none.
     pub(crate) min: f64,
@@ -120,11 +120,13 @@ impl Moments {
     }
 
     fn rounded(&mut self) -> (f64, f64, f64) {
+        // One value has no spread, whatever it is.
+        let spread = if self.count == 1 { 0.0 } else { f64::NAN };
         match (self.nans, self.positive_infinities, self.negative_infinities) {
             (0, 0, 0) => {}
-            (0, _, 0) => return (f64::INFINITY, f64::INFINITY, f64::NAN),
-            (0, 0, _) => return (f64::NEG_INFINITY, f64::NEG_INFINITY, f64::NAN),
-            _ => return (f64::NAN, f64::NAN, f64::NAN),
+            (0, _, 0) => return (f64::INFINITY, f64::INFINITY, spread),
+            (0, 0, _) => return (f64::NEG_INFINITY, f64::NEG_INFINITY, spread),
+            _ => return (f64::NAN, f64::NAN, spread),
         }
         if self.count == 0 {
             return (0.0, f64::NAN, f64::NAN);

@@ -129,6 +129,7 @@ fn what_is_no_number_counts_as_it_is_said() {
     let found = summary(&[1.0, f64::INFINITY]);
     assert!(found.mean == f64::INFINITY && found.stddev.is_nan() && found.max == f64::INFINITY);
     assert!(summary(&[f64::NEG_INFINITY, f64::INFINITY]).mean.is_nan());
+    assert_eq!((summary(&[f64::INFINITY]).stddev, summary(&[f64::NAN]).stddev), (0.0, 0.0));
     // Twice the largest double is none, but half of that is.
     let found = summary(&[f64::MAX, f64::MAX]);
     assert_eq!((found.sum, found.mean, found.stddev), (f64::INFINITY, f64::MAX, 0.0));

@@ -242,6 +242,15 @@ fn what_moved_is_found(stage: &Stage) {
         .skip(1)
         .map(|line| line.split(',').nth(2).unwrap().to_owned())
         .collect();
+    let drawn = asked(&["--feature", "age", "--plot"]);
+    assert!(
+        drawn.contains("psi against 2026-01-01T00:00:00Z..2026-01-06T00:00:00Z: shop ranking 1.0.0")
+            && drawn.contains("age: psi"),
+        "{drawn}"
+    );
+    let picture = stage.folder().join("drift.svg");
+    asked(&["--plot", picture.to_str().unwrap()]);
+    assert!(std::fs::read_to_string(picture).unwrap().contains("income"));
     // The same in SQL.
     let sql = "with c as (select bin_id, sum(bin_count) filter (where created_at < '2026-01-06') as n,
                              sum(bin_count) filter (where created_at between '2026-01-06' and '2026-01-07') as m

@@ -147,6 +147,8 @@ async fn without_the_token_probes_tell_the_outcome_and_nothing_else_is_told() {
             assert_eq!(answer.status, 401, "{path}: {}", answer.text());
             assert!(answer.header("www-authenticate").starts_with("Basic"));
             assert!(!answer.text().contains(&stage.name));
+            let answer = stranger.ask(Method::OPTIONS, path).await;
+            assert_eq!((answer.status, answer.header("allow")), (401, ""), "{path}");
         }
     }
     use base64::Engine as _;

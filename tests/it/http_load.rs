@@ -121,15 +121,14 @@ async fn who_takes_no_answer_keeps_a_turn_until_he_is_cut_off() {
         whole.body.len()
     );
     let address = site.url.trim_start_matches("http://").to_owned();
-    let slow: Vec<TcpStream> = (0..8)
-        .map(|_| {
-            let mut stream = TcpStream::connect(&address).unwrap();
-            write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
-            // It begins to answer.
-            stream.read_exact(&mut [0; 16]).unwrap();
-            stream
-        })
-        .collect();
+    let mut slow: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    for stream in &mut slow {
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    }
+    for stream in &mut slow {
+        // It begins to answer.
+        stream.read_exact(&mut [0; 16]).unwrap();
+    }
     assert_eq!(site.get(&path).await.status, 429);
     assert_eq!(site.get("/livez").await.status, 200);
     until("their turns end", DEADLINE, async || (site.get(&path).await.status == 200).then_some(())).await;

@@ -43,11 +43,25 @@ async fn the_history_is_printed_in_every_format() {
     plots_are_drawn(&stage);
     entities_and_sql(&stage);
     a_column_of_any_table_is_binned(&stage);
+    percentiles_are_those_of_sql(&stage);
     mistakes_are_named(&stage);
     assert!(sidecar.terminate(DEADLINE).await.success(), "{}", sidecar.log());
 }
 
 /// What of any table's column, by what, and where.
+fn percentiles_are_those_of_sql(stage: &Stage) {
+    let day = ["--from", "2026-11-01", "--to", "2026-11-02", "--bin", "1h", "--format", "json"];
+    let asked = ["query", "custom", "--value", "value", "--stat", "p50,p95,p100,mean"];
+    let (code, out, errors) = said(stage, &[&asked[..], &day].concat());
+    assert_eq!(code, Some(0), "{errors}");
+    // As `percentile_cont` of 0 to 2, and of 3 to 5.
+    assert_eq!(
+        serde_json::from_str::<Value>(&out).unwrap(),
+        json!([{"created_at": "2026-11-01T00:00:00Z", "p50": 1.0, "p95": 1.9, "p100": 2.0, "mean": 1.0},
+               {"created_at": "2026-11-01T01:00:00Z", "p50": 4.0, "p95": 4.9, "p100": 5.0, "mean": 4.0}])
+    );
+}
+
 fn a_column_of_any_table_is_binned(stage: &Stage) {
     let asked = |more: &[&str]| {
         let common = ["--from", "2026-11-01", "--to", "2026-11-02", "--bin", "1h"];
@@ -87,12 +101,6 @@ fn a_column_of_any_table_is_binned(stage: &Stage) {
     assert_eq!(
         rows(&["spc", "--value", "feature", "--stat", "max"]),
         json!([{"created_at": "2026-11-01T00:00:00Z", "max": "age"}])
-    );
-    // As `percentile_cont` of 0 to 2, and of 3 to 5.
-    assert_eq!(
-        rows(&["custom", "--value", "value", "--stat", "p50,p95,p100,mean"]),
-        json!([{"created_at": "2026-11-01T00:00:00Z", "p50": 1.0, "p95": 1.9, "p100": 2.0, "mean": 1.0},
-               {"created_at": "2026-11-01T01:00:00Z", "p50": 4.0, "p95": 4.9, "p100": 5.0, "mean": 4.0}])
     );
     assert_eq!(rows(&["custom", "--value", "value", "--name", "it's"]), json!([]));
     let (code, out, errors) = asked(&["custom", "--value", "value", "--stat", "mean,min,max", "--plot"]);

@@ -189,11 +189,11 @@ impl Drawing<'_> {
             }
         }
         legend.draw(&PathElement::new([(4, 50), (28, 50)], stroke)).map_err(failed)?;
-        legend.draw(&self.text("mean", 36, 46, 13)).map_err(failed)?;
+        legend.draw(&self.text(line.labels.0.clone(), 36, 46, 13)).map_err(failed)?;
         if line.bounds.is_some() {
             let band = Rectangle::new([(4, 64), (28, 78)], MEAN.mix(0.18).filled());
             legend.draw(&band).map_err(failed)?;
-            legend.draw(&self.text("mean ± s", 36, 67, 13)).map_err(failed)?;
+            legend.draw(&self.text(line.labels.1, 36, 67, 13)).map_err(failed)?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use chrono::{DateTime, Utc};
 use super::columns::cell;
 use super::print;
 use crate::error::{Error, Result};
+use crate::reader::drift::{Drift, DriftQuery};
 use crate::reader::{
     BinnedMetricStats, BinnedMetrics, BinnedQuery, Bins, FeatureBinProportions, SpcFeatures, Stat, TableBins,
     TableQuery,
@@ -40,7 +41,12 @@ struct Line {
     times: Vec<DateTime<Utc>>,
     values: Vec<f64>,
     bounds: Option<Vec<(f64, f64)>>,
+    /// What the values are, and what lies between the bounds.
+    labels: (String, &'static str),
 }
+
+/// What the bounds of a mean are.
+const SPREAD: &str = "mean ± s";
 
 /// A run of bins without a gap: time in the middle of each bin, value, bounds.
 type Run = Vec<(DateTime<Utc>, f64, Option<(f64, f64)>)>;
@@ -52,7 +58,14 @@ impl Picture {
             let bound =
                 |stats: &BinnedMetricStats| (drawable(stats.lower_bound), drawable(stats.upper_bound));
             let bounds = metric.stats.iter().map(bound).collect();
-            Panel::Line(Line { name: metric.metric, times: metric.created_at, values, bounds: Some(bounds) })
+            let labels = ("mean".to_owned(), SPREAD);
+            Panel::Line(Line {
+                name: metric.metric,
+                times: metric.created_at,
+                values,
+                bounds: Some(bounds),
+                labels,
+            })
         });
         Self::of_model("custom", query, panels.collect())
     }
@@ -60,7 +73,8 @@ impl Picture {
     pub(super) fn spc(query: &BinnedQuery, found: SpcFeatures) -> Result<Self> {
         let panels = found.features.into_iter().map(|(name, feature)| {
             let values = feature.values.into_iter().map(drawable).collect();
-            Panel::Line(Line { name, times: feature.created_at, values, bounds: None })
+            let labels = ("mean".to_owned(), "");
+            Panel::Line(Line { name, times: feature.created_at, values, bounds: None, labels })
         });
         Self::of_model("spc", query, panels.collect())
     }
@@ -83,11 +97,24 @@ impl Picture {
             let bounds = bounds.map(|(low, high)| low.into_iter().zip(high).collect());
             let first = query.asked().first().and_then(|stat| values(*stat)).unwrap_or_default();
             let name = if name.is_empty() { found.value.clone() } else { name };
-            Panel::Line(Line { name, times: series.created_at.clone(), values: first, bounds })
+            let labels = (query.asked().first().map(|stat| stat.name()).unwrap_or_default(), "min to max");
+            Panel::Line(Line { name, times: series.created_at.clone(), values: first, bounds, labels })
         });
         let stats: Vec<String> = query.asked().iter().map(|stat| stat.name()).collect();
         let what = format!("{}: {} of {}", found.table, stats.join(", "), found.value);
         Self::new(&what, query.bins(), query.range(), panels.collect())
+    }
+
+    /// A panel for each series, the one that moved most first.
+    pub(super) fn drift(query: &DriftQuery, found: Drift) -> Result<Self> {
+        let label = found.measure;
+        let panels = found.series.into_iter().map(|series| {
+            let values = series.score.into_iter().map(drawable).collect();
+            let labels = (label.to_owned(), "");
+            Panel::Line(Line { name: series.name, times: series.created_at, values, bounds: None, labels })
+        });
+        let what = format!("{} against {}", query.kind().name(), found.against);
+        Self::of_model(&what, query.query(), panels.collect())
     }
 
     fn of_model(kind: &str, query: &BinnedQuery, panels: Vec<Panel>) -> Result<Self> {

@@ -90,7 +90,11 @@ fn draw_line(picture: &Picture, line: &Line, text: &mut String) {
             }
         }
     }
-    let legend = if line.bounds.is_some() { ": mean; dots: mean ± s" } else { ": mean" };
+    let (value, between) = &line.labels;
+    let legend = match line.bounds {
+        Some(_) => format!(": {value}; dots: {between}"),
+        None => format!(": {value}"),
+    };
     let rows = (0..HEIGHT).map(|row| dots.row(row)).collect();
     panel(picture, &format!("{}{legend}", line.name), rows, (&short(low), &short(high)), text);
 }

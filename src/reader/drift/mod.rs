@@ -82,6 +82,10 @@ pub(super) async fn drift(archive: &Archive, query: &DriftQuery) -> Result<Drift
         return Err(Error::Query { detail });
     }
     let series = current.iter().map(|(name, bins)| {
+        let spread = match query.threshold() {
+            Threshold::Spread(deviations) => spread(query, &reference, name, deviations),
+            Threshold::Chance(_) | Threshold::Fixed(_) => None,
+        };
         let scored = bins.iter().map(|(start, sample)| {
             let against = reference.of(name, *start);
             answer::Scored {
@@ -94,7 +98,7 @@ pub(super) async fn drift(archive: &Archive, query: &DriftQuery) -> Result<Drift
                 threshold: against.and_then(|against| match query.threshold() {
                     Threshold::Chance(alpha) => significant(query.measure(), alpha, against, sample),
                     Threshold::Fixed(limit) => Some(limit),
-                    Threshold::Spread(deviations) => spread(query, &reference, name, deviations),
+                    Threshold::Spread(_) => spread,
                 }),
             }
         });
