@@ -5,7 +5,8 @@
 //! the program itself: what embeds it is another program.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
@@ -136,10 +137,10 @@ impl Scratch {
             let path = folder.join(format!("{SCRATCH}{}-{:016x}", std::process::id(), rand::random::<u64>()));
             std::fs::DirBuilder::new().mode(0o700).create(&path)?;
             // Between the two lines another process may have taken it for one that was left, and have removed it.
-            if let Some(lock) = lock(&path)
-                && path.is_dir()
-            {
-                return Ok(Self { path, _lock: lock });
+            match lock(&path) {
+                Ok(Some(lock)) if path.is_dir() => return Ok(Self { path, _lock: lock }),
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                Ok(_) | Err(_) => {}
             }
         }
     }
@@ -154,7 +155,7 @@ pub(crate) fn sweep_temporary() {
 fn sweep(folder: &Path) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)?.flatten() {
         let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(SCRATCH));
-        if is_ours && let Some(_lock) = lock(&entry.path()) {
+        if is_ours && let Ok(Some(_lock)) = lock(&entry.path()) {
             // Somebody else's at worst.
             let _ = std::fs::remove_dir_all(entry.path());
         }
@@ -163,9 +164,13 @@ fn sweep(folder: &Path) -> std::io::Result<()> {
 }
 
 /// A lock on the folder, unless somebody else has it.
-fn lock(path: &Path) -> Option<File> {
-    let folder = File::open(path).ok()?;
-    folder.try_lock().is_ok().then_some(folder)
+fn lock(path: &Path) -> std::io::Result<Option<File>> {
+    let folder = File::open(path)?;
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }
 
 impl Drop for Scratch {

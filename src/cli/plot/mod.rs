@@ -25,7 +25,7 @@ pub(super) struct Picture {
     title: String,
     /// Start of the first bin and end of the last one that the query's range touches.
     range: (DateTime<Utc>, DateTime<Utc>),
-    /// Length of a bin, microseconds.
+    /// Where bins begin and end.
     bins: Bins,
     panels: Vec<Panel>,
 }
